@@ -1,0 +1,1 @@
+"""What several folders share and belongs to none: configuration, files, randomness."""

@@ -1,0 +1,139 @@
+"""Typed configuration: the defaults of a dataclass, then a YAML file, then `key=value` words.
+
+A configuration is a tree of frozen dataclasses decorated with `@config`. Every key of a YAML file
+is a field of one of them; an unknown key is refused and the nearest valid one is named.
+
+    @config
+    class Run:
+        seed: int = 17
+        optimizer: Optimizer = field(default_factory=Optimizer)
+
+    run = load_config(Run, Path("configs/demo.yaml"), ["optimizer.lr=1e-3"])
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and says what to do."""
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
+)
+def config(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass that checks types and refuses unknown keys."""
+    decorate = pydantic_dataclass(kw_only=True, frozen=True, config=ConfigDict(extra="forbid"))
+    return typing.cast(type[T], decorate(cls))
+
+
+def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """The configuration of type `cls`: its defaults, then `path` (YAML), then `overrides`.
+
+    Overrides are words `a.b=value`; values are read as YAML, so `lengths=[1024,8192]` and
+    `resume=true` mean what they say.
+    Raises ConfigError for a file that cannot be read, an unknown key or a value of the wrong type.
+    """
+    values = _read_yaml(path) if path is not None else {}
+    for word in overrides:
+        _apply_override(values, word)
+    where = str(path) if path is not None else "the command line"
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(cls, error, where)) from None
+
+
+def config_to_dict(value: Any) -> dict[str, Any]:
+    """A configuration as plain values for JSON and YAML (paths become strings)."""
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def config_to_yaml(value: Any) -> str:
+    """A configuration as a YAML text that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config_to_dict(value), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, not a {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{word!r} is not of the form key=value")
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {parent} holds a value, so it has no key {leaf!r}")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of {key} is not valid YAML") from None
+
+
+def _explain(cls: type, error: ValidationError, where: str) -> str:
+    lines = []
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        key = ".".join(location)
+        if problem["type"] == "unexpected_keyword_argument":
+            fields = _fields_at(cls, location[:-1])
+            nearest = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.0)
+            advice = f"; did you mean {'.'.join([*location[:-1], *nearest])!r}?" if nearest else ""
+            lines.append(f"unknown key {key!r} in {where}{advice}")
+        elif problem["type"] in ("missing", "missing_argument"):
+            lines.append(f"{where} lacks the key {key!r}")
+        else:
+            lines.append(f"{key or 'the configuration'} in {where}: {problem['msg']}")
+    return "\n".join(lines)
+
+
+def _fields_at(cls: Any, location: Sequence[str]) -> list[str]:
+    """The field names of the dataclass that `location` leads to from `cls`."""
+    node = cls
+    for part in location:
+        node = _dataclass_in(node) or node
+        if dataclasses.is_dataclass(node):
+            hints = typing.get_type_hints(node)
+            # pydantic puts union members and list positions into the location; they are no fields.
+            node = hints.get(part, node)
+    node = _dataclass_in(node)
+    return [f.name for f in dataclasses.fields(node)] if node is not None else []
+
+
+def _dataclass_in(node: Any) -> Any:
+    """The dataclass that a type such as `X | None` or `list[X]` is about, or None."""
+    if dataclasses.is_dataclass(node):
+        return node
+    if isinstance(node, types.GenericAlias | types.UnionType) or typing.get_origin(node):
+        for argument in typing.get_args(node):
+            found = _dataclass_in(argument)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,88 @@
+"""Files and folders that exist whole or not at all, for their owner alone, and their hashes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+_OWNER_ONLY_UMASK = 0o077
+
+
+def make_private() -> None:
+    """From here on this process creates files and folders that only their owner can read."""
+    os.umask(_OWNER_ONLY_UMASK)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write `path` under a temporary name; it appears, complete and on disk, when the block ends.
+
+    On an error, a full disk included, nothing is left behind. The temporary name is fixed, so a
+    killed writer's leftover is overwritten by the next try.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch(mode=0o600)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; it becomes `path`, complete and on disk, at the end.
+
+    A folder already at `path` is replaced. On an error nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True, mode=0o700)
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            sync_folder(file) if file.is_dir() else sync_file(file)
+        sync_folder(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path`, whole or not at all, in a form that is the same for equal values."""
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+
+def file_hash(path: Path, algorithm: str = "sha256") -> str:
+    """The hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Return once the file's content is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Return once the folder's list of names is on disk (a rename is durable only then)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""From raw PubMed, MIMIC-IV and code files to tokenised, packed, checksummed shards."""

@@ -1,0 +1,1 @@
+"""Scores and uses of a trained encoder, from any Hugging Face folder."""

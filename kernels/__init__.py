@@ -1,0 +1,1 @@
+"""Triton operations, each beside its plain PyTorch reference."""

@@ -1,0 +1,1 @@
+"""The packed ModernBERT encoder, its attention backends and its Hugging Face form."""

@@ -1,0 +1,1 @@
+"""Pretraining: run configuration, row order, loader, masking, loop, checkpoints, metrics."""
