@@ -1,5 +1,8 @@
 """Typed configuration: the defaults of a dataclass, then a YAML file, then `key=value` words.
 
+One YAML file describes a whole run; each command reads the section that bears its name
+(`data_prep:`, `train:`, `evaluation:`), and its `key=value` words are keys of that section.
+
 A configuration is a tree of frozen dataclasses decorated with `@config`. Every key of a YAML file
 is a field of one of them; an unknown key is refused and the nearest valid one is named.
 
@@ -8,7 +11,7 @@ is a field of one of them; an unknown key is refused and the nearest valid one i
         seed: int = 17
         optimizer: Optimizer = field(default_factory=Optimizer)
 
-    run = load_config(Run, Path("configs/demo.yaml"), ["optimizer.lr=1e-3"])
+    run = load_config(Run, "train", Path("configs/demo.yaml"), ["optimizer.lr=1e-3"])
 """
 
 import dataclasses
@@ -25,6 +28,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 T = TypeVar("T")
 
+SECTIONS = ("data_prep", "train", "evaluation")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and says what to do."""
@@ -39,17 +44,19 @@ def config(cls: type[T]) -> type[T]:
     return typing.cast(type[T], decorate(cls))
 
 
-def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """The configuration of type `cls`: its defaults, then `path` (YAML), then `overrides`.
+def load_config(
+    cls: type[T], section: str, path: Path | None = None, overrides: Sequence[str] = ()
+) -> T:
+    """The configuration of type `cls`: defaults, then `section` of `path`, then `overrides`.
 
     Overrides are words `a.b=value`; values are read as YAML, so `lengths=[1024,8192]` and
     `resume=true` mean what they say.
     Raises ConfigError for a file that cannot be read, an unknown key or a value of the wrong type.
     """
-    values = _read_yaml(path) if path is not None else {}
+    values = _read_section(path, section) if path is not None else {}
     for word in overrides:
         _apply_override(values, word)
-    where = str(path) if path is not None else "the command line"
+    where = f"the section {section!r} of {path}" if path is not None else "the command line"
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -64,6 +71,18 @@ def config_to_dict(value: Any) -> dict[str, Any]:
 def config_to_yaml(value: Any) -> str:
     """A configuration as a YAML text that `load_config` reads back to an equal configuration."""
     return yaml.safe_dump(config_to_dict(value), sort_keys=False, allow_unicode=True)
+
+
+def _read_section(path: Path, section: str) -> dict[str, Any]:
+    sections = _read_yaml(path)
+    for name in sections:
+        if name not in SECTIONS:
+            nearest = difflib.get_close_matches(str(name), SECTIONS, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown section {name!r} in {path}; did you mean {nearest!r}?")
+    values = sections.get(section)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} has no section `{section}:` with `key: value` lines")
+    return values
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
