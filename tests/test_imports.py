@@ -1,4 +1,4 @@
-"""Imports between folders go the way docs/design.md says, and file names shadow no standard module."""
+"""Imports between folders go as docs/design.md says, and no file shadows a standard module."""
 
 import ast
 import sys
