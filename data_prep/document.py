@@ -1,0 +1,102 @@
+"""A document: one abstract, one note or one code title, and the Parquet files that hold them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.files import whole_file
+
+_COLUMNS = ("id", "source", "group", "text", "meta")
+_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in _COLUMNS])
+# A row group is what a reader and a writer hold in memory.
+_ROW_GROUP_DOCUMENTS = 4096
+_ROW_GROUP_CHARACTERS = 16 * 2**20
+_READ_DOCUMENTS = 256
+
+
+class InputError(ValueError):
+    """An input that cannot be used. The message names the file, what is wrong and what to do.
+
+    It holds no text of a note, and neither does an exception chained to it.
+    """
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with where it comes from.
+
+    id: stable and without dots (`pubmed-10067807`, `discharge-<hash>`, `icd10cm-S72001A`).
+    source: `pubmed`, `discharge`, `radiology`, `icd10cm` or `icd9cm`.
+    group: the unit a split may not cut (a PMID, a subject, a code category).
+    meta: values that JSON can hold; what they are is said by each source.
+    """
+
+    id: str
+    source: str
+    group: str
+    text: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def write_documents(path: Path, documents: Iterable[Document]) -> int:
+    """Write `documents` to the Parquet file `path`, whole or not at all; returns their number.
+
+    Columns `id, source, group, text, meta` (meta as JSON with sorted keys). Equal documents give
+    equal bytes. Memory holds one row group, whatever the number of documents.
+    """
+    written = 0
+    with whole_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        for batch in _batches(documents):
+            writer.write_batch(_to_arrow(batch))
+            written += len(batch)
+    return written
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents of a file that `write_documents` made, in its order.
+
+    Raises InputError when the file is missing, damaged or has other columns.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException):
+        problem = "is missing or is not a whole Parquet file"
+    else:
+        problem = "" if file.schema_arrow.names == list(_COLUMNS) else "has other columns"
+    if problem:
+        raise InputError(f"{path} {problem}; delete it and run this stage of data_prep again")
+    with file:
+        for batch in file.iter_batches(batch_size=_READ_DOCUMENTS):
+            columns = [batch.column(name).to_pylist() for name in _COLUMNS]
+            for identifier, source, group, text, meta in zip(*columns, strict=True):
+                yield Document(identifier, source, group, text, json.loads(meta))
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of a bounded number and a bounded length of text."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == _ROW_GROUP_DOCUMENTS or characters >= _ROW_GROUP_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _to_arrow(batch: list[Document]) -> pa.RecordBatch:
+    columns = [
+        [document.id for document in batch],
+        [document.source for document in batch],
+        [document.group for document in batch],
+        [document.text for document in batch],
+        [json.dumps(document.meta, sort_keys=True, ensure_ascii=False) for document in batch],
+    ]
+    return pa.record_batch([pa.array(column, pa.string()) for column in columns], schema=_SCHEMA)
