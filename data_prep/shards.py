@@ -160,6 +160,18 @@ class DataSet:
             ) from None
         return Row(input_ids, cu_seqlens, documents, source, key)
 
+    def counts(self, split: str, source: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Real tokens and documents of every row of `source`, two (rows,) arrays, from the index.
+
+        So many tokens of a row can be masked: its tokens but two a document, [CLS] and [SEP].
+        """
+        indexes = [shard.index for shard in self._splits[split][source].shards]
+        tokens, documents = (
+            np.concatenate([index[name] for index in indexes]).astype(np.int64)
+            for name in ("tokens", "documents")
+        )
+        return tokens, documents
+
     def verify(self) -> None:
         """Read every shard whole and compare its sha256 with the manifest's; DataError if not."""
         for parts in self.manifest["splits"].values():
