@@ -7,17 +7,45 @@ So the files are read twice:
     winners = fold(scan(path) for path in paths)        # which record of which file counts
     for path, positions in zip(paths, winners):
         for document in documents(path, positions): ...
+
+The text of an element is all the text inside it (`itertext`: markup such as `<i>` and MathML goes,
+its text stays where it stands), after `text.normalise`. Beyond that only three things are taken
+away: the brackets round a translated title, the mark "(ABSTRACT TRUNCATED AT 250 WORDS)" at the
+end of a section, and sections without text. Abstracts in other languages (`OtherAbstract`) and
+`CopyrightInformation` are other elements and not part of the text.
 """
 
+import gzip
+import re
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+from lxml import etree
 from numpy.typing import NDArray
 
-from data_prep.document import Document
+from common.files import file_hash
+from data_prep.document import Document, InputError
+from data_prep.text import normalise
+
+_RECORD, _DELETION, _BOOK = "MedlineCitation", "DeleteCitation", "PubmedBookArticle"
+# Roots that say "PubMed" by themselves, so that they may hold no record at all.
+_SETS = ("PubmedArticleSet", "MedlineCitationSet")
+_NLM_NAME = re.compile(r"[a-z]+(\d\d)n(\d{4,})\.xml", re.IGNORECASE)
+_SIDECARS = (
+    re.compile(r"MD5\s?\(.+\)\s*=\s*([0-9a-fA-F]{32})"),  # OpenSSL, which NLM uses
+    re.compile(r"([0-9a-fA-F]{32})\s+\*?\S.*"),  # md5sum
+)
+_TRUNCATION = re.compile(r"\(ABSTRACT TRUNCATED(?: AT \d+ WORDS)?\)$")
+_TRANSLATED = re.compile(r"\[(.+)\] ?([.?!]?)")
+# Publication types by MeSH identifier and, for records without identifiers, by name. NLM renamed
+# "Retraction of Publication" to "Retraction Notice" and kept the identifier.
+_RETRACTED = {"D016441", "Retracted Publication"}
+_RETRACTION_NOTICE = {"D016440", "Retraction of Publication", "Retraction Notice"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +53,7 @@ class Scan:
     """What the fold needs to know of one file.
 
     pmids (n,) uint32 and versions (n,) uint16: of its n records, in file order;
-    deleted_pmids (d,) uint32 and deleted_versions (d,) uint16: of its DeleteCitation list.
+    deleted_pmids (d,) uint32 and deleted_versions (d,) uint16: of its DeleteCitation lists.
     """
 
     pmids: NDArray[np.uint32]
@@ -41,7 +69,8 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
     numbers of its baseline). Files with other names come first, by path: their age is unknown.
     Sidecars (`.md5`) and hidden files are left out.
     """
-    raise NotImplementedError
+    files = [p for p in paths if p.suffix != ".md5" and not p.name.startswith(".")]
+    return sorted(files, key=_age)
 
 
 def scan(path: Path) -> Scan:
@@ -50,7 +79,15 @@ def scan(path: Path) -> Scan:
     Independent of all other files, so that several can be scanned at once.
     Raises InputError for a file that is not PubMed XML, is cut short or fails its checksum.
     """
-    raise NotImplementedError
+    _check_sidecar(path)
+    records: list[tuple[int, int]] = []
+    deleted: list[tuple[int, int]] = []
+    for element in _elements(path):
+        if element.tag == _RECORD:
+            records.append(_key(path, len(records), element.find("PMID")))
+        elif element.tag == _DELETION:
+            deleted.extend(_key(path, len(records), pmid) for pmid in element.iter("PMID"))
+    return Scan(*_arrays(records), *_arrays(deleted))
 
 
 def fold(scans: Iterable[Scan]) -> list[NDArray[np.int64]]:
@@ -59,8 +96,22 @@ def fold(scans: Iterable[Scan]) -> list[NDArray[np.int64]]:
     `scans` come in the order of `in_order`. Of the records of a PMID the last by (Version, file,
     position) counts; a DeleteCitation removes the records of its (PMID, Version) in its own and all
     earlier files. A record that wins but is retracted is dropped by `documents`, not here.
+    Memory: some 40 bytes a record.
     """
-    raise NotImplementedError
+    scans = list(scans)
+    sizes = np.array([len(scan.pmids) for scan in scans], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    if starts[-1] == 0:
+        return [np.zeros(0, np.int64) for _ in scans]
+    keys = np.concatenate([_sort_key(scan.pmids, scan.versions) for scan in scans])
+    order = np.argsort(keys, kind="stable")  # stable: equal keys stay in (file, position) order
+    alive = ~_is_deleted(keys, starts, scans)
+    order = order[alive[order]]
+    pmids = keys[order] >> np.uint64(16)
+    is_last = np.append(pmids[1:] != pmids[:-1], True)[: len(order)]
+    winners = np.sort(order[is_last])
+    bounds = np.searchsorted(winners, starts)
+    return [winners[bounds[i] : bounds[i + 1]] - starts[i] for i in range(len(scans))]
 
 
 def documents(
@@ -76,8 +127,237 @@ def documents(
     is labelled. id and group are `pubmed-<pmid>`.
     meta: `year` (int or None), `languages`, `publication_types` (lists of str), `has_abstract`,
     `truncated`, `retracted`, `retraction_notice` (bool), `version` (int), `file` (its name).
-    `counts` gets `documents`, `records`, `replaced` (not in positions), `without_text`,
-    `title_only` and `retracted` (both kinds; left out unless `keep_retracted`) added.
-    Raises InputError like `scan`.
+    `counts` gets added: `records` = `documents` (of which `title_only`) + `replaced` (not in
+    `positions`) + `without_text` + `retracted` (article or notice; left out unless
+    `keep_retracted`); and `books` (`PubmedBookArticle`, no article and not read).
+    Raises InputError like `scan`, and when the file has changed since it was scanned.
     """
-    raise NotImplementedError
+    counts = Counter() if counts is None else counts
+    wanted = set(positions.tolist())
+    position = -1
+    for element in _elements(path):
+        if element.tag != _RECORD:
+            counts["books"] += element.tag == _BOOK
+            continue
+        position += 1
+        counts["records"] += 1
+        if position not in wanted:
+            counts["replaced"] += 1
+            continue
+        document = _document(path, position, element)
+        if not document.text:
+            counts["without_text"] += 1
+        elif _is_about_retraction(document) and not keep_retracted:
+            counts["retracted"] += 1
+        else:
+            counts["documents"] += 1
+            counts["title_only"] += not document.meta["has_abstract"]
+            yield document
+    if wanted and max(wanted) > position:
+        raise InputError(f"{path} has lost records since it was scanned; run the stage again")
+
+
+def _age(path: Path) -> tuple[int, int, str]:
+    """Year and number from a name such as pubmed26n1334.xml.gz; (0, 0) for other names."""
+    name = _NLM_NAME.match(path.name)
+    if name is None:
+        return 0, 0, path.as_posix()
+    year = int(name[1])
+    return (1900 if year >= 60 else 2000) + year, int(name[2]), path.as_posix()
+
+
+def _check_sidecar(path: Path) -> None:
+    sidecar = path.with_name(path.name + ".md5")
+    if not sidecar.is_file():
+        return
+    line = sidecar.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
+    match = next(filter(None, (form.fullmatch(line.strip()) for form in _SIDECARS)), None)
+    if match is None:
+        raise InputError(
+            f"{sidecar} holds neither `MD5({path.name})= <hex>` nor `<hex>  {path.name}`; "
+            f"fetch it again, or delete it to read {path.name} unchecked"
+        )
+    if file_hash(path, "md5") != match[1].lower():
+        raise InputError(
+            f"the MD5 of {path} is not the one in {sidecar.name}: the file is damaged or not whole;"
+            " fetch both again"
+        )
+
+
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+    """The file's bytes, unpacked where it is gzip by its magic bytes: names cannot be trusted."""
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if is_gzip else path.open("rb")
+
+
+def _elements(path: Path) -> Iterator[Any]:
+    """Each record, deletion list and book of a file, forgotten once the next one is asked for.
+
+    No DTD is loaded, nothing is fetched and entities that a file defines are not expanded; the
+    five predefined ones and character references are.
+    """
+    found = False
+    try:
+        with _open(path) as stream:
+            events = etree.iterparse(
+                stream,
+                tag=(_RECORD, _DELETION, _BOOK),
+                load_dtd=False,
+                no_network=True,
+                resolve_entities=False,
+                remove_comments=True,
+                remove_pis=True,
+            )
+            for _, element in events:
+                found = True
+                yield element
+                _forget(element)
+            found = found or events.root.tag in _SETS
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise InputError(f"{path} is a damaged or truncated gzip file; fetch it again") from None
+    except etree.XMLSyntaxError as error:
+        what = "is empty" if path.stat().st_size == 0 else f"is not whole PubMed XML ({error.msg})"
+        raise InputError(f"{path} {what}; fetch it again or leave it out") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not found:
+        raise InputError(
+            f"{path} is XML without any MedlineCitation, so not from PubMed; leave it out"
+        )
+
+
+def _forget(element: Any) -> None:
+    """Free an element and all that stands before it; emptying it alone would leave its husk."""
+    element.clear()
+    node = element
+    while (parent := node.getparent()) is not None:
+        while node.getprevious() is not None:
+            del parent[0]
+        node = parent
+
+
+def _key(path: Path, position: int, pmid: Any) -> tuple[int, int]:
+    """(PMID, Version) of a PMID element; records of old files have no Version, which means 1."""
+    text = (pmid.text or "").strip() if pmid is not None else ""
+    version = pmid.get("Version", "1") if pmid is not None else "1"
+    if not (_is_number(text, 2**32) and _is_number(version, 2**16)):
+        raise InputError(
+            f"{path} is not PubMed XML: its record number {position + 1} has no valid PMID; "
+            "leave the file out, or fetch it from NLM"
+        )
+    return int(text), int(version)
+
+
+def _is_number(text: str, limit: int) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 10 and int(text) < limit
+
+
+def _arrays(keys: list[tuple[int, int]]) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    return (
+        np.array([pmid for pmid, _ in keys], dtype=np.uint32),
+        np.array([version for _, version in keys], dtype=np.uint16),
+    )
+
+
+def _sort_key(pmids: NDArray[np.uint32], versions: NDArray[np.uint16]) -> NDArray[np.uint64]:
+    return (pmids.astype(np.uint64) << np.uint64(16)) | versions.astype(np.uint64)
+
+
+def _is_deleted(
+    keys: NDArray[np.uint64], starts: NDArray[np.int64], scans: Sequence[Scan]
+) -> NDArray[np.bool_]:
+    """Which records, numbered over all files, a DeleteCitation of their or a later file removes.
+
+    keys (n,) of all records; starts (files + 1,): the number of each file's first record.
+    """
+    deleted = np.concatenate([_sort_key(s.deleted_pmids, s.deleted_versions) for s in scans])
+    if len(deleted) == 0:
+        return np.zeros(len(keys), np.bool_)
+    # A deletion in file i reaches the records before the end of file i.
+    reach = np.repeat(starts[1:], [len(scan.deleted_pmids) for scan in scans])
+    unique, group = np.unique(deleted, return_inverse=True)
+    furthest = np.zeros(len(unique), np.int64)
+    np.maximum.at(furthest, group, reach)
+    slot = np.minimum(np.searchsorted(unique, keys), len(unique) - 1)
+    return (unique[slot] == keys) & (np.arange(len(keys)) < furthest[slot])
+
+
+def _document(path: Path, position: int, citation: Any) -> Document:
+    pmid, version = _key(path, position, citation.find("PMID"))
+    parts = citation.find("Article")
+    parts = () if parts is None else parts
+    article = {part.tag: part for part in parts}
+    title = _without_brackets(_text(article.get("ArticleTitle")))
+    abstract = article.get("Abstract", ())
+    sections = [_section(child) for child in abstract if child.tag == "AbstractText"]
+    body = [line for line, _ in sections if line]
+    kinds = [(kind.get("UI"), _text(kind)) for kind in article.get("PublicationTypeList", ())]
+    marks = {mark for kind in kinds for mark in kind}
+    links = citation.iterfind("CommentsCorrectionsList/CommentsCorrections")
+    identifier = f"pubmed-{pmid}"
+    return Document(
+        id=identifier,
+        source="pubmed",
+        group=identifier,
+        text="\n".join([title, *body] if title else body),
+        meta={
+            "year": _year(article.get("Journal")),
+            "languages": [_text(part).lower() for part in parts if part.tag == "Language"],
+            "publication_types": [name for _, name in kinds],
+            "has_abstract": bool(body),
+            "truncated": any(was_truncated for _, was_truncated in sections),
+            "retracted": bool(marks & _RETRACTED)
+            or any(link.get("RefType") == "RetractionIn" for link in links),
+            "retraction_notice": bool(marks & _RETRACTION_NOTICE),
+            "version": version,
+            "file": path.name,
+        },
+    )
+
+
+def _text(element: Any) -> str:
+    if element is None:
+        return ""
+    return normalise("".join(element.itertext()) if len(element) else element.text or "")
+
+
+def _section(element: Any) -> tuple[str, bool]:
+    """A section of an abstract as one line, and whether a truncation mark was taken off it."""
+    whole = _text(element)
+    text = _TRUNCATION.sub("", whole).rstrip()
+    label = normalise(element.get("Label", ""))
+    return (f"{label}: {text}" if label and text else text), text != whole
+
+
+def _without_brackets(title: str) -> str:
+    """`Effect of X.` for `[Effect of X].`, NLM's form for a title translated into English.
+
+    Only where the first bracket closes at the very end: `[18F]CFA as a probe [PET].` stays.
+    """
+    match = _TRANSLATED.fullmatch(title)
+    if match is None:
+        return title
+    depth = 1
+    for bracket in re.findall(r"[\[\]]", match[1]):
+        depth += 1 if bracket == "[" else -1
+        if depth == 0:
+            return title
+    inner = match[1].strip()
+    return inner if inner.endswith((".", "?", "!")) else inner + match[2]
+
+
+def _year(journal: Any) -> int | None:
+    """The year of publication: `Year`, or the first one in a `MedlineDate` such as 1998 Dec-1999.
+
+    PubDate is the journal issue's; `ArticleDate`, which may be a year earlier, is not always there.
+    """
+    date = None if journal is None else journal.find("JournalIssue/PubDate")
+    if date is None:
+        return None
+    match = re.search(r"\d{4}", date.findtext("Year") or date.findtext("MedlineDate") or "")
+    return int(match[0]) if match else None
+
+
+def _is_about_retraction(document: Document) -> bool:
+    return bool(document.meta["retracted"] or document.meta["retraction_notice"])
