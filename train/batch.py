@@ -1,0 +1,134 @@
+"""A micro-batch as the model takes it: packed rows, positions, document bounds, masked positions.
+
+Shapes that a compiler or a kernel sees take few values: T = rows × row_tokens and M (from the
+highest masking rate) are constant, the number of documents and the longest of them are rounded up
+to buckets here, on the host, so that no value travels from device to host within a micro-batch.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_prep.shards import Row
+from train.masking import IGNORED, MaskedRow, masked_count
+
+SMALLEST_DOCUMENTS = 64
+SMALLEST_SEQLEN = 128
+BUCKET_RATIO = 4
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The constants of a run's micro-batches."""
+
+    rows: int
+    row_tokens: int
+    max_length: int
+    highest_rate: float
+
+    @property
+    def tokens(self) -> int:
+        """T, the length of a micro-batch."""
+        return self.rows * self.row_tokens
+
+    @property
+    def masked(self) -> int:
+        """M, the room for masked positions in a micro-batch."""
+        return self.rows * masked_count(self.highest_rate, self.row_tokens)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch, on the host or on a device.
+
+    input_ids, position_ids: (T,) int64; position_ids count from 0 in every document.
+    cu_seqlens: (N + 1,) int32, document bounds, then T again for every empty document up to the
+    bucket N. max_seqlen: at least the longest document.
+    masked_indices, labels: (M,) int64; what is left of M points to position 0 with label -100.
+    sources: the source of each row. masked_tokens: how many labels count, known on the host.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    masked_indices: Tensor
+    labels: Tensor
+    sources: list[str]
+    masked_tokens: int
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The batch on `device`; from pinned memory the copies do not wait."""
+        if device.type == "cpu":
+            return self
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "PackedBatch":
+        """The batch in page-locked memory, from which a GPU copies by itself."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            position_ids=function(self.position_ids),
+            cu_seqlens=function(self.cu_seqlens),
+            masked_indices=function(self.masked_indices),
+            labels=function(self.labels),
+        )
+
+
+def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> PackedBatch:
+    """One micro-batch from `shape.rows` rows and their masks, on the host."""
+    input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+    masked_indices = np.zeros(shape.masked, np.int64)
+    labels = np.full(shape.masked, IGNORED, np.int64)
+    bounds = [np.zeros(1, np.int64)]
+    filled = 0
+    for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        offset = number * shape.row_tokens
+        positions = offset + mask.positions
+        input_ids[positions] = mask.replacements
+        masked_indices[filled : filled + len(positions)] = positions
+        labels[filled : filled + len(positions)] = mask.labels
+        filled += len(positions)
+        bounds.append(offset + _split_padding(row, shape.max_length))
+    cu_seqlens = np.concatenate(bounds)
+    lengths = np.diff(cu_seqlens)
+    documents = bucket(len(lengths), SMALLEST_DOCUMENTS)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(
+            np.arange(shape.tokens) - np.repeat(cu_seqlens[:-1], lengths)
+        ),
+        cu_seqlens=torch.from_numpy(
+            np.pad(cu_seqlens, (0, documents - len(lengths)), mode="edge").astype(np.int32)
+        ),
+        max_seqlen=min(bucket(int(lengths.max()), SMALLEST_SEQLEN), shape.max_length),
+        masked_indices=torch.from_numpy(masked_indices),
+        labels=torch.from_numpy(labels),
+        sources=[row.source for row in rows],
+        masked_tokens=filled,
+    )
+
+
+def bucket(value: int, smallest: int) -> int:
+    """`value` rounded up to smallest × 4^k: few different shapes, none far too large."""
+    sizes = (smallest * BUCKET_RATIO**power for power in itertools.count())
+    return next(size for size in sizes if size >= value)
+
+
+def _split_padding(row: Row, max_length: int) -> NDArray[np.int64]:
+    """The ends of a row's segments, its padding cut into pieces of at most `max_length`.
+
+    Padding is longer than any document where a source ends in a nearly empty row; whole, it would
+    raise `max_seqlen` for everyone in the batch.
+    """
+    ends = row.cu_seqlens[1:].astype(np.int64)
+    pieces = np.arange(row.cu_seqlens[len(row.documents)] + max_length, ends[-1], max_length)
+    return np.concatenate([ends[:-1], pieces, ends[-1:]])
