@@ -1,0 +1,74 @@
+"""Cross-entropy of a linear decoder over a large vocabulary, without all logits at once.
+
+    loss = Σ_m  logsumexp_v(z_mv) − z_{m, label_m},   z = h Wᵀ + b,   over labels ≠ −100
+    ∂loss/∂z_mv = softmax(z_m)_v − [v = label_m]
+
+At base size 19,660 masked tokens have 4 GB of fp32 logits. They are made a chunk of rows at a
+time, and the gradients are computed there and then, while a chunk's logits exist: three matrix
+products in all, where recomputing the logits in the backward would take four. The gradients of the
+weight and the bias are summed over chunks in fp32, whatever the weight's dtype.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+IGNORED = -100
+# Rows of a chunk × vocabulary: 64 Mi fp32 logits are 256 MiB.
+_ELEMENTS_A_CHUNK = 64 * 2**20
+
+
+def masked_cross_entropy(
+    hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_M: Tensor
+) -> Tensor:
+    """Sum of the cross-entropy over labels other than −100, an fp32 scalar.
+
+    hidden (M, D), weight (V, D) and bias (V,) of one floating dtype; labels (M,) int64. Logits are
+    computed in that dtype, everything after them in fp32. M may be 0.
+    """
+    loss: Tensor = _MaskedCrossEntropy.apply(
+        hidden_MD, weight_VD, bias_V, labels_M, torch.is_grad_enabled()
+    )
+    return loss
+
+
+class _MaskedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, with_gradients):  # type: ignore[no-untyped-def]
+        chunk = max(1, _ELEMENTS_A_CHUNK // weight.shape[0])
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        if with_gradients:
+            grad_hidden = torch.empty_like(hidden, dtype=wide)
+            grad_weight = torch.zeros_like(weight, dtype=wide)
+            grad_bias = torch.zeros_like(bias, dtype=wide)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], weight, bias).to(wide)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            live = labels[rows, None] != IGNORED
+            target = labels[rows, None].clamp(min=0)
+            loss += torch.where(live, log_z - logits.gather(-1, target), 0).sum()
+            if with_gradients:
+                slope = (logits - log_z).exp_()
+                slope.scatter_add_(-1, target, slope.new_full((), -1.0).expand_as(target))
+                slope = torch.where(live, slope, 0)
+                grad_bias += slope.sum(0)
+                slope = slope.to(weight.dtype)
+                grad_hidden[rows] = slope @ weight
+                grad_weight += slope.T @ hidden[rows]
+        if with_gradients:
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
+        return loss.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+        # Scaled before they are rounded: a loss scaled for fp16 keeps its small gradients.
+        scaled = [
+            (gradient * grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None, None

@@ -1,0 +1,281 @@
+"""ModernBERT on packed tokens, with a masked-language-model head.
+
+Architecture of Warner et al. 2024 (arXiv 2412.13663): pre-norm layers without biases, rotary
+positions, attention over the whole document in every third layer and over a window elsewhere,
+GeGLU with exact erf, a decoder tied to the embedding. There is no dropout anywhere.
+
+Parameters bear the names of transformers' `ModernBertForMaskedLM`, so a state dict goes both ways.
+
+Dimensions in the names of tensors: T packed tokens, D hidden size, H heads, M masked positions,
+V vocabulary, B rows, S columns of a padded batch, P positions of a rotary table, R pairs of a head.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.rope import rope, rope_reference, rope_tables
+from kernels.unpad import pad, pad_reference, unpad, unpad_reference
+from model.attention import BACKENDS, choose_attention
+from model.config import ModernBertConfig
+from model.initialization import initialize
+from model.masked_loss import masked_cross_entropy
+
+
+class RotaryTables(nn.Module):
+    """Cosine and sine of every position for one base, fp32 whatever the model's dtype.
+
+    Not in the state dict: they follow from the configuration.
+    """
+
+    cos_PR: Tensor
+    sin_PR: Tensor
+
+    def __init__(self, positions: int, head_dim: int, theta: float):
+        super().__init__()
+        self.make = lambda: rope_tables(positions, head_dim, theta)
+        cos, sin = self.make()
+        self.register_buffer("cos_PR", cos, persistent=False)
+        self.register_buffer("sin_PR", sin, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTables":
+        """Follow the model to another device but not to another dtype.
+
+        bf16 tables are wrong by half a radian at position 8192; `model.bfloat16()`, which
+        DeepSpeed calls, must not touch them.
+        """
+        super()._apply(fn, recurse)
+        device = self.cos_PR.device
+        cos, sin = self.make()
+        self.cos_PR, self.sin_PR = cos.to(device), sin.to(device)
+        return self
+
+    def forward(self, qkv_T3HD: Tensor, position_ids_T: Tensor) -> Tensor:
+        """Turn queries and keys to their positions: Triton on a GPU, plain PyTorch elsewhere."""
+        turn = rope if qkv_T3HD.is_cuda and qkv_T3HD.dtype != torch.float64 else rope_reference
+        return turn(qkv_T3HD, self.cos_PR, self.sin_PR, position_ids_T)
+
+
+class Attention(nn.Module):
+    """Multi-head attention within documents, over the whole document or a window of it."""
+
+    def __init__(self, config: ModernBertConfig, layer: int):
+        super().__init__()
+        self.shape = (3, config.num_attention_heads, config.head_dim)
+        self.window = config.window(layer)
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.Wo = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        tables: RotaryTables,
+        backend: str | None,
+    ) -> Tensor:
+        qkv_T3HD = self.Wqkv(hidden_TD).unflatten(-1, self.shape)
+        qkv_T3HD = tables(qkv_T3HD, position_ids_T)
+        attend = BACKENDS[backend or choose_attention(qkv_T3HD.device, qkv_T3HD.dtype)]
+        return self.Wo(attend(qkv_T3HD, cu_seqlens, max_seqlen, self.window).flatten(1))
+
+
+class GeGlu(nn.Module):
+    """Wo(gelu(a) · b) with a, b the two halves of Wi(x); gelu with the exact error function."""
+
+    def __init__(self, config: ModernBertConfig):
+        super().__init__()
+        self.Wi = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.Wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        activated, gate = self.Wi(hidden_TD).chunk(2, dim=-1)
+        return self.Wo(F.gelu(activated) * gate)
+
+
+def _norm(config: ModernBertConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The first layer has no norm before its attention: the embedding has just been normalised.
+    """
+
+    def __init__(self, config: ModernBertConfig, layer: int):
+        super().__init__()
+        self.attn_norm = nn.Identity() if layer == 0 else _norm(config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = _norm(config)
+        self.mlp = GeGlu(config)
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        tables: RotaryTables,
+        backend: str | None,
+    ) -> Tensor:
+        hidden_TD = hidden_TD + self.attn(
+            self.attn_norm(hidden_TD), position_ids_T, cu_seqlens, max_seqlen, tables, backend
+        )
+        return hidden_TD + self.mlp(self.mlp_norm(hidden_TD))
+
+
+class Embeddings(nn.Module):
+    """Token embeddings, normalised; [PAD]'s row gets no gradient from being looked up."""
+
+    def __init__(self, config: ModernBertConfig):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.norm = _norm(config)
+
+    def forward(self, input_ids_T: Tensor) -> Tensor:
+        return self.norm(self.tok_embeddings(input_ids_T))
+
+
+class Encoder(nn.Module):
+    """Embeddings, layers and the last norm."""
+
+    def __init__(self, config: ModernBertConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.final_norm = _norm(config)
+        sizes = (config.max_position_embeddings, config.head_dim)
+        self.global_rotary = RotaryTables(*sizes, config.global_rope_theta)
+        self.local_rotary = RotaryTables(*sizes, config.local_rope_theta)
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        backend: str | None,
+    ) -> Tensor:
+        hidden_TD = self.embeddings(input_ids_T)
+        for i, layer in enumerate(self.layers):
+            tables = self.global_rotary if self.config.is_global(i) else self.local_rotary
+            hidden_TD = layer(hidden_TD, position_ids_T, cu_seqlens, max_seqlen, tables, backend)
+        return self.final_norm(hidden_TD)
+
+
+class Head(nn.Module):
+    """norm(gelu(dense(x))), what the decoder reads."""
+
+    def __init__(self, config: ModernBertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.norm = _norm(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.dense(hidden)))
+
+
+class Decoder(nn.Linear):
+    """Logits over the vocabulary or, given labels, the cross-entropy without holding them all.
+
+    The loss is computed in here so that the weight is used within this module's call alone:
+    ZeRO-3 gathers a module's parameters for just that long.
+    """
+
+    def forward(self, hidden: Tensor, labels_M: Tensor | None = None) -> Tensor:
+        if labels_M is None:
+            return super().forward(hidden)
+        return masked_cross_entropy(hidden, self.weight, self.bias, labels_M)
+
+
+class ModernBertForMaskedLM(nn.Module):
+    """ModernBERT with its masked-language-model head, on packed tokens.
+
+    A batch is T tokens of documents laid end to end: `input_ids_T` int64, `position_ids_T` (int32
+    or int64, starting at 0 in every document), `cu_seqlens` (N + 1,) int32 with first entry 0 and
+    last T (empty documents are fine, padding is a document of its own) and `max_seqlen`, which no
+    document exceeds.
+
+    generator: draws the starting weights (see `model.initialization`); the same seed gives the
+    same model in every process. None draws from torch's global generator.
+    `attention_backend` may be set to a name of `model.attention.BACKENDS`; None, the default,
+    means `choose_attention`'s choice for the device and dtype at hand.
+    """
+
+    def __init__(self, config: ModernBertConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.attention_backend: str | None = None
+        self.model = Encoder(config)
+        self.head = Head(config)
+        self.decoder = Decoder(config.hidden_size, config.vocab_size)
+        self.decoder.weight = self.model.embeddings.tok_embeddings.weight
+        initialize(self, config, generator)
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        masked_indices_M: Tensor,
+        labels_M: Tensor,
+    ) -> Tensor:
+        """The SUM, an fp32 scalar, of the cross-entropy over the labels that are not −100.
+
+        masked_indices_M: int64 places in 0 … T − 1 to predict; labels_M: int64 ids of what was
+        there, −100 for entries that only fill the list up. M may be 0 and every label ignored:
+        then the loss is 0 and so are the gradients. Callers divide by the number of labels of the
+        whole step.
+        """
+        hidden_TD = self.encode(input_ids_T, position_ids_T, cu_seqlens, max_seqlen)
+        hidden_MD = self.head(hidden_TD.index_select(0, masked_indices_M))
+        return self.decoder(hidden_MD, labels_M)
+
+    def encode(
+        self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        """Hidden states (T, D) after the last norm."""
+        return self.model(
+            input_ids_T, position_ids_T, cu_seqlens, max_seqlen, self.attention_backend
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, D) hidden states to (…, V) logits."""
+        return self.decoder(self.head(hidden))
+
+    def masked_logits(
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        masked_indices_M: Tensor,
+    ) -> Tensor:
+        """Logits (M, V) at the given places."""
+        hidden_TD = self.encode(input_ids_T, position_ids_T, cu_seqlens, max_seqlen)
+        return self.logits(hidden_TD.index_select(0, masked_indices_M))
+
+    def forward_padded(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, capacity: int | None = None
+    ) -> Tensor:
+        """Logits (B, S, V) of a padded batch, computed without its padding; zeros at padding.
+
+        Each row's real tokens must be contiguous. capacity: see `kernels.unpad.unpad`; without it
+        the number of tokens is read back from a GPU.
+        """
+        on_gpu = input_ids_BS.is_cuda
+        columns = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
+        packing, (input_ids_T, position_ids_T) = (unpad if on_gpu else unpad_reference)(
+            attention_mask_BS, [input_ids_BS, columns.expand_as(input_ids_BS)], capacity
+        )
+        hidden_TD = self.encode(input_ids_T, position_ids_T, packing.cu_seqlens, packing.max_seqlen)
+        (logits_BSV,) = (pad if on_gpu else pad_reference)(packing, [self.logits(hidden_TD)])
+        return logits_BSV
