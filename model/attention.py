@@ -17,7 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
+
+# Queries that the reference treats together in a long document's window.
+_TILE = 64
 
 Attention = Callable[[Tensor, Tensor, int, int | None], Tensor]
 
@@ -25,23 +29,82 @@ Attention = Callable[[Tensor, Tensor, int, int | None], Tensor]
 def reference_attention(
     qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
 ) -> Tensor:
-    """Plain PyTorch, any floating dtype, any device: the truth in tests, and what a CPU uses."""
-    if int(cu_seqlens[-1]) != qkv_T3HD.shape[0]:
+    """Plain PyTorch, any floating dtype, any device: the truth in tests, and what a CPU uses.
+
+    Documents of one length are computed together and no document is padded, so what a document
+    gets depends on its own tokens alone, to the last bit, wherever in the row it lies.
+    Reads `cu_seqlens` on the host. Raises ValueError where it does not end at T.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    if sum(lengths) != qkv_T3HD.shape[0]:
         raise ValueError(
-            f"cu_seqlens ends at {int(cu_seqlens[-1])} but there are {qkv_T3HD.shape[0]} tokens: "
+            f"cu_seqlens spans {sum(lengths)} tokens but there are {qkv_T3HD.shape[0]}: "
             "tokens outside every document have no result; give padding a document of its own"
         )
-    outputs = []
-    for document in qkv_T3HD.split(cu_seqlens.diff().tolist()):
-        q_HLD, k_HLD, v_HLD = document.permute(1, 2, 0, 3).unbind(0)
-        length = document.shape[0]
-        mask = None
-        if window is not None and length > window + 1:
-            place = torch.arange(length, device=qkv_T3HD.device)
-            mask = (place[:, None] - place[None, :]).abs() <= window
-        out = F.scaled_dot_product_attention(q_HLD[None], k_HLD[None], v_HLD[None], mask)
-        outputs.append(out[0].transpose(0, 1))
+    pieces = qkv_T3HD.split(lengths)
+    alike: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths):
+        alike.setdefault(length, []).append(document)
+    outputs = [piece[:, 2] for piece in pieces]  # stays so for empty documents only
+    for length, documents in alike.items():
+        if length > 0:
+            qkv_NL3HD = torch.stack([pieces[document] for document in documents])
+            out_NLHD = _attend(qkv_NL3HD, window)
+            for document, out_LHD in zip(documents, out_NLHD.unbind(), strict=True):
+                outputs[document] = out_LHD
     return torch.cat(outputs)
+
+
+def _attend(qkv_NL3HD: Tensor, window: int | None) -> Tensor:
+    """Attention within each of N documents of length L: (N, L, 3, H, D) to (N, L, H, D)."""
+    length = qkv_NL3HD.shape[1]
+    if window is not None and length > 2 * (_TILE + 2 * window):
+        return _attend_in_tiles(qkv_NL3HD, window)
+    q_NHLD, k_NHLD, v_NHLD = qkv_NL3HD.permute(2, 0, 3, 1, 4).unbind()
+    mask_LL = None
+    if window is not None and length > window + 1:
+        mask_LL = _band(length, window, qkv_NL3HD.dtype, qkv_NL3HD.device)
+    return _softmax_attention(q_NHLD, k_NHLD, v_NHLD, mask_LL).transpose(1, 2)
+
+
+def _attend_in_tiles(qkv_NL3HD: Tensor, window: int) -> Tensor:
+    """The same over a window, for long documents: tiles of queries against the keys they can see.
+
+    Work and memory grow with L · (tile + 2 · window) instead of L².
+    """
+    documents, length, _, heads, width = qkv_NL3HD.shape
+    tiles = -(-length // _TILE)
+    behind = tiles * _TILE - length
+    q_NLHD, kv_NL2HD = qkv_NL3HD[:, :, 0], qkv_NL3HD[:, :, 1:]
+    q = F.pad(q_NLHD, (0, 0, 0, 0, 0, behind)).view(documents * tiles, _TILE, heads, width)
+    kv = F.pad(kv_NL2HD, (0, 0, 0, 0, 0, 0, window, window + behind))
+    kv = kv.unfold(1, _TILE + 2 * window, _TILE).flatten(0, 1).permute(1, 0, 2, 4, 3)
+    place = torch.arange(-window, tiles * _TILE + window, device=q.device)
+    key = place.unfold(0, _TILE + 2 * window, _TILE)[:, None, :]
+    query = place[window : window + tiles * _TILE].view(tiles, _TILE, 1)
+    seen = ((query - key).abs() <= window) & (key >= 0) & (key < length)
+    # Queries behind the document's end are thrown away; they see everything, so that no row of the
+    # softmax is empty and no NaN comes back through the gradient.
+    mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+    mask.masked_fill_(~(seen | (query >= length)), float("-inf"))
+    out = _softmax_attention(q.transpose(1, 2), kv[0], kv[1], mask.repeat(documents, 1, 1)[:, None])
+    return out.transpose(1, 2).reshape(documents, -1, heads, width)[:, :length]
+
+
+def _band(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(length, length): 0 where two places are at most `window` apart, −inf elsewhere."""
+    place = torch.arange(length, device=device)
+    apart = (place[:, None] - place[None, :]).abs() > window
+    return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill_(apart, float("-inf"))
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    # The fused kernels of a GPU round differently, and cuDNN's has given NaN with a mask
+    # (pytorch issue 196678).
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def varlen_attention(
@@ -50,9 +113,10 @@ def varlen_attention(
     """torch's `varlen_attn` (CUDA, bf16 or fp16)."""
     q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
     size = (-1, -1) if window is None else (window, window)
-    out_THD: Tensor = varlen_attn(
+    out_THD = varlen_attn(
         q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=size
     )
+    assert isinstance(out_THD, Tensor)  # a tuple only where the log-sum-exp is asked for
     return out_THD
 
 

@@ -46,14 +46,15 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], weight, bias).to(wide)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            live = labels[rows, None] != IGNORED
+            live = (labels[rows, None] != IGNORED).to(wide)
             target = labels[rows, None].clamp(min=0)
-            loss += torch.where(live, log_z - logits.gather(-1, target), 0).sum()
+            at_target = logits.gather(-1, target)
+            top = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            loss += (live * (total.log() + top - at_target)).sum()
             if with_gradients:
-                slope = (logits - log_z).exp_()
-                slope.scatter_add_(-1, target, slope.new_full((), -1.0).expand_as(target))
-                slope = torch.where(live, slope, 0)
+                slope = weights.mul_(live / total).scatter_add_(-1, target, -live)
                 grad_bias += slope.sum(0)
                 slope = slope.to(weight.dtype)
                 grad_hidden[rows] = slope @ weight
