@@ -116,6 +116,7 @@ class LoadedStep:
 
     plan: StepPlan
     counts: StepCounts
+    micro_steps: int
     micro_batches: Iterator[PackedBatch]
 
 
@@ -139,7 +140,7 @@ class Loader:
         for item in self._ahead:
             assert isinstance(item, tuple)
             plan, counts, micro_steps = item
-            yield LoadedStep(plan, counts, self._take(micro_steps))
+            yield LoadedStep(plan, counts, micro_steps, self._take(micro_steps))
 
     def __enter__(self) -> "Loader":
         self._ahead.start()

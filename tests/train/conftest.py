@@ -1,0 +1,219 @@
+"""Small data sets of learnable structure, and launches of real runs on them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from common.files import write_json
+from data_prep.shard_writer import shard_name, write_shard
+from data_prep.shards import Row, row_key
+
+ROOT = Path(__file__).parent.parent.parent
+CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
+UNUSED = 9
+"""an ordinary-looking id that the tokenizer excludes from random replacement"""
+REAL_VOCABULARY, VOCABULARY = 61, 64
+TOKENIZER = {
+    "sha256": "0" * 64,
+    "vocab_size": VOCABULARY,
+    "real_vocab_size": REAL_VOCABULARY,
+    "special_ids": {"cls": CLS, "sep": SEP, "pad": PAD, "mask": MASK, "unk": UNK},
+    "excluded_ids": [CLS, SEP, PAD, MASK, UNK, UNUSED],
+}
+
+
+def make_document(random: np.random.Generator, length: int) -> list[int]:
+    """[CLS], an arithmetic progression modulo 50 from 10 on, [SEP]: a neighbour tells the next."""
+    start, stride = random.integers(50), random.integers(1, 4)
+    return [CLS, *(10 + (start + stride * np.arange(length - 2)) % 50), SEP]
+
+
+def make_row(
+    random: np.random.Generator, key: str, source: str, row_tokens: int, max_length: int
+) -> Row:
+    """A row of documents of random lengths, rarely full."""
+    ids: list[int] = []
+    bounds = [0]
+    fill = row_tokens - int(random.integers(max_length))
+    while (room := fill - len(ids)) >= 5:
+        ids += make_document(random, int(random.integers(5, min(room, max_length) + 1)))
+        bounds.append(len(ids))
+    documents = [f"{source}-{key[-4:]}-{number}" for number in range(len(bounds) - 1)]
+    if len(ids) < row_tokens:
+        ids += [PAD] * (row_tokens - len(ids))
+        bounds.append(row_tokens)
+    return Row(np.array(ids, np.uint16), np.array(bounds, np.int32), documents, source, key)
+
+
+def make_data(
+    folder: Path,
+    rows: dict[str, dict[str, int]],
+    row_tokens: int = 64,
+    max_length: int = 32,
+    seed: int = 0,
+) -> Path:
+    """Write a data set of `rows` (split -> source -> rows) and a tokenizer beside it."""
+    out = folder / f"rows-{max_length}"
+    out.mkdir(parents=True)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    random = np.random.default_rng(seed)
+    splits: dict[str, Any] = {}
+    for split, sources in rows.items():
+        entries = {}
+        for source, number in sources.items():
+            made = [
+                make_row(random, row_key(source, split, row), source, row_tokens, max_length)
+                for row in range(number)
+            ]
+            half = (number + 1) // 2
+            shards = [
+                write_shard(out / shard_name(source, split, at), part).to_dict()
+                for at, part in enumerate((made[:half], made[half:]))
+                if part
+            ]
+            tokens = sum(shard["tokens"] for shard in shards)
+            documents = sum(shard["documents"] for shard in shards)
+            entries[source] = {
+                "rows": number,
+                "tokens": tokens,
+                "documents": documents,
+                "fill": tokens / (number * row_tokens),
+                "shards": shards,
+            }
+        splits[split] = {"unigram_entropy": float(np.log(50)), "sources": entries}
+    manifest = {
+        "format": 1,
+        "row_tokens": row_tokens,
+        "max_length": max_length,
+        "max_documents": 16,
+        "tokenizer": TOKENIZER,
+        "splits": splits,
+    }
+    write_json(out / "manifest.json", manifest)
+    return out
+
+
+ROWS = {"train": {"notes": 40, "papers": 90}, "validation": {"notes": 3, "papers": 6}}
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of two sources, rows of 64 tokens, documents of at most 32."""
+    return make_data(tmp_path_factory.mktemp("data"), ROWS)
+
+
+@pytest.fixture(scope="session")
+def data_maker() -> Callable[..., Path]:
+    """`make_data`, for tests that need another data set."""
+    return make_data
+
+
+def run_config(data: Path, run_dir: Path) -> dict[str, Any]:
+    """A `train:` section for a tiny run: 12 steps of 8 rows."""
+    return {
+        "run_dir": str(run_dir),
+        "zero_stage": 1,
+        "data": {"dir": str(data)},
+        "model": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
+        "batch": {"rows": 8, "micro_rows": 2},
+        "optimizer": {"lr": 5e-3},
+        "schedule": {"total_tokens": 12 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 2048},
+        "validation": {"every_steps": 6, "rows": 5},
+        "checkpoint": {"every_steps": 4},
+        "log": {"every_steps": 1},
+    }
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Launcher:
+    """Writes configurations and starts `train/main.py` or another script, as a user would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, name: str, data: Path, **changes: Any) -> Path:
+        """A configuration file of a run in `folder/name`; `changes` replace whole sections."""
+        values = run_config(data, self.folder / name) | changes
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"train": values}))
+        return path
+
+    def command(self, ranks: int, script: Path, *words: str) -> list[str]:
+        """What starts `script` with so many processes on CPU."""
+        if ranks == 1:
+            return [sys.executable, str(script), *words]
+        launcher = Path(sys.executable).parent / "deepspeed"
+        ports = ["--master_port", str(free_port())]
+        return [str(launcher), "--num_accelerators", str(ranks), *ports, str(script), *words]
+
+    def start(self, ranks: int, *words: str, script: Path | None = None) -> subprocess.Popen[str]:
+        """Start it; stdout and stderr are pipes, and the process leads a group of its own."""
+        environment = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+        return subprocess.Popen(
+            self.command(ranks, script or ROOT / "train" / "main.py", *words),
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, ranks: int, *words: str, script: Path | None = None) -> Finished:
+        """Start it and wait for its end."""
+        with self.start(ranks, *words, script=script) as process:
+            out, err = process.communicate(timeout=300)
+        return Finished(process.returncode, out, err)
+
+    def train(self, ranks: int, config: Path, *overrides: str) -> list[dict[str, Any]]:
+        """Run a training to its end; the records of its metrics.jsonl."""
+        finished = self.run(ranks, "--config", str(config), *overrides)
+        assert finished.code == 0, finished.out + finished.err
+        return read_metrics(self.folder / config.stem)
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    """Starts runs whose folders lie in the test's own."""
+    return Launcher(tmp_path)
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(records: Sequence[dict[str, Any]]) -> list[float]:
+    """The training losses of a run, in order."""
+    return [record["loss"] for record in records if record["kind"] == "train"]

@@ -1,0 +1,253 @@
+"""Checkpoints: folders that exist whole or not at all, and the choice of one to continue from.
+
+    RUN/checkpoints/step_00000100/
+        deepspeed/state/…   what DeepSpeed saves of weights and optimizer
+        tokenizer/          the data set's
+        manifest.json       counters, model, configuration, and the sha256 of every other file
+
+A checkpoint is filled under a temporary name by all ranks, flushed to disk, and renamed by rank 0.
+There is no generator's state in it: all randomness of a run comes from its counters.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from common.config import config_to_dict
+from common.files import file_hash, sync_file, sync_folder, write_json
+from train.engine import Engine
+from train.ranks import Ranks, from_first, gather
+from train.resolve import Run
+from train.schedule import Progress
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TAG = "state"
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be taken up; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is at hand to continue from: the checkpoint to take, and the newer ones passed over."""
+
+    path: Path | None
+    skipped: list[str]
+
+
+def folder_of(run_dir: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run_dir / "checkpoints"
+
+
+def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
+    """Save a checkpoint; every rank calls this after the same step.
+
+    The newest `checkpoint.keep` stay. Returns the checkpoint's folder.
+    """
+    folder = folder_of(run.config.run_dir)
+    final = folder / f"step_{progress.step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    if ranks.is_first:
+        _remove_leftovers(folder)
+        temporary.mkdir(parents=True, mode=0o700)
+    # Nobody may write into the folder before it is there.
+    dist.barrier()
+    engine.save_checkpoint(str(temporary / "deepspeed"), tag=TAG, save_latest=False)
+    # The call above ended with a barrier, so every rank's files are complete here. Hashing and
+    # flushing them is shared out, each rank's own to itself, whose machine may still hold them.
+    mine = [path for path in _files(temporary) if _owner(path, ranks.size) == ranks.rank]
+    hashes: dict[str, str] = {}
+    for part in gather({_relative(path, temporary): _flush(path) for path in mine}):
+        hashes |= part
+    if ranks.is_first:
+        _complete(temporary, run, progress, hashes)
+        if final.exists():
+            _remove(final)
+        temporary.rename(final)
+        sync_folder(folder)
+        for old in checkpoints(folder)[run.config.checkpoint.keep :]:
+            _remove(old)
+    # A rank that went on and ended the run would end rank 0 too, before the rename.
+    dist.barrier()
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return sorted(folder.glob("step_????????"), reverse=True)
+
+
+def find(run: Run, ranks: Ranks) -> Found:
+    """The newest checkpoint that verifies, as rank 0 sees it; every rank calls this.
+
+    Raises CheckpointError if there are checkpoints and none verifies, if the configuration asks for
+    a fresh start where there are some, or if the checkpoint is of another run.
+    """
+    # Ranks that judged for themselves could take up different checkpoints.
+    result: Found | CheckpointError | None = None
+    if ranks.is_first:
+        try:
+            result = _find(run)
+        except CheckpointError as error:
+            result = error
+    result = from_first(result)
+    if isinstance(result, CheckpointError):
+        raise result
+    assert result is not None
+    return result
+
+
+def load(engine: Engine, path: Path) -> Progress:
+    """Give `engine` the weights and optimizer of a checkpoint; returns the counters."""
+    loaded, _ = engine.load_checkpoint(str(path / "deepspeed"), tag=TAG)
+    if loaded is None:
+        raise CheckpointError(f"{path} cannot be loaded by DeepSpeed; move it away to go on")
+    manifest = _read_manifest(path)
+    return Progress(**{name: manifest[name] for name in asdict(Progress())})
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there and have their hashes.
+
+    Raises CheckpointError naming the first file that is missing or damaged.
+    """
+    manifest = _read_manifest(path)
+    for name, expected in manifest["files"].items():
+        try:
+            found = file_hash(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name} cannot be read ({error.strerror})") from None
+        if found != expected:
+            raise CheckpointError(f"{path / name} is damaged: its sha256 is not the manifest's")
+    return manifest
+
+
+def _find(run: Run) -> Found:
+    folder = folder_of(run.config.run_dir)
+    paths = checkpoints(folder)
+    if paths and run.config.resume == "never":
+        raise CheckpointError(
+            f"{folder} holds checkpoints and resume is never; choose another run_dir, or "
+            "resume=auto to continue that run"
+        )
+    skipped = []
+    for path in paths:
+        try:
+            manifest = verify(path)
+        except CheckpointError as error:
+            skipped.append(str(error))
+            continue
+        _check_same_run(path, manifest, run)
+        return Found(path, skipped)
+    if paths:
+        raise CheckpointError(
+            f"none of the checkpoints in {folder} verifies: {'; '.join(skipped)}. Move the folder "
+            "away to start the run anew"
+        )
+    return Found(None, [])
+
+
+def _check_same_run(path: Path, manifest: dict[str, Any], run: Run) -> None:
+    for key, value in _identity(run).items():
+        if manifest.get(key) != value:
+            raise CheckpointError(
+                f"{path} is of another run: its {key} is {manifest.get(key)}, this run's is "
+                f"{value}; choose another run_dir, or set back what was changed"
+            )
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must not change for a run to go on as if it had never stopped."""
+    return {
+        "data_manifest_sha256": run.data.manifest_sha256,
+        "row_order": {"seed": run.config.seed, "quotas": run.order.quotas},
+        "model": asdict(run.model_config),
+        "world_size": run.ranks,
+        "zero_stage": run.config.zero_stage,
+        "dtype": run.precision,
+    }
+
+
+def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, str]) -> None:
+    """Add the tokenizer and, last, the manifest; all of it on disk when this returns."""
+    shutil.copytree(tokenizer_of(run), temporary / "tokenizer")
+    for path in _files(temporary / "tokenizer"):
+        hashes[_relative(path, temporary)] = _flush(path)
+    missing = {_relative(path, temporary) for path in _files(temporary)} ^ set(hashes)
+    if missing:
+        raise CheckpointError(f"{temporary}: the ranks disagree about the file {min(missing)}")
+    manifest = {
+        "format": FORMAT_VERSION,
+        **asdict(progress),
+        **_identity(run),
+        "config": config_to_dict(run.config),
+        "files": hashes,
+    }
+    write_json(temporary / MANIFEST_NAME, manifest)
+    for path in (*temporary.rglob("*"), temporary):
+        if path.is_dir():
+            sync_folder(path)
+
+
+def tokenizer_of(run: Run) -> Path:
+    """The tokenizer's folder, which lies beside the data set's."""
+    return run.data.folder.resolve().parent / "tokenizer"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST_NAME}: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path / MANIFEST_NAME} is damaged: it is no JSON") from None
+    if manifest.get("format") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path / MANIFEST_NAME} has the format {manifest.get('format')}, this program reads "
+            f"{FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def _owner(path: Path, ranks: int) -> int:
+    """The rank that wrote a file of DeepSpeed's: it names its files after itself, or rank 0 did."""
+    for rank in range(ranks):
+        if f"zero_pp_rank_{rank}_" in path.name:
+            return rank
+    return 0
+
+
+def _flush(path: Path) -> str:
+    """The hash of a file that is on disk."""
+    sync_file(path)
+    return file_hash(path)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that it is never seen half deleted."""
+    hidden = path.with_name(f".{path.name}.old")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed runs left: half-written and half-deleted checkpoints."""
+    for pattern in (".step_*.tmp", ".step_*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)

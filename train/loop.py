@@ -1,0 +1,139 @@
+"""The training loop: from a resolved run to its last checkpoint.
+
+A step is a pure function of the weights and of counters, so a run that is killed and taken up again
+at its newest checkpoint goes on as if nothing had happened.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from common.config import ConfigError, config_to_yaml
+from common.counter_random import derive_key
+from common.files import whole_file, write_json
+from model.attention import choose_attention
+from model.modernbert import ModernBertForMaskedLM
+from train import checkpoint
+from train.engine import Engine, backward, start_engine, step
+from train.loader import LoadedStep, Loader, StepMaker
+from train.metrics import Interval, Metrics
+from train.ranks import Ranks
+from train.resolve import Run, parameter_count
+from train.schedule import Progress
+from train.validation import Validation
+
+
+def train(run: Run, ranks: Ranks, device: torch.device) -> None:
+    """Train `run` from its newest checkpoint, or from the start, to its end."""
+    found = checkpoint.find(run, ranks)
+    engine = start_engine(_make_model(run).to(device), run.config, run.deepspeed)
+    progress = Progress()
+    if found.path is not None:
+        progress = checkpoint.load(engine, found.path)
+    if ranks.is_first:
+        _begin(run, found, device)
+
+    config, steps = run.config, run.steps
+    maker = StepMaker(run.data, run.order, run.masker, run.shape, ranks.rank, ranks.size)
+    validate = Validation(run, ranks, device)
+    with contextlib.ExitStack() as stack:
+        metrics = None
+        if ranks.is_first:
+            metrics = stack.enter_context(Metrics(config.run_dir, progress.step, steps))
+        loader = stack.enter_context(Loader(maker, run.plans(progress), device.type == "cuda"))
+        interval = Interval(loader, device)
+        for loaded in loader:
+            plan = loaded.plan
+            saves = plan.step % config.checkpoint.every_steps == 0 or plan.step == steps
+            # An interval of the log ends with every checkpoint, so that the lines of a run that
+            # continues from one are those of a run that never stopped.
+            logs = plan.step == 1 or plan.step % config.log.every_steps == 0 or saves
+
+            loss_sum = _accumulate(engine, loaded, ranks, device)
+            norm = step(engine, plan.lr, want_norm=logs)
+            progress = Progress(
+                step=plan.step,
+                next_row=plan.first_row + plan.rows,
+                slots=plan.slots,
+                tokens=progress.tokens + loaded.counts.tokens,
+            )
+            interval.add(loss_sum, loaded.counts)
+            if logs:
+                record = interval.close()
+                if metrics is not None:
+                    metrics.train(
+                        {
+                            "step": plan.step,
+                            "slots": progress.slots,
+                            "tokens": progress.tokens,
+                            "lr": plan.lr,
+                            "mask_rate": plan.mask_rate,
+                            "grad_norm": norm,
+                            "skipped_steps": engine.skipped_steps,
+                            **record,
+                        }
+                    )
+            if plan.step % config.validation.every_steps == 0 or plan.step == steps:
+                figures = validate(engine)
+                if metrics is not None:
+                    metrics.validation({"step": plan.step, **figures})
+            if saves:
+                path = checkpoint.save(engine, run, ranks, progress)
+                if ranks.is_first:
+                    print(f"checkpoint: {path}", flush=True)
+            if logs:
+                interval.restart()
+
+
+def _accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:
+    """Forward and backward of every micro-batch; the rank's sum of cross-entropy, on the device."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for number, host_batch in enumerate(loaded.micro_batches, start=1):
+        batch = host_batch.to(device)
+        loss = engine(
+            batch.input_ids,
+            batch.position_ids,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            batch.masked_indices,
+            batch.labels,
+        )
+        is_last = number == loaded.micro_steps
+        backward(engine, loss, ranks.size, loaded.counts.masked_tokens, is_last)
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def _make_model(run: Run) -> nn.Module:
+    """The model a run starts from: random weights, the same on every rank, or those of a folder."""
+    if run.config.init_from is not None:
+        # Only here, for it brings transformers with it, which takes seconds.
+        from model.huggingface import load_pretrained
+
+        try:
+            return load_pretrained(run.config.init_from)
+        except ValueError as error:
+            raise ConfigError(f"init_from: {error}") from None
+    seed = derive_key(run.config.seed, "weights") >> 1
+    return ModernBertForMaskedLM(run.model_config, torch.Generator().manual_seed(seed))
+
+
+def _begin(run: Run, found: checkpoint.Found, device: torch.device) -> None:
+    """Say what is about to run, and put what the report needs into the run's folder."""
+    for reason in found.skipped:
+        print(f"warning: a checkpoint is passed over: {reason}", flush=True)
+    run_dir = run.config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with whole_file(run_dir / "config.yaml") as file:
+        file.write(config_to_yaml(run.config).encode())
+    write_json(run_dir / "data_manifest.json", run.data.manifest)
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    start = f"continues from {found.path}" if found.path else "starts anew"
+    print(
+        f"{run_dir}: {parameter_count(run.model_config):,} parameters, {run.ranks} ranks on "
+        f"{device.type}, {run.precision}, ZeRO {run.config.zero_stage}, attention "
+        f"{choose_attention(device, dtype)}; {run.steps:,} steps of {run.slots_per_step:,} "
+        f"token slots; {start}",
+        flush=True,
+    )

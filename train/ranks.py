@@ -1,0 +1,124 @@
+"""The processes of a run: who this one is, on which device, and how all of them agree.
+
+The same `train/main.py` is started by `deepspeed` (or torchrun), by `srun` with MASTER_ADDR and
+MASTER_PORT exported, or plainly as a single process.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.config import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    """processes of the run"""
+    local_size: int = 1
+    """processes of the run on this machine"""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """From the variables of a launcher: RANK, WORLD_SIZE, …, else SLURM's with MASTER_ADDR.
+
+    SLURM_PROCID alone is no proof of a parallel run: the shell of a batch job has it too.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+    elif "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "")
+    else:
+        return Ranks()
+    rank, local_rank, size, *local_sizes = names
+    for needed in (rank, local_rank, size, "MASTER_ADDR", "MASTER_PORT"):
+        if needed not in environment:
+            raise ConfigError(f"the launcher set {rank} but not {needed}; export it")
+    total = int(environment[size])
+    local = next((environment[name] for name in local_sizes if name in environment), str(total))
+    return Ranks(
+        rank=int(environment[rank]),
+        local_rank=int(environment[local_rank]),
+        size=total,
+        local_size=int(local),
+    )
+
+
+def choose_device(ranks: Ranks) -> torch.device:
+    """This rank's GPU, or the CPU where there is none or DS_ACCELERATOR=cpu asks for it.
+
+    Tells DeepSpeed, which must not guess otherwise, and gives a CPU rank its share of the cores.
+    """
+    on_gpu = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
+    if on_gpu:
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"this machine has {torch.cuda.device_count()} GPUs and process "
+                f"{ranks.local_rank + 1} of the run; start at most one process a GPU"
+            )
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
+        return device
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // ranks.local_size))
+    return torch.device("cpu")
+
+
+def join(ranks: Ranks, device: torch.device) -> None:
+    """Meet the other processes: tensors on a GPU travel by NCCL, those on the host by gloo."""
+    # DeepSpeed reads these; under srun nobody else sets them.
+    os.environ.update(
+        RANK=str(ranks.rank),
+        LOCAL_RANK=str(ranks.local_rank),
+        WORLD_SIZE=str(ranks.size),
+        LOCAL_SIZE=str(ranks.local_size),
+    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if ranks.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size)
+
+
+def gather(value: T) -> list[T]:
+    """`value` of every rank, by rank, on every rank."""
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def from_first(value: T) -> T:
+    """Rank 0's `value`, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The elementwise sum over all ranks, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The elementwise maximum over all ranks, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor

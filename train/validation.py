@@ -1,0 +1,108 @@
+"""Loss and accuracy on the validation rows: the same rows under the same masks every time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.modernbert import ModernBertForMaskedLM
+from train.batch import BatchShape, PackedBatch, pack
+from train.engine import Engine
+from train.loader import RowCounts
+from train.masking import IGNORED
+from train.ranks import Ranks, sum_over_ranks
+from train.resolve import Run
+
+LOGIT_ROWS = 2_048
+"""masked positions whose logits are held at once"""
+
+
+class Validation:
+    """Runs the model over a fixed part of the validation rows, shared out over the ranks."""
+
+    def __init__(self, run: Run, ranks: Ranks, device: torch.device) -> None:
+        self._run, self._ranks, self._device = run, ranks, device
+        self._sources = sorted(run.validation_rows)
+        self._rows = [
+            (source, row) for source in self._sources for row in range(run.validation_rows[source])
+        ]
+        self._counts = RowCounts(run.data, "validation")
+        self._shape = BatchShape(
+            rows=run.shape.rows,
+            row_tokens=run.shape.row_tokens,
+            max_length=run.shape.max_length,
+            highest_rate=run.config.validation.rate,
+        )
+
+    def __call__(self, engine: Engine) -> dict[str, Any]:
+        """Loss in nats a masked token and accuracy, in all and by source; every rank calls this.
+
+        Sums run over all ranks, so the figures do not depend on how rows are shared out.
+        """
+        # Rows: loss, correct, masked tokens; a column a source. One transfer at the end.
+        sums = torch.zeros(3, len(self._sources), dtype=torch.float64, device=self._device)
+        engine.eval()
+        with torch.no_grad():
+            for batch in self._batches():
+                self._add(engine.module, batch, sums)
+        engine.train()
+        by_source = dict(zip(self._sources, sum_over_ranks(sums).T.tolist(), strict=True))
+        total = [sum(column) for column in zip(*by_source.values(), strict=True)]
+        return {
+            **_figures(total),
+            "by_source": {name: _figures(figures) for name, figures in by_source.items()},
+        }
+
+    def _batches(self) -> Iterator[PackedBatch]:
+        """This rank's batches, as many as every other rank's: ZeRO-3 gathers weights in step."""
+        size, at_once = self._shape.rows, self._ranks.size * self._shape.rows
+        for first in range(0, len(self._rows), at_once):
+            mine = first + self._ranks.rank * size
+            yield self._batch(range(mine, mine + size))
+
+    def _batch(self, numbers: range) -> PackedBatch:
+        rows, masks = [], []
+        for number in numbers:
+            # Past the end the last row stands in, with nothing masked, so that it does not count.
+            source, at = self._rows[min(number, len(self._rows) - 1)]
+            row = self._run.data.read("validation", source, at)
+            maskable = self._counts.maskable(source, at) if number < len(self._rows) else 0
+            rows.append(row)
+            masks.append(
+                self._run.masker.mask(
+                    row.input_ids,
+                    maskable,
+                    self._run.config.validation.rate,
+                    "validation",
+                    source,
+                    at,
+                )
+            )
+        return pack(rows, masks, self._shape)
+
+    def _add(self, model: ModernBertForMaskedLM, host_batch: PackedBatch, sums: Tensor) -> None:
+        """Add a batch's figures to `sums`, (3, sources), without a wait for the device."""
+        batch = host_batch.to(self._device)
+        columns = torch.tensor(
+            [self._sources.index(source) for source in batch.sources], device=self._device
+        )
+        hidden_TD = model.encode(
+            batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+        )
+        for indices_M, labels_M in zip(
+            batch.masked_indices.split(LOGIT_ROWS), batch.labels.split(LOGIT_ROWS), strict=True
+        ):
+            logits_MV = model.logits(hidden_TD.index_select(0, indices_M)).float()
+            loss_M = F.cross_entropy(logits_MV, labels_M, ignore_index=IGNORED, reduction="none")
+            correct_M = logits_MV.argmax(-1) == labels_M
+            figures = torch.stack([loss_M, correct_M, labels_M != IGNORED]).to(sums.dtype)
+            sums.index_add_(1, columns[indices_M // self._shape.row_tokens], figures)
+
+
+def _figures(sums: list[float]) -> dict[str, float]:
+    loss, correct, masked = sums
+    # A source of a few rows may have nothing to mask in them.
+    count = max(masked, 1.0)
+    return {"loss": loss / count, "accuracy": correct / count, "masked_tokens": int(masked)}
