@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -199,9 +198,11 @@ def _read_period(values: Mapping[str, Any], layers: int) -> int:
 
 def _read_theta(values: Mapping[str, Any], kind: str, old_key: str, default: float) -> float:
     """The rotary base of one kind of layer, from `rope_parameters` or the key of 4.x."""
-    for key in ("rope_scaling",):
-        if values.get(key) is not None:
-            raise ValueError(f"{key} is {values[key]!r}; scaled rotary positions are not read")
+    if values.get("rope_scaling") is not None:
+        raise ValueError(
+            f"rope_scaling is {values['rope_scaling']!r}; scaled rotary positions are not "
+            "implemented"
+        )
     parameters = (values.get("rope_parameters") or {}).get(kind) or {}
     if parameters.get("rope_type", "default") != "default":
         raise ValueError(
@@ -212,8 +213,3 @@ def _read_theta(values: Mapping[str, Any], kind: str, old_key: str, default: flo
     if theta <= 0:
         raise ValueError(f"{old_key} is {theta}; write the base itself, not a sentinel")
     return float(theta)
-
-
-def as_dict(config: ModernBertConfig) -> dict[str, Any]:
-    """The fields by name; `ModernBertConfig(**as_dict(config)) == config`."""
-    return dataclasses.asdict(config)
