@@ -1,14 +1,50 @@
-"""The tokenizer: SentencePiece BPE trained here, or an existing Hugging Face one, used alike."""
+"""The tokenizer: SentencePiece BPE trained here, or an existing Hugging Face one, used alike.
 
-from collections.abc import Iterable, Mapping, Sequence
+A tokenizer is a Hugging Face folder. One trained here also holds `sentencepiece.model`, which gives
+the same ids as the fast tokenizer beside it and decodes them to the same text
+(`tokenizer_export.py` says why). Its vocabulary is, in this order: [PAD] [UNK] [CLS] [SEP] [MASK],
+the 256 bytes, the learned pieces best first, the characters. `vocab_size` is a multiple of 64 and
+all of it is real, so nothing has to be padded.
+
+Digits stand alone; a word carries the space before it; spaces and newlines form runs of their own.
+"""
+
+import copy
+import hashlib
+import heapq
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
+from sentencepiece import sentencepiece_model_pb2
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.document import Document
+from common.counter_random import derive_key
+from common.files import whole_folder, write_json
+from data_prep.document import Document, InputError
+from data_prep.tokenizer_export import ESCAPES, SPECIAL_TOKENS, fast_tokenizer
+
+SENTENCEPIECE_FILE = "sentencepiece.model"
+MODEL_MAX_LENGTH = 8192
+_VOCAB_MULTIPLE = 64
+# "electroencephalography" and a line of dashes are one piece each.
+_MAX_PIECE_CHARACTERS = 32
+# The rest, rarely seen, is spelled in bytes.
+_CHARACTER_COVERAGE = 0.9999
+# SentencePiece drops a training line of more than 4,192 bytes without an error; a character has at
+# most four. Cutting where a run of spaces begins changes nothing: it cuts into words there itself.
+_LINE = re.compile(r"(?s).{1,1000}(?:\Z|(?<! )(?= ))|.{1,1000}")
+# Characters that SentencePiece's trainer keeps for itself (unknown, word boundary) or cannot hold.
+# It drops a line with one, so they are taken out, of what it trains on only.
+_RESERVED = re.compile("[\u2585\t\0]")
+_UNUSED = re.compile(r"[\[<]\|?unused[ _-]?\d+\|?[\]>]", re.IGNORECASE)
 
 
 def train_tokenizer(
@@ -23,12 +59,32 @@ def train_tokenizer(
     """Train a tokenizer on a sample of `documents` and write its Hugging Face folder to `out`.
 
     vocab_size: a multiple of 64, special tokens and the 256 bytes included.
-    sample_bytes: bytes of UTF-8 text to train on; memory is bounded by it, however many documents
-        there are. Which documents are used depends on (seed, their ids) alone, not on their order.
-    shares: source -> its part of `sample_bytes`; without it, one pool of all sources.
-    Raises InputError for no text, or a vocabulary that the sample does not support.
+    sample_bytes: bytes of UTF-8 text to train on; memory is bounded by it (some twelve times as
+        much), however many documents there are. Which documents are used depends on (seed, their
+        ids) alone, not on their order.
+    shares: source -> its part of `sample_bytes`; other sources are left out. Without it, all
+        sources are one pool and have the shares that they have in the documents.
+
+    The same documents, in any order, give the same bytes in every file. Raises InputError for no
+    text, or a vocabulary that the sample does not support.
     """
-    raise NotImplementedError
+    if vocab_size <= 0 or vocab_size % _VOCAB_MULTIPLE:
+        raise InputError(
+            f"{out}: vocab_size is {vocab_size}, which is not a multiple of {_VOCAB_MULTIPLE}; "
+            f"set it to {max(1, -(-vocab_size // _VOCAB_MULTIPLE)) * _VOCAB_MULTIPLE}"
+        )
+    texts = _sample(documents, sample_bytes, shares or {}, seed, out)
+    model = _train_sentencepiece(texts, vocab_size, out)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(model),
+        model_max_length=MODEL_MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
+    )
+    with whole_folder(out) as folder:
+        _write_folder(tokenizer, folder)
+        (folder / SENTENCEPIECE_FILE).write_bytes(model)
 
 
 def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerFast:
@@ -37,26 +93,87 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerFast:
     Raises InputError when there is none, it is not a fast one, or lacks one of the tokens cls, sep,
     pad, mask, unk.
     """
-    raise NotImplementedError
+    folder = Path(folder_or_name)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{folder} is not a fast tokenizer's folder: it has no tokenizer.json; give the folder "
+            "that save_pretrained of a fast tokenizer wrote"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False)
+    except Exception as error:  # The tokenizers library raises bare Exceptions for a damaged file.
+        problem = (
+            "holds no tokenizer that loads"
+            if folder.is_dir()
+            else "is no folder, and the Hugging Face hub gave no tokenizer of that name"
+        )
+        raise InputError(
+            f"{folder_or_name} {problem}; give the folder of a fast tokenizer (tokenizer.json and "
+            f"tokenizer_config.json), or a hub name on a machine with network: {error}"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"{folder_or_name} is a {type(tokenizer).__name__}, not a fast tokenizer; convert "
+            "it to one with a tokenizer.json"
+        )
+    missing = [name for name in SPECIAL_TOKENS if getattr(tokenizer, f"{name}_token_id") is None]
+    if missing:
+        raise InputError(
+            f"{folder_or_name} has no {', '.join(f'{name}_token' for name in sorted(missing))}; "
+            "name them in its tokenizer_config.json, or use a tokenizer made for masked models"
+        )
+    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[NDArray[Any]]:
-    """The token ids of each text, without [CLS] and [SEP], never cut; uint16 or uint32.
+    """The token ids of each text, without [CLS] and [SEP], never cut.
 
-    A literal `[MASK]` in a text is text here: no special id is ever returned for it.
+    Each is (tokens,) uint16 where the vocabulary has at most 65,536 ids, else uint32. A literal
+    `[MASK]` in a text is text here: no special id is ever returned for it (called directly, the
+    tokenizer does match it, which filling a mask needs). Other added tokens are matched as always.
+    Uses the tokenizers library's threads; not for two threads and one `tokenizer`.
     """
-    raise NotImplementedError
+    dtype = np.uint16 if _real_vocab_size(tokenizer) <= 2**16 else np.uint32
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    match_special = backend.encode_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    try:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = match_special
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
+    return [np.array(encoding.ids, dtype) for encoding in encodings]
 
 
 def describe(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """What the manifest and masking need to know of a tokenizer.
 
-    sha256: of the canonical tokenizer.json; vocab_size: padded to a multiple of 64, the model's;
-    real_vocab_size: highest id + 1; special_ids: {"cls", "sep", "pad", "mask", "unk"} -> id;
-    excluded_ids: sorted ids below `real_vocab_size` that are special, added, unused or missing.
-    Random replacement draws from [0, real_vocab_size) without excluded_ids.
+    sha256: of the canonical tokenizer.json (sorted keys; without the padding and truncation that
+    a caller last asked for); vocab_size: the model's, a multiple of 64; real_vocab_size: highest
+    id + 1; special_ids: {"cls", "sep", "pad", "mask", "unk"} -> id; excluded_ids: the sorted ids
+    below real_vocab_size that are special, added, unused or missing. Random replacement draws from
+    [0, real_vocab_size) without excluded_ids.
     """
-    raise NotImplementedError
+    real = _real_vocab_size(tokenizer)
+    vocab = tokenizer.get_vocab()
+    ordinary = {i for token, i in vocab.items() if not _UNUSED.fullmatch(token)}
+    ordinary -= {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.update(truncation=None, padding=None)
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return {
+        "sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+        "vocab_size": -(-real // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
+        "real_vocab_size": real,
+        "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_TOKENS},
+        "excluded_ids": sorted(set(range(real)) - ordinary),
+    }
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -64,4 +181,149 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
     `describe` is the same for what `load_tokenizer(out)` returns.
     """
-    raise NotImplementedError
+    model = Path(tokenizer.name_or_path) / SENTENCEPIECE_FILE
+    with whole_folder(out) as folder:
+        _write_folder(tokenizer, folder)
+        if model.is_file():
+            shutil.copyfile(model, folder / SENTENCEPIECE_FILE)
+
+
+def _write_folder(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    plain = copy.deepcopy(tokenizer)
+    plain.backend_tokenizer.no_truncation()
+    plain.backend_tokenizer.no_padding()
+    plain.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # How this process came by the tokenizer is no property of it.
+    for key in ("is_local", "local_files_only", "backend"):
+        config.pop(key, None)
+    # transformers 5's name for the class, which version 4 does not know.
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, config)
+
+
+def _real_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _sample(
+    documents: Iterable[Document],
+    sample_bytes: int,
+    shares: Mapping[str, float],
+    seed: int,
+    out: Path,
+) -> list[str]:
+    """The texts with the smallest random keys up to `sample_bytes`, in the order of the keys."""
+    if any(share <= 0 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
+        raise InputError(f"{out}: shares must be positive and at most 1 together, not {shares}")
+    pools = {source: _Pool(int(share * sample_bytes)) for source, share in shares.items()}
+    everything = _Pool(sample_bytes)
+    for document in documents:
+        pool = pools.get(document.source) if shares else everything
+        if pool is not None and document.text:
+            pool.offer(derive_key("tokenizer sample", seed, document.id), document)
+    without = [source for source, pool in pools.items() if not pool.entries]
+    if without or not (shares or everything.entries):
+        raise InputError(
+            f"{out}: no document with text to train the tokenizer on"
+            + (f" from {', '.join(without)}" if without else "")
+            + "; see that raw_dir holds the source's files and that extraction found documents"
+        )
+    return [text for pool in (pools.values() if shares else [everything]) for text in pool.texts()]
+
+
+class _Pool:
+    """Texts of the smallest keys offered, just enough of them to fill `capacity` bytes."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.size = 0
+        # Largest key on top: (-key, id, UTF-8 text).
+        self.entries: list[tuple[int, str, bytes]] = []
+
+    def offer(self, key: int, document: Document) -> None:
+        if self.size >= self.capacity and -key < self.entries[0][0]:
+            return
+        entry = (-key, document.id, document.text.encode())
+        heapq.heappush(self.entries, entry)
+        self.size += len(entry[2])
+        while self.size - len(self.entries[0][2]) >= self.capacity:
+            self.size -= len(heapq.heappop(self.entries)[2])
+
+    def texts(self) -> Iterator[str]:
+        """In the order of the keys; the last one is cut to fit."""
+        left = self.capacity
+        for _, _, text in sorted(self.entries, key=lambda entry: (-entry[0], entry[1], entry[2])):
+            yield text[:left].decode(errors="ignore")
+            left -= len(text)
+
+
+def _train_sentencepiece(texts: list[str], vocab_size: int, out: Path) -> bytes:
+    """The serialised SentencePiece model, with the rules that undo its normalisation."""
+    # Its messages quote the text.
+    sentencepiece.set_min_log_level(3)
+    writer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=writer,
+            normalizer=_normalizer(ESCAPES, escape_whitespaces=True),
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            max_sentencepiece_length=_MAX_PIECE_CHARACTERS,
+            character_coverage=_CHARACTER_COVERAGE,
+            # Other numbers of threads give other models.
+            num_threads=1,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece=SPECIAL_TOKENS["pad"],
+            unk_piece=SPECIAL_TOKENS["unk"],
+            bos_piece=SPECIAL_TOKENS["cls"],
+            eos_piece=SPECIAL_TOKENS["sep"],
+            control_symbols=[SPECIAL_TOKENS["mask"]],
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        sizes = re.search(r"smaller than required_chars\. *\d+ vs (\d+)", str(error))
+        problem = f" and must be above {sizes[1]}" if sizes else ""
+        # The original message may quote the text too.
+        raise InputError(
+            f"{out}: SentencePiece cannot train a vocabulary of {vocab_size}: it must hold 261 "
+            f"special tokens and bytes and the characters of the text{problem}; raise vocab_size"
+        ) from None
+    proto = sentencepiece_model_pb2.ModelProto.FromString(writer.getvalue())
+    if len(proto.pieces) < vocab_size:
+        fits = len(proto.pieces) // _VOCAB_MULTIPLE * _VOCAB_MULTIPLE
+        raise InputError(
+            f"{out}: the sample of {sum(map(len, texts))} characters supports a vocabulary of only "
+            f"{len(proto.pieces)}, not {vocab_size}; set vocab_size to {fits} or less, or give "
+            "more text (more documents, or a larger sample_bytes)"
+        )
+    undo = _normalizer([(mark, plain) for plain, mark in ESCAPES], escape_whitespaces=False)
+    proto.denormalizer_spec.ParseFromString(undo.serialized_normalizer_spec())
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _normalizer(
+    rules: Iterable[tuple[str, str]], *, escape_whitespaces: bool
+) -> sentencepiece.SentencePieceNormalizer:
+    return sentencepiece.SentencePieceNormalizer(
+        norm_map=list(rules),
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        escape_whitespaces=escape_whitespaces,
+    )
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for part in _RESERVED.split(text):
+            yield from _LINE.findall(part)

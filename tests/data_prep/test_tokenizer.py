@@ -1,0 +1,545 @@
+"""The tokenizer: text survives, both forms give the same ids, training uses the text it says."""
+
+import csv
+import gzip
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lxml import etree
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data_prep.document import Document, InputError, write_documents
+from data_prep.tokenizer import (
+    SENTENCEPIECE_FILE,
+    _lines,
+    _sample,
+    describe,
+    encode,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+from data_prep.tokenizer_export import merge_rules
+
+WORDS = [
+    *("patient", "denies", "chest", "pain", "dyspnea", "fever"),
+    *("chills", "history", "of", "hypertension", "diabetes", "mellitus"),
+    *("metformin", "lisinopril", "allergies", "medications", "discharge", "follow"),
+    *("up", "left", "ventricular", "ejection"),
+]
+HARD_FRAGMENTS = [
+    *("\u2581", "\u2581\u2581", "\u0010", "\u0010_", "\u0010.", "_", ".", "\u2585", "\0", "\t\t"),
+    *("[MASK]", "[SEP]", " [CLS]", "[PAD]", "[UNK]", "<0x0A>", "<0x00>", "<unk>", "<s>", "▁[MASK]"),
+    *(" ", "  ", "     ", "\n", "\r\n", "\r", "\u00a0", "\u2009", "\ufeff", "\u200d", "\ufffd"),
+    *(
+        "é",
+        "e\u0301",
+        "ﬁ",
+        "Å",
+        "²",
+        "β-blocker",
+        "µg",
+        "😀",
+        "👩‍⚕️",
+        "漢字",
+        "\U0010ffff",
+        "\ue000",
+    ),
+    *("\U0010ffff", "\ue000", "patient", " denies", "Chest", "12.5", "----", "====", "x" * 300),
+]
+
+
+def clinical_texts(count: int, seed: int = 0) -> list[str]:
+    """Texts with the layout of notes: headings, runs of spaces, numbers, rules of dashes."""
+    draw = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        lines = [
+            f"{draw.choice(WORDS).title()}:{' ' * draw.randrange(1, 9)}"
+            + " ".join(draw.choices(WORDS, k=draw.randrange(1, 12)))
+            + f" {draw.randrange(1000)}.{draw.randrange(10)}\t[{draw.choice(WORDS)}]"
+            for _ in range(draw.randrange(2, 8))
+        ]
+        texts.append("\n".join([*lines, "-" * draw.randrange(2, 40)]) + "\n\n")
+    return texts
+
+
+def documents(texts: list[str], source: str = "discharge") -> list[Document]:
+    return [Document(f"{source}-{i}", source, str(i), text) for i, text in enumerate(texts)]
+
+
+def load_sentencepiece(folder: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "tokenizer"
+    train_tokenizer(documents(clinical_texts(400)), folder, 640)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained: Path) -> PreTrainedTokenizerFast:
+    return load_tokenizer(trained)
+
+
+@pytest.fixture(scope="module")
+def periodic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocabulary of pieces such as `aab`, `aaba`, `----`, whose joins tie and overlap."""
+    draw = random.Random(1)
+    texts = ["".join(draw.choices("aab- ", k=400)) for _ in range(200)]
+    folder = tmp_path_factory.mktemp("periodic") / "tokenizer"
+    train_tokenizer(documents(texts), folder, 1024)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def existing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An existing tokenizer in ModernBERT's style: byte-level, [unusedN] and space-run tokens."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(clinical_texts(50), trainer)
+    backend.add_tokens([AddedToken("   ", normalized=True)])
+    backend.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"])
+    backend.add_tokens(["[unused0]", "[unused1]"])
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    folder = tmp_path_factory.mktemp("existing") / "tokenizer"
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=8192,
+        **{f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad", "mask")},
+    ).save_pretrained(folder)
+    return folder
+
+
+def assert_same_and_lossless(folder: Path, texts: list[str]) -> None:
+    """Both forms give the same ids and the text back; a failure names positions, never text."""
+    fast = load_tokenizer(folder)
+    piece = load_sentencepiece(folder)
+    ids = encode(fast, texts)
+    expected = piece.encode(texts)
+    different = [i for i, row in enumerate(ids) if row.tolist() != expected[i]]
+    assert not different, f"other ids than SentencePiece's: texts {different[:10]}"
+    back = fast.backend_tokenizer.decode_batch([row.tolist() for row in ids])
+    changed = [i for i, text in enumerate(texts) if back[i] != text]
+    assert not changed, f"changed by the fast tokenizer: texts {changed[:10]}"
+    changed = [i for i, text in enumerate(piece.decode(expected)) if text != texts[i]]
+    assert not changed, f"changed by SentencePiece: texts {changed[:10]}"
+
+
+# --- text survives and both forms agree --------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(texts=st.lists(st.text(max_size=200), min_size=1, max_size=20))
+def test_any_unicode_text_survives(trained: Path, texts: list[str]) -> None:
+    assert_same_and_lossless(trained, texts)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    texts=st.lists(
+        st.lists(st.sampled_from(HARD_FRAGMENTS) | st.text(max_size=5)).map("".join), min_size=1
+    )
+)
+def test_hard_fragments_in_any_order_survive(trained: Path, texts: list[str]) -> None:
+    assert_same_and_lossless(trained, texts)
+
+
+@settings(deadline=None, max_examples=150)
+@given(texts=st.lists(st.text(alphabet="ab- ", max_size=300), min_size=1, max_size=20))
+def test_overlapping_joins_are_made_in_the_same_order(periodic: Path, texts: list[str]) -> None:
+    assert_same_and_lossless(periodic, texts)
+
+
+def test_long_words_and_long_runs_survive(trained: Path) -> None:
+    assert_same_and_lossless(
+        trained,
+        ["patient" * 20_000, "x" * 150_000, " " * 10_000, "\n" * 10_000, "▁" * 5_000, "😀" * 5_000],
+    )
+
+
+def test_decode_of_the_loaded_tokenizer_gives_the_text_back(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    text = " patient ,  denies .\n\n\tit 's  ▁ 12 . 5 n't \r\n "
+    (ids,) = encode(tokenizer, [text])
+    assert tokenizer.decode(ids) == text
+
+
+def test_one_rule_a_piece_and_none_for_a_piece_that_is_never_reached() -> None:
+    assert merge_rules(["aa", "aaa", "ba", "a", "b"]) == [("a", "a"), ("aa", "a"), ("b", "a")]
+    # b+c is joined first wherever abc stands, so ab+c is never seen and abc never formed.
+    assert merge_rules(["bc", "ab", "abcd", "a", "b", "c", "d"]) == [("b", "c"), ("a", "b")]
+
+
+def real_texts(folder: Path) -> Iterator[str]:
+    """Title and abstract of every citation, every note, every line of every code file."""
+    for path in sorted((folder / "pubmed").rglob("*.xml*")):
+        if path.suffix == ".md5" or path.parent.name == "nonconforming":
+            continue
+        data = path.read_bytes()
+        root = etree.fromstring(
+            gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data,
+            etree.XMLParser(load_dtd=False, no_network=True, resolve_entities=False),
+        )
+        for article in root.iter("Article"):
+            parts = article.findall("ArticleTitle") + article.findall("Abstract/AbstractText")
+            yield "\n".join("".join(part.itertext()) for part in parts)
+    csv.field_size_limit(2**30)
+    for path in sorted((folder / "mimic-iv-note" / "note").glob("*.csv.gz")):
+        with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
+            yield from (row["text"] for row in csv.DictReader(file))
+    for path in sorted((folder / "codes").glob("*.zip")):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".txt"):
+                    yield from archive.read(name).decode("latin-1").split("\n")
+
+
+def test_every_real_document_survives_with_the_ids_of_sentencepiece(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    texts = list(dict.fromkeys(real_texts(shared_data)))
+    assert len(texts) > 200_000
+    train_tokenizer(documents(texts), tmp_path / "tokenizer", 8192, sample_bytes=4 * 2**20)
+    assert_same_and_lossless(tmp_path / "tokenizer", texts)
+
+
+# --- special tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["trained", "existing"])
+def test_a_literal_special_token_is_text_to_encode_and_special_to_a_direct_call(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    fast = load_tokenizer(request.getfixturevalue(kind))
+    special = set(describe(fast)["special_ids"].values())
+    text = "denies [MASK] pain[SEP][CLS] [PAD] [UNK]"
+    direct = fast(text)["input_ids"]
+    (ids,) = encode(fast, [text])
+    assert special.isdisjoint(ids.tolist())
+    assert fast.decode(ids) == text
+    assert fast.mask_token_id in direct
+    assert fast(text)["input_ids"] == direct, "encode must leave the tokenizer as it was"
+
+
+def test_encode_never_cuts_or_pads_and_leaves_those_settings_alone(trained: Path) -> None:
+    fast = load_tokenizer(trained)
+    short = fast(["pain", "chest pain"], truncation=True, max_length=4, padding="max_length")
+    assert [len(row) for row in short["input_ids"]] == [4, 4]
+    settings_before = fast.backend_tokenizer.truncation, fast.backend_tokenizer.padding
+    ids = encode(fast, ["", "chest pain fever " * 3000])
+    assert len(ids[0]) == 0
+    assert len(ids[1]) > 9000
+    assert (fast.backend_tokenizer.truncation, fast.backend_tokenizer.padding) == settings_before
+
+
+def test_corpus_full_of_special_tokens_teaches_no_special_piece(tmp_path: Path) -> None:
+    texts = [f"{text}[MASK] [SEP] <0x0A>[CLS]" * 3 for text in clinical_texts(100)]
+    train_tokenizer(documents(texts), tmp_path / "tokenizer", 512)
+    assert_same_and_lossless(tmp_path / "tokenizer", [*texts, *HARD_FRAGMENTS])
+
+
+# --- the folder --------------------------------------------------------------------------------
+
+
+def test_auto_tokenizer_loads_the_folder_without_network(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    fast = AutoTokenizer.from_pretrained(str(trained))
+    assert fast.is_fast
+    assert fast.model_max_length == 8192
+    assert fast.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert (fast.pad_token_id, fast.unk_token_id, fast.cls_token_id) == (0, 1, 2)
+    assert (fast.sep_token_id, fast.mask_token_id) == (3, 4)
+    assert len(fast) == 640 == load_sentencepiece(trained).get_piece_size()
+    inner = fast("chest pain", add_special_tokens=False)["input_ids"]
+    row = fast("chest pain")
+    assert row["input_ids"] == [2, *inner, 3]
+    assert set(row) == {"input_ids", "attention_mask"}
+    assert fast("chest", "pain")["input_ids"].count(3) == 2
+
+
+def test_loads_the_same_beside_a_model_configuration(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(trained, folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "modernbert"}))
+    assert describe(load_tokenizer(folder)) == describe(load_tokenizer(trained))
+
+
+def test_the_mask_token_stands_for_a_word_with_its_space(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    ids = tokenizer("patient denies [MASK] pain", add_special_tokens=False)["input_ids"]
+    before = encode(tokenizer, ["patient denies"])[0].tolist()
+    after = encode(tokenizer, [" pain"])[0].tolist()
+    assert ids == [*before, 4, *after]
+
+
+def test_layout_is_compact_and_digits_stand_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    def pieces(text: str) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(encode(tokenizer, [text])[0])
+
+    assert pieces("denies chest pain")[1:] == ["▁chest", "▁pain"]
+    assert pieces("2024") == ["2", "0", "2", "4"]
+    assert len(pieces("\n")) == len(pieces("\t")) == 1
+    assert len(pieces("      ")) <= 2
+    assert len(pieces("-" * 32)) <= 4
+
+
+def test_no_learned_piece_has_a_digit_with_anything_else(trained: Path) -> None:
+    piece = load_sentencepiece(trained)
+    learned = [piece.id_to_piece(i) for i in range(261, piece.get_piece_size())]
+    assert [p for p in learned if len(p) > 1 and any(c.isdigit() for c in p)] == []
+    assert [p for p in learned if p.isdigit()] != []
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_long_document_is_trained_on(tmp_path: Path) -> None:
+    text = "\n".join(clinical_texts(700))[:100_000] + " zygomaticotemporal" * 400
+    train_tokenizer(documents([text]), tmp_path / "tokenizer", 640)
+    assert "▁zygomaticotemporal" in load_tokenizer(tmp_path / "tokenizer").get_vocab()
+
+
+@pytest.mark.parametrize("reserved", ["\u2585", "\t", "\0", "\u2581", "\u0010"])
+def test_text_around_reserved_characters_is_trained_on(reserved: str, tmp_path: Path) -> None:
+    text = f"zygomatico{reserved} bone " * 500 + "".join(clinical_texts(50))
+    train_tokenizer(documents([text]), tmp_path / "tokenizer", 448)
+    assert "zygomatico" in load_tokenizer(tmp_path / "tokenizer").get_vocab()
+
+
+def test_training_lines_fit_sentencepiece_and_lose_nothing() -> None:
+    texts = ["x" * 5000, " " * 5000, "😀" * 3000, "", "\n\n", *clinical_texts(20), "ab cd\n" * 900]
+    for text in texts:
+        lines = list(_lines([text]))
+        assert "".join(lines) == text.replace("\t", "")
+        assert all(len(line.encode()) <= 4192 for line in lines)
+    # A cut falls where a run of spaces begins, which is where SentencePiece cuts into words.
+    assert all(line.startswith(" ") for line in list(_lines(["ab cd\n" * 900]))[1:])
+
+
+TRAIN = """
+import os, sys
+from pathlib import Path
+from data_prep.document import read_documents
+from data_prep.tokenizer import train_tokenizer
+if sys.argv[3] == "one":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+found = list(read_documents(Path(sys.argv[1])))
+train_tokenizer(found if sys.argv[3] == "one" else found[::-1], Path(sys.argv[2]), 640)
+"""
+
+
+def test_the_same_documents_give_the_same_bytes_on_any_machine_in_any_order(
+    tmp_path: Path,
+) -> None:
+    write_documents(tmp_path / "documents.parquet", documents(clinical_texts(600)))
+    for kind, seed in (("one", "1"), ("all", "2")):
+        arguments = [str(tmp_path / "documents.parquet"), str(tmp_path / kind), kind]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", TRAIN, *arguments], check=True, env=environment)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == ["sentencepiece.model", "tokenizer.json", "tokenizer_config.json"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
+        assert str(tmp_path).encode() not in (tmp_path / "one" / name).read_bytes()
+
+
+def test_the_sample_is_bounded_and_depends_on_ids_alone() -> None:
+    found = documents(clinical_texts(300))
+    everything = sum(len(document.text.encode()) for document in found)
+    sample = _sample(found, 10_000, {}, 0, Path("out"))
+    assert sum(len(text.encode()) for text in sample) == 10_000
+    assert _sample(found[::-1], 10_000, {}, 0, Path("out")) == sample
+    assert _sample(found, 10_000, {}, 1, Path("out")) != sample
+    assert sum(map(len, _sample(found, 10 * everything, {}, 0, Path("out")))) == everything
+    # One document larger than the whole sample is cut, not dropped.
+    assert _sample(documents(["é" * 100]), 51, {}, 0, Path("out")) == ["é" * 25]
+
+
+def test_shares_divide_the_sample_between_sources() -> None:
+    found = [
+        *documents(["p" * 1000] * 100, "pubmed"),
+        *documents(["d" * 1000] * 100, "discharge"),
+        *documents(["r" * 1000] * 100, "radiology"),
+    ]
+    sample = "".join(_sample(found, 10_000, {"pubmed": 0.3, "discharge": 0.7}, 0, Path("out")))
+    assert (sample.count("p"), sample.count("d"), sample.count("r")) == (3000, 7000, 0)
+
+
+# --- an existing tokenizer ---------------------------------------------------------------------
+
+
+def test_an_existing_tokenizer_is_described_with_what_masking_must_not_draw(existing: Path) -> None:
+    fast = load_tokenizer(existing)
+    vocab = fast.get_vocab()
+    description = describe(fast)
+    assert description["real_vocab_size"] == len(fast) == 408
+    assert description["vocab_size"] == 448
+    assert description["special_ids"]["mask"] == vocab["[MASK]"]
+    names = ["   ", "[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[unused0]", "[unused1]"]
+    assert description["excluded_ids"] == sorted(vocab[name] for name in names)
+    json.dumps(description)
+
+
+def test_a_trained_tokenizer_is_described(trained: Path) -> None:
+    description = describe(load_tokenizer(trained))
+    assert description["vocab_size"] == description["real_vocab_size"] == 640
+    assert description["special_ids"] == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+    assert description["excluded_ids"] == [0, 1, 2, 3, 4]
+    assert len(description["sha256"]) == 64
+
+
+@pytest.mark.parametrize("kind", ["trained", "existing"])
+def test_saving_keeps_the_tokenizer_whatever_was_asked_of_it_before(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(kind)
+    fast = load_tokenizer(folder)
+    before = describe(fast)
+    fast(["pain"], truncation=True, max_length=8, padding="max_length")
+    assert describe(fast) == before
+    save_tokenizer(fast, tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert describe(again) == before
+    assert again.backend_tokenizer.truncation is None
+    assert again.model_max_length == 8192
+    text = "chest pain   \n[MASK]"
+    assert encode(again, [text])[0].tolist() == encode(fast, [text])[0].tolist()
+    assert (tmp_path / "saved" / SENTENCEPIECE_FILE).exists() == (kind == "trained")
+    # The class name that transformers 4 also knows.
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert str(tmp_path) not in json.dumps(config)
+
+
+def test_ids_are_uint16_where_the_vocabulary_fits(
+    tokenizer: PreTrainedTokenizerFast, existing: Path
+) -> None:
+    assert encode(tokenizer, ["pain"])[0].dtype == np.uint16
+    large = load_tokenizer(existing)
+    large.add_tokens([f"<{i}>" for i in range(2**16)])
+    assert encode(large, ["pain <65000>"])[0].dtype == np.uint32
+    assert encode(large, ["<65535>"])[0].tolist() == [408 + 65535]
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def test_no_text_is_an_error(tmp_path: Path) -> None:
+    for found in ([], documents(["", ""])):
+        with pytest.raises(InputError, match=r"tokenizer: no document with text"):
+            train_tokenizer(found, tmp_path / "tokenizer", 512)
+    with pytest.raises(InputError, match="from radiology"):
+        train_tokenizer(
+            documents(clinical_texts(5)),
+            tmp_path / "tokenizer",
+            512,
+            shares={"discharge": 0.5, "radiology": 0.5},
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [
+        (8192, r"supports a vocabulary of only \d+, not 8192; set vocab_size to \d+ or less"),
+        (256, r"cannot train a vocabulary of 256.*raise vocab_size"),
+        (500, "500, which is not a multiple of 64; set it to 512"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_the_text_is_an_error(
+    vocab_size: int, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train_tokenizer(documents(["secretword pain"]), tmp_path / "tokenizer", vocab_size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_vocabulary_that_the_error_names_works(tmp_path: Path) -> None:
+    found = documents(clinical_texts(10))
+    with pytest.raises(InputError) as caught:
+        train_tokenizer(found, tmp_path / "tokenizer", 8192)
+    fits = int(str(caught.value).split("set vocab_size to ")[1].split()[0])
+    train_tokenizer(found, tmp_path / "tokenizer", fits)
+    assert len(load_tokenizer(tmp_path / "tokenizer")) == fits
+
+
+def test_training_says_nothing_of_the_text(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        train_tokenizer(documents(["secretword\u2585 secretword"]), tmp_path / "tokenizer", 4096)
+    out, err = capfd.readouterr()
+    assert "secretword" not in out + err + str(caught.value)
+    train_tokenizer(documents(clinical_texts(50)), tmp_path / "tokenizer", 512)
+    assert capfd.readouterr() == ("", "")
+
+
+def break_json(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+def remove_json(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def remove_mask_and_pad(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["mask_token"], config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_json, "holds no tokenizer that loads"),
+        (remove_json, "has no tokenizer.json"),
+        (remove_mask_and_pad, "has no mask_token, pad_token"),
+        (shutil.rmtree, "is no folder"),
+    ],
+)
+def test_what_is_no_usable_tokenizer_is_an_error_that_names_it(
+    damage: Callable[[Path], None],
+    message: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "broken"
+    shutil.copytree(trained, folder)
+    damage(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value)
