@@ -153,6 +153,13 @@ def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, inverse: 
     return out
 
 
+@_rope.register_fake
+def _rope_fake(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, inverse: bool
+) -> Tensor:
+    return torch.empty_like(qkv)
+
+
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, cos, sin, position_ids, inverse = inputs
     ctx.save_for_backward(cos, sin, position_ids)

@@ -103,7 +103,7 @@ def _gather_reference(source: Tensor, which: Tensor, fill: float) -> Tensor:
     live = (which >= 0).view(-1, *[1] * (source.dim() - 1))
     if source.shape[0] == 0:
         return source.new_full((which.numel(), *source.shape[1:]), fill)
-    return torch.where(live, source[which.clamp(min=0).long()], fill).to(source.dtype)
+    return torch.where(live, source[which.clamp(min=0).long()], source.new_tensor(fill))
 
 
 def _layout(columns: int, lengths_B: Tensor, capacity: int | None) -> tuple[int, int, Tensor]:
@@ -170,8 +170,7 @@ def _gather_rows_kernel(  # type: ignore[no-untyped-def]
     inside = (row < rows)[:, None] & (column < width)[None, :]
     found = (at >= 0)[:, None] & inside
     value = tl.load(source + at[:, None] * width + column[None, :], mask=found, other=0)
-    # A scalar of the output's dtype: `fill` arrives as fp32 whatever the tensors hold.
-    value = tl.where(found, value, fill.to(out.dtype.element_ty))
+    value = tl.where(found, value, tl.full((BLOCK_R, BLOCK_W), fill, out.dtype.element_ty))
     tl.store(out + row[:, None] * width + column[None, :], value, mask=inside)
 
 
@@ -184,6 +183,11 @@ def _row_lengths(mask: Tensor) -> Tensor:
     return lengths
 
 
+@_row_lengths.register_fake
+def _row_lengths_fake(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], dtype=torch.int32)
+
+
 @triton_op("clinical_modernbert::unpad_maps", mutates_args={})
 def _maps(mask: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     rows, columns = mask.shape
@@ -194,6 +198,11 @@ def _maps(mask: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Tensor, Tens
             mask, cu_seqlens, index, slot, columns, capacity, BLOCK=_COLUMNS_A_BLOCK
         )
     return index, slot
+
+
+@_maps.register_fake
+def _maps_fake(mask: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    return cu_seqlens.new_empty(capacity), cu_seqlens.new_empty(mask.shape)
 
 
 @triton_op("clinical_modernbert::gather_rows", mutates_args={})
@@ -210,6 +219,11 @@ def _gather_rows(source: Tensor, which: Tensor, inverse: Tensor, fill: float) ->
         source, which, out, rows, width, float(fill), BLOCK_R=block_r, BLOCK_W=block_w
     )
     return out
+
+
+@_gather_rows.register_fake
+def _gather_rows_fake(source: Tensor, which: Tensor, inverse: Tensor, fill: float) -> Tensor:
+    return source.new_empty((which.shape[0], *source.shape[1:]))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

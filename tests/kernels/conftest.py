@@ -1,0 +1,73 @@
+"""Where kernels are tested, and how close they must come."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, where Triton interprets, and a GPU, where it compiles."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        return torch.device("cuda")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU at hand the kernels are compiled, not interpreted")
+    return torch.device("cpu")
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
+    if request.param == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("the interpreter truncates to bf16 where a GPU rounds")
+    return request.param
+
+
+@pytest.fixture
+def assert_close() -> Callable[[str, Tensor, Tensor, Tensor], None]:
+    """The rule for every kernel: at most 1.5 times the error of plain PyTorch, plus 2 ulp."""
+
+    def check(what: str, actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+        assert actual.dtype == plain.dtype
+        assert actual.shape == plain.shape == exact.shape
+        if exact.numel() == 0:
+            return
+        actual, plain, exact = actual.detach(), plain.detach(), exact.detach()
+        error = (actual.double() - exact).abs()
+        allowed = 1.5 * (plain.double() - exact).abs().max()
+        ulp = torch.finfo(actual.dtype).eps * exact.abs()
+        relative = float(error.norm() / exact.norm().clamp(min=1e-300))
+        print(f"{what}: relative error {relative:.2e}")
+        assert bool((error <= allowed + 2 * ulp).all()), f"{what}: off by {float(error.max())}"
+
+    return check
+
+
+@pytest.fixture
+def poisoned() -> object:
+    """Fresh memory holds NaN (or the largest integer), so that a place left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
+def opcheck_all(op: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    """`torch.library.opcheck`; tracing into a kernel needs a compiled one, hence a GPU."""
+    on_gpu = any(isinstance(a, Tensor) and a.is_cuda for a in arguments)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if on_gpu:
+        checks.append("test_aot_dispatch_dynamic")
+    results = torch.library.opcheck(op, arguments, test_utils=checks)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.fixture
+def opcheck() -> Callable[[Callable[..., object], tuple[object, ...]], None]:
+    return opcheck_all

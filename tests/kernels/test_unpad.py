@@ -1,0 +1,148 @@
+"""Padded to packed and back: the kernels against plain PyTorch, bit by bit."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.unpad import (
+    Packing,
+    _gather_rows,
+    _maps,
+    _row_lengths,
+    pad,
+    pad_reference,
+    unpad,
+    unpad_reference,
+)
+
+
+def ragged(lengths: list[int], columns: int, left: bool = False) -> Tensor:
+    place = torch.arange(columns)
+    ends = torch.tensor(lengths)[:, None]
+    return (place >= columns - ends) if left else (place < ends)
+
+
+MASKS = {
+    "full": ragged([12] * 3, 12),
+    "skewed": ragged([200, 1, 2, 1, 3], 200),
+    "empty rows": ragged([0, 5, 0, 9, 0], 9),
+    "left padding": ragged([3, 7], 7, left=True),
+    "holes": torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]),
+    "longer than a block": ragged([1100, 1025, 3], 1100),
+    "nothing": ragged([0, 0], 6),
+    "one column": ragged([1, 0, 1], 1),
+    "no column": torch.zeros(2, 0),
+    "no row": torch.zeros(0, 4),
+}
+
+
+def make_tensors(mask: Tensor, device: torch.device) -> list[Tensor]:
+    """Ids, a mask of bools, and hidden states of an awkward width, for a padded batch."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(-(2**60), 2**60, mask.shape, generator=generator)
+    hidden = torch.randn(*mask.shape, 3, 7, generator=generator)
+    return [ids.to(device), (ids > 0).to(device), hidden.half().to(device)]
+
+
+def assert_same(actual: Packing, expected: Packing) -> None:
+    for name in ("index_T", "slot_BS", "cu_seqlens"):
+        ours, theirs = getattr(actual, name), getattr(expected, name)
+        assert ours.dtype == theirs.dtype == torch.int32
+        assert torch.equal(ours, theirs), name
+    assert actual.max_seqlen == expected.max_seqlen
+
+
+@pytest.mark.parametrize("layout", MASKS)
+@pytest.mark.parametrize("spare", [None, 0, 29])
+def test_there_and_back(
+    layout: str, spare: int | None, device: torch.device, poisoned: None
+) -> None:
+    mask = MASKS[layout].to(device)
+    tensors = make_tensors(mask, device)
+    capacity = None if spare is None else int((mask != 0).sum()) + spare
+    packing, packed = unpad(mask, tensors, capacity)
+    expected_packing, expected = unpad_reference(mask, tensors, capacity)
+    assert_same(packing, expected_packing)
+    for tensor, ours, theirs in zip(tensors, packed, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        real = tensor[mask != 0]
+        assert torch.equal(ours[: len(real)], real)
+        assert not bool(ours[len(real) :].any())
+    back = pad(packing, packed[:1] + packed[2:], -3)
+    expected_back = pad_reference(expected_packing, expected[:1] + expected[2:], -3)
+    for tensor, ours, theirs in zip(tensors[:1] + tensors[2:], back, expected_back, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours[mask != 0], tensor[mask != 0])
+        assert bool((ours[mask == 0] == -3).all())
+
+
+@pytest.mark.parametrize("spare", [0, 1, 29, 100])
+def test_documents_cover_the_capacity_and_none_is_too_long(
+    spare: int, device: torch.device
+) -> None:
+    mask = MASKS["empty rows"].to(device)
+    packing, _ = unpad(mask, [], int(mask.sum()) + spare)
+    lengths = packing.cu_seqlens.diff().tolist()
+    assert lengths[:5] == [0, 5, 0, 9, 0]
+    assert sum(lengths) == 14 + spare
+    assert max(lengths) <= packing.max_seqlen == 9
+
+
+def test_gradients_go_both_ways(device: torch.device, poisoned: None) -> None:
+    mask = MASKS["skewed"].to(device)
+    generator = torch.Generator().manual_seed(2)
+    weight_there = torch.randn(250, 5, generator=generator).to(device)
+    weight_back = torch.randn(5, 200, 5, generator=generator).to(device)
+    gradients = []
+    for there, back in ((unpad, pad), (unpad_reference, pad_reference)):
+        padded = torch.ones(5, 200, 5, device=device, requires_grad=True)
+        packing, (packed,) = there(mask, [padded], 250)
+        (again,) = back(packing, [packed * weight_there], 7.0)
+        gradients.append(torch.autograd.grad((again * weight_back).sum(), padded)[0])
+    assert torch.equal(gradients[0], gradients[1])
+    assert not bool(gradients[0][mask == 0].any())
+
+
+def test_filler_gets_no_gradient_from_pad(device: torch.device) -> None:
+    mask = MASKS["full"].to(device)
+    packing, _ = unpad(mask, [], 40)
+    packed = torch.ones(40, 2, device=device, requires_grad=True)
+    (padded,) = pad(packing, [packed])
+    (gradient,) = torch.autograd.grad(padded.sum(), packed)
+    assert gradient.sum(1).tolist() == [2.0] * 36 + [0.0] * 4
+
+
+def test_too_small_a_capacity_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU the failed check ends the process's use of it")
+    mask = MASKS["full"]
+    for function in (unpad, unpad_reference):
+        with pytest.raises(RuntimeError, match="capacity of 35"):
+            function(mask, [mask], 35)
+
+
+def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
+    mask = MASKS["holes"].to(device)
+    packing, _ = unpad(mask, [], 6)
+    opcheck(_row_lengths, (mask,))
+    opcheck(_maps, (mask, packing.cu_seqlens, 6))
+    source = torch.randn(8, 3, device=device, requires_grad=True)
+    opcheck(_gather_rows, (source, packing.index_T, packing.slot_BS.flatten(), 0.0))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu_when_the_capacity_is_given() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    mask = MASKS["skewed"].cuda()
+    tensors = make_tensors(mask, torch.device("cuda"))
+    unpad(mask, tensors, 250)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packing, packed = unpad(mask, tensors, 250)
+        pad(packing, packed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(packing, unpad_reference(mask, tensors, 250)[0])
