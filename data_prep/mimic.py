@@ -84,17 +84,25 @@ def _records(path: Path) -> Iterator[dict[str, str]]:
     _check_header(path, header)
     for number, row in enumerate(rows, start=1):
         if row:  # csv gives an empty line as no fields
-            if len(row) != len(header):
-                fields, row = len(row), []
+            problem = _problem(header, row)
+            if problem:
+                row.clear()
                 raise InputError(
-                    f"{path}: record {number} has {fields} fields where the header has "
-                    f"{len(header)}; the file is not the CSV that PhysioNet serves, fetch it again"
+                    f"{path}: record {number} {problem}; the file is not the CSV that PhysioNet "
+                    "serves, fetch it again"
                 )
-            record = dict(zip(header, row, strict=True))
-            _check_identifiers(path, number, record)
-            yield record
-            del record
+            yield dict(zip(header, row, strict=True))
         del row
+
+
+def _problem(header: list[str], row: list[str]) -> str:
+    """What is wrong with a row, in words that hold nothing of it."""
+    if len(row) != len(header):
+        return f"has {len(row)} fields where the header has {len(header)}"
+    for name in ("note_id", "subject_id"):
+        if not row[header.index(name)].strip():
+            return f"has no {name}"
+    return ""
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
@@ -145,13 +153,6 @@ def _check_header(path: Path, header: list[str]) -> None:
         problem = f"names a column twice in {', '.join(header)}"
     header.clear()
     raise InputError(f"{path} {problem}; {expected}, as MIMIC-IV-Note 2.2 has them")
-
-
-def _check_identifiers(path: Path, number: int, record: dict[str, str]) -> None:
-    for name in ("note_id", "subject_id"):
-        if not record[name].strip():
-            record.clear()
-            raise InputError(f"{path}: record {number} has no {name}; fetch the file again")
 
 
 def _check_distinct(path: Path, hashes: "array.array[int]") -> None:

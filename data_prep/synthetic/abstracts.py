@@ -95,9 +95,10 @@ def _trial(dice: Dice, condition: Condition) -> tuple[str, str, str, str, str]:
     results = (
         f"Relief of {symptom} was reached by {improved} of {arm} patients "
         f"({percent(improved, arm)}) with {drug[0]} and by {control} of {arm} "
-        f"({percent(control, arm)}) with {other[0]} ({_p_value(dice)}). Mean {long_name} changed from "
-        f"{dice.number(lowest, highest, decimals)} to {dice.number(lowest / 2, lowest, decimals)} "
-        f"{unit}. {capital(dice.pick(('nausea', 'headache', 'rash', 'dizziness')))} was the most common "
+        f"({percent(control, arm)}) with {other[0]} ({_p_value(dice)}). "
+        f"Mean {long_name} changed from {dice.number(lowest, highest, decimals)} "
+        f"to {dice.number(lowest / 2, lowest, decimals)} {unit}. "
+        f"{capital(dice.pick(('nausea', 'headache', 'rash', 'dizziness')))} was the most common "
         f"adverse event ({dice.whole(2, 14)}%)."
     )
     conclusion = dice.pick(
@@ -126,7 +127,8 @@ def _cohort(dice: Dice, condition: Condition) -> tuple[str, str, str, str, str]:
     methods = (
         f"We reviewed {patients} patients with {condition.name} seen from {years[0]} to "
         f"{years[1]}, of whom {percent(dice.whole(patients // 9, patients // 2), patients)} "
-        f"underwent {condition.procedure}. Hazard ratios were adjusted for age, sex and {other.name}."
+        f"underwent {condition.procedure}. "
+        f"Hazard ratios were adjusted for age, sex and {other.name}."
     )
     results = (
         f"Mean age was {dice.number(38, 79, 1)} years. During follow-up {died} patients "
