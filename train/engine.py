@@ -5,8 +5,7 @@ and multiplied by the number of ranks, since DeepSpeed averages gradients over r
 division by the number of micro-steps is off. The learning rate is set by the run's schedule.
 """
 
-import logging
-import os
+import warnings
 from typing import Any
 
 import torch
@@ -83,8 +82,8 @@ def step(engine: Engine, lr: float, want_norm: bool) -> float | None:
 
 
 def _import_deepspeed() -> Any:
-    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Calls of DeepSpeed's that torch has renamed; nothing a user could change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
     import deepspeed.ops
 

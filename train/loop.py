@@ -27,7 +27,7 @@ from train.validation import Validation
 def train(run: Run, ranks: Ranks, device: torch.device) -> None:
     """Train `run` from its newest checkpoint, or from the start, to its end."""
     found = checkpoint.find(run, ranks)
-    engine = start_engine(_make_model(run).to(device), run.config, run.deepspeed)
+    engine = start_engine(make_model(run).to(device), run.config, run.deepspeed)
     progress = Progress()
     if found.path is not None:
         progress = checkpoint.load(engine, found.path)
@@ -50,7 +50,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
             # continues from one are those of a run that never stopped.
             logs = plan.step == 1 or plan.step % config.log.every_steps == 0 or saves
 
-            loss_sum = _accumulate(engine, loaded, ranks, device)
+            loss_sum = accumulate(engine, loaded, ranks, device)
             norm = step(engine, plan.lr, want_norm=logs)
             progress = Progress(
                 step=plan.step,
@@ -86,7 +86,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 interval.restart()
 
 
-def _accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:
+def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:
     """Forward and backward of every micro-batch; the rank's sum of cross-entropy, on the device."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for number, host_batch in enumerate(loaded.micro_batches, start=1):
@@ -105,7 +105,7 @@ def _accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.
     return loss_sum
 
 
-def _make_model(run: Run) -> nn.Module:
+def make_model(run: Run) -> nn.Module:
     """The model a run starts from: random weights, the same on every rank, or those of a folder."""
     if run.config.init_from is not None:
         # Only here, for it brings transformers with it, which takes seconds.

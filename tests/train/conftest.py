@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from common.files import write_json
 from data_prep.shard_writer import shard_name, write_shard
 from data_prep.shards import Row, row_key
+from train.config import Train
+from train.resolve import Run, resolve
 
 ROOT = Path(__file__).parent.parent.parent
 CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
@@ -119,6 +122,17 @@ def data_maker() -> Callable[..., Path]:
     return make_data
 
 
+@pytest.fixture
+def resolved(data_folder: Path, tmp_path: Path) -> Callable[..., Run]:
+    """Works out the tiny run for so many ranks, sections replaced by `changes`, untrained."""
+
+    def resolve_it(ranks: int = 1, **changes: Any) -> Run:
+        values = run_config(data_folder, tmp_path / "run") | changes
+        return resolve(TypeAdapter(Train).validate_python(values), ranks, on_gpu=False)
+
+    return resolve_it
+
+
 def run_config(data: Path, run_dir: Path) -> dict[str, Any]:
     """A `train:` section for a tiny run: 12 steps of 8 rows."""
     return {
@@ -189,11 +203,20 @@ class Launcher:
             out, err = process.communicate(timeout=300)
         return Finished(process.returncode, out, err)
 
-    def train(self, ranks: int, config: Path, *overrides: str) -> list[dict[str, Any]]:
-        """Run a training to its end; the records of its metrics.jsonl."""
-        finished = self.run(ranks, "--config", str(config), *overrides)
-        assert finished.code == 0, finished.out + finished.err
-        return read_metrics(self.folder / config.stem)
+    def records(self, name: str, kind: str) -> list[dict[str, Any]]:
+        """The records of a kind in the metrics.jsonl of the run `name`, times left out."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        timing = {"tok_per_s", "step_s", "data_wait_s"}
+        return [
+            {key: value for key, value in record.items() if key not in timing}
+            for record in records
+            if record["kind"] == kind
+        ]
+
+    def losses(self, name: str) -> list[float]:
+        """The training losses of the run `name`, in order."""
+        return [record["loss"] for record in self.records(name, "train")]
 
 
 @pytest.fixture
@@ -202,18 +225,14 @@ def launcher(tmp_path: Path) -> Launcher:
     return Launcher(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def launcher_in() -> Callable[[Path], Launcher]:
+    """A launcher of runs in a folder of one's choice."""
+    return Launcher
+
+
 def free_port() -> int:
     """A port nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(records: Sequence[dict[str, Any]]) -> list[float]:
-    """The training losses of a run, in order."""
-    return [record["loss"] for record in records if record["kind"] == "train"]

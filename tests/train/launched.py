@@ -1,0 +1,57 @@
+"""What the tests start under a launcher, tasks one after another: `train:CONFIG`,
+`gradients:CONFIG:OUT.npz`.
+
+Runs share a start, for starting takes longer than training them.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.config import load_config
+from common.files import make_private
+from train.config import Train
+from train.ranks import Ranks, choose_device, find_ranks, join, sum_over_ranks
+from train.resolve import Run, resolve
+from train.schedule import Progress
+
+
+def main() -> None:
+    make_private()
+    ranks = find_ranks()
+    device = choose_device(ranks)
+    join(ranks, device)
+
+    from train.loop import train
+
+    for task in (word for word in sys.argv[1:] if not word.startswith("--local_rank")):
+        kind, config, *out = task.split(":")
+        run = resolve(load_config(Train, "train", Path(config)), ranks.size, on_gpu=False)
+        if kind == "train":
+            train(run, ranks, device)
+        else:
+            save_gradients(run, ranks, device, out[0])
+
+
+def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> None:
+    """The loss and the gradients of the first step; `mine` is rank 0's part of the sum."""
+    from train.engine import start_engine
+    from train.loader import Loader, StepMaker
+    from train.loop import accumulate, make_model
+
+    engine = start_engine(make_model(run), run.config, run.deepspeed)
+    maker = StepMaker(run.data, run.order, run.masker, run.shape, ranks.rank, ranks.size)
+    with Loader(maker, run.plans(Progress()), pin=False) as loader:
+        loaded = next(iter(loader))
+        loss = accumulate(engine, loaded, ranks, device)
+    mine = float(loss)
+    loss = float(sum_over_ranks(loss)) / loaded.counts.masked_tokens
+    if ranks.is_first:
+        gradients = {name: p.grad.numpy() for name, p in engine.module.named_parameters()}
+        counts = [batch.masked_tokens for batch in maker.micro_batches(loaded.plan)]
+        np.savez(out, loss=loss, mine=mine, counts=counts, **gradients)
+
+
+main()

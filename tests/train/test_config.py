@@ -1,0 +1,50 @@
+"""What a configuration may not say, and how that is put."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import ConfigError, load_config
+from train.config import Batch, Train, micro_steps
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optimizer.learning_rate=1", "did you mean"),
+        ("zero_stage=4", "zero_stage"),
+        ("batch.rows=0", r"batch\.rows is 0"),
+        ("masking.rate=1.5", r"masking\.rate is 1.5"),
+        ("masking.random_share=0.3", r"masking\.mask_share \+ masking\.random_share"),
+        ("schedule.warmup_tokens=20_000_000_000", r"schedule\.total_tokens"),
+        ("checkpoint.keep=1", "at least 2"),
+        ("data.weights={notes: -1}", r"data\.weights\.notes"),
+        ("deepspeed={train_batch_size: 3}", r"deepspeed\.train_batch_size"),
+        ("model.geometry=huge", "'base' or 'large'"),
+    ],
+)
+def test_errors_name_the_key(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(Train, "train", None, [word])
+
+
+def test_micro_steps() -> None:
+    assert micro_steps(Batch(rows=24, micro_rows=2), ranks=3) == 4
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_counts_that_fit() -> None:
+    with pytest.raises(ConfigError) as error:
+        micro_steps(Batch(rows=20, micro_rows=4), ranks=3)
+    message = str(error.value)
+    assert "batch.rows = 12 or 24" in message
+    assert "ranks one of [1, 5]" in message
+    assert "batch.micro_rows" not in message.partition("what fits")[2], (
+        "20 rows on 3 ranks never do"
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_ready_configurations_are_valid(path: Path) -> None:
+    assert load_config(Train, "train", path).run_dir != Path()

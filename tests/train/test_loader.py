@@ -1,0 +1,128 @@
+"""The loader hands out what its rows hold, from any step on, and its errors reach the loop."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.shards import DataError, DataSet
+from train.loader import Ahead, Loader, RowCounts, StepMaker
+from train.schedule import Progress, StepPlan
+
+
+def maker_of(run: Any, rank: int = 0) -> StepMaker:
+    return StepMaker(run.data, run.order, run.masker, run.shape, rank, run.ranks)
+
+
+def test_counts_of_the_index_are_those_of_the_rows(data_folder: Path) -> None:
+    data = DataSet(data_folder)
+    counts = RowCounts(data, "train")
+    for source, rows in data.sources("train").items():
+        for number in range(rows):
+            ids = data.read("train", source, number).input_ids
+            assert counts.tokens(source, number) == (ids != 2).sum()
+            assert counts.maskable(source, number) == (ids > 4).sum()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_the_same_rows_and_know_the_step(
+    resolved: Callable[..., Any], ranks: int
+) -> None:
+    run = resolved(ranks)
+    plan = list(run.plans(Progress()))[1]
+    parts = [list(maker_of(run, rank).micro_batches(plan)) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {run.micro_steps}
+    # Micro-step by micro-step, rank by rank, the rows are those of the order.
+    ids = torch.cat([part[k].input_ids for k in range(run.micro_steps) for part in parts])
+    for number, found in enumerate(ids.view(plan.rows, 64)):
+        at = run.order[plan.first_row + number]
+        read = run.data.read("train", at.source, at.row).input_ids.astype(int)
+        same = found.numpy() == read
+        assert same[read < 5].all(), "special tokens stay"
+        assert not same.all(), "something is masked"
+    counts = maker_of(run).counts(plan)
+    masked = sum((batch.labels != -100).sum() for part in parts for batch in part)
+    assert counts.masked_tokens == masked
+    assert counts.masked_tokens == sum(b.masked_tokens for part in parts for b in part)
+    assert counts.tokens == (ids != 2).sum()
+
+
+def test_masks_do_not_depend_on_the_number_of_ranks(resolved: Callable[..., Any]) -> None:
+    labels = []
+    for ranks in (1, 4):
+        run = resolved(ranks)
+        plan = next(run.plans(Progress()))
+        batches = [b for rank in range(ranks) for b in maker_of(run, rank).micro_batches(plan)]
+        found = torch.cat([batch.labels for batch in batches])
+        labels.append(sorted(found[found != -100].tolist()))
+    assert labels[0] == labels[1]
+
+
+def test_loader_is_the_maker_and_starts_anywhere(resolved: Callable[..., Any]) -> None:
+    run = resolved(2)
+    maker = maker_of(run, rank=1)
+    plans = list(run.plans(Progress()))
+    with Loader(maker, plans[3:], pin=False) as loader:
+        seen = 0
+        for loaded, plan in zip(loader, plans[3:], strict=True):
+            assert loaded.plan == plan
+            assert loaded.counts == maker.counts(plan)
+            pairs = zip(loaded.micro_batches, maker.micro_batches(plan), strict=True)
+            for got, expected in pairs:
+                seen += 1
+                assert torch.equal(got.input_ids, expected.input_ids)
+                assert torch.equal(got.labels, expected.labels)
+        assert seen == (len(plans) - 3) * run.micro_steps
+        assert loader.wait_seconds > 0
+
+
+def test_an_error_of_the_thread_reaches_the_loop(
+    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = resolved(1)
+    monkeypatch.setattr(run.data, "read", _refuse)
+    with Loader(maker_of(run), run.plans(Progress()), pin=False) as loader:
+        step = next(iter(loader))
+        with pytest.raises(DataError, match="shard 7 is damaged"):
+            next(step.micro_batches)
+
+
+def _refuse(*_: object) -> None:
+    raise DataError("shard 7 is damaged")
+
+
+def test_items_are_made_ahead_but_not_far() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in itertools.count():
+            made.append(number)
+            yield number
+
+    ahead = Ahead(items(), size=3)
+    ahead.start()
+    assert [next(ahead) for _ in range(2)] == [0, 1]
+    ahead.stop()
+    # Two taken, three waiting, one in hand, and at most four more that stopping made room for.
+    assert len(made) <= 10
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
+
+
+def test_the_end_stays_the_end() -> None:
+    ahead = Ahead(iter([np.int64(1)]), size=3)
+    ahead.start()
+    assert list(ahead) == [1]
+    assert list(ahead) == []
+    ahead.stop()
+
+
+def test_plan_of_a_run_is_a_plan(resolved: Callable[..., Any]) -> None:
+    run = resolved(1)
+    plans = list(run.plans(Progress()))
+    assert len(plans) == run.steps == 12
+    assert all(isinstance(plan, StepPlan) for plan in plans)

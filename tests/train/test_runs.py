@@ -1,0 +1,123 @@
+"""Real runs under the launcher: equal splits, equal ZeRO stages, killed and taken up again."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parent / "launched.py"
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Look often; a process that ends first is a failure."""
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+
+
+def steps_logged(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count('"kind": "train"') if path.exists() else 0
+
+
+LONG = {
+    "schedule": {"total_tokens": 40 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 4096},
+    "checkpoint": {"every_steps": 10},
+    "validation": {"every_steps": 7, "rows": 5},
+    "log": {"every_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(launcher_in: Callable[[Path], Any], tmp_path_factory: Any, data_folder: Path) -> Any:
+    """What several tests look at, in one start: a run a ZeRO stage, a long run, gradients."""
+    launcher = launcher_in(tmp_path_factory.mktemp("two_ranks"))
+    # Without this every parameter of a tiny model is kept whole on every rank, tied decoder too.
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    tasks = [
+        f"train:{launcher.write(f'zero{stage}', data_folder, zero_stage=stage, deepspeed=settings)}"
+        for stage in range(4)
+    ]
+    tasks.append(f"train:{launcher.write('whole', data_folder, **LONG)}")
+    split = launcher.write("split", data_folder, zero_stage=0)
+    tasks.append(f"gradients:{split}:{launcher.folder / 'gradients.npz'}")
+    done = launcher.run(2, *tasks, script=SCRIPT)
+    assert done.code == 0, done.out + done.err
+    return launcher
+
+
+def test_gradients_are_the_same_however_rows_are_split(
+    two_ranks: Any, launcher: Any, data_folder: Path
+) -> None:
+    """(ranks, accumulation) = (1, 4), (2, 2), (4, 1), masked tokens unequal over ranks."""
+    outs = {2: two_ranks.folder / "gradients.npz"}
+    for ranks in (1, 4):
+        config = launcher.write("split", data_folder, zero_stage=0)
+        outs[ranks] = launcher.folder / f"{ranks}.npz"
+        done = launcher.run(ranks, f"gradients:{config}:{outs[ranks]}", script=SCRIPT)
+        assert done.code == 0, done.out + done.err
+    first, *others = (dict(np.load(outs[ranks])) for ranks in (1, 2, 4))
+    assert len(set(first["counts"].tolist())) > 1, "every micro-batch masks as many tokens"
+    assert first["loss"] == pytest.approx(np.log(64), abs=0.5)
+    for other in others:
+        assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
+        assert other["mine"] < 0.9 * first["mine"]
+        for name in first.keys() - {"loss", "mine", "counts"}:
+            scale = np.abs(first[name]).max()
+            np.testing.assert_allclose(other[name], first[name], rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_zero_stages_follow_the_same_curve(two_ranks: Any) -> None:
+    reference = two_ranks.losses("zero0")
+    assert len(reference) == 12
+    assert reference[-1] < reference[0] - 0.1
+    validations = two_ranks.records("zero0", "validation")
+    assert [record["step"] for record in validations] == [6, 12]
+    for stage in (1, 2, 3):
+        np.testing.assert_allclose(two_ranks.losses(f"zero{stage}"), reference, rtol=1e-5)
+        ours = two_ranks.records(f"zero{stage}", "validation")
+        for record, expected in zip(ours, validations, strict=True):
+            assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert record["masked_tokens"] == expected["masked_tokens"]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_folder: Path) -> None:
+    config = launcher.write("killed", data_folder, **LONG)
+    run_dir = launcher.folder / "killed"
+    with launcher.start(2, "--config", str(config)) as process:
+        # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 9 and 10.
+        wait_until(lambda: steps_logged(run_dir) >= 7, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert (run_dir / "checkpoints" / "step_00000010").is_dir()
+    assert not (run_dir / "checkpoints" / "step_00000040").exists()
+    done = launcher.run(2, "--config", str(config))
+    assert done.code == 0, done.out + done.err
+    assert "continues from" in done.out
+
+    for kind in ("train", "validation"):
+        assert launcher.records("killed", kind) == two_ranks.records("whole", kind)
+    steps = [record["step"] for record in launcher.records("killed", "validation")]
+    assert steps == [7, 14, 21, 28, 35, 40]
+    assert len(list((run_dir / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_other_zero_stages_go_on_bit_for_bit(launcher: Any, data_folder: Path, stage: int) -> None:
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    changes = {"zero_stage": stage, "deepspeed": settings}
+    whole = launcher.write("whole", data_folder, **changes)
+    assert launcher.run(2, "--config", str(whole)).code == 0
+    broken = launcher.write("broken", data_folder, **changes)
+    assert launcher.run(2, "--config", str(broken)).code == 0
+    # As if it had been killed after step 8: the last checkpoint is not there yet.
+    (launcher.folder / "broken" / "checkpoints" / "step_00000012").rename(launcher.folder / "away")
+    assert launcher.run(2, "--config", str(broken)).code == 0
+    for kind in ("train", "validation"):
+        assert launcher.records("broken", kind) == launcher.records("whole", kind)
