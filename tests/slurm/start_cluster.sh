@@ -8,6 +8,8 @@ mkdir -p "$conf" /run/munge /var/spool/slurmctld /var/spool/slurmd-n1 /var/spool
 for gpu in 0 1; do
   [ -e "/dev/standin$gpu" ] || mknod "/dev/standin$gpu" c 1 3
 done
+# On a real cluster the names of the nodes resolve.
+grep -q ' n1 n2$' /etc/hosts || echo '127.0.0.1 n1 n2' >> /etc/hosts
 host=$(hostname -s)
 cat > "$conf/slurm.conf" <<EOF
 ClusterName=test
