@@ -65,7 +65,7 @@ def _hash(text: str) -> str:
 
 def test_a_note_becomes_a_document(tmp_path: Path) -> None:
     """Hashes for identifiers, the same group for both kinds of note, layout untouched."""
-    text = ' \nName:  ___   Unit No:   ___\r\n\r\nHis "Hgb" fell,\n\tto 7.2 \u00a0 &lt; 8 \n '
+    text = ' \nName:  ___   Unit No:   ___\r\n\r\nHis "Hgb"\rfell,\n\tto 7.2 \u00a0 &lt; 8 \n '
     path = _write(tmp_path / "discharge.csv", _csv(_row(text=text)))
     (document,) = documents(path, "discharge")
     assert document == Document(
