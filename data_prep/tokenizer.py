@@ -41,9 +41,9 @@ _CHARACTER_COVERAGE = 0.9999
 # SentencePiece drops a training line of more than 4,192 bytes without an error; a character has at
 # most four. Cutting where a run of spaces begins changes nothing: it cuts into words there itself.
 _LINE = re.compile(r"(?s).{1,1000}(?:\Z|(?<! )(?= ))|.{1,1000}")
-# Characters that SentencePiece's trainer keeps for itself (unknown, word boundary) or cannot hold.
-# It drops a line with one, so they are taken out, of what it trains on only.
-_RESERVED = re.compile("[\u2585\t\0]")
+# SentencePiece's trainer writes this for an unknown character and drops a line that holds it, so it
+# is taken out, of what is trained on only.
+_TRAINER_UNKNOWN = "\u2585"
 _UNUSED = re.compile(r"[\[<]\|?unused[ _-]?\d+\|?[\]>]", re.IGNORECASE)
 
 
@@ -59,7 +59,7 @@ def train_tokenizer(
     """Train a tokenizer on a sample of `documents` and write its Hugging Face folder to `out`.
 
     vocab_size: a multiple of 64, special tokens and the 256 bytes included.
-    sample_bytes: bytes of UTF-8 text to train on; memory is bounded by it (some twelve times as
+    sample_bytes: bytes of UTF-8 text to train on; memory is bounded by it (some ten times as
         much), however many documents there are. Which documents are used depends on (seed, their
         ids) alone, not on their order.
     shares: source -> its part of `sample_bytes`; other sources are left out. Without it, all
@@ -325,5 +325,5 @@ def _normalizer(
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        for part in _RESERVED.split(text):
+        for part in text.split(_TRAINER_UNKNOWN):
             yield from _LINE.findall(part)

@@ -1,24 +1,17 @@
 """The tokenizer: text survives, both forms give the same ids, training uses the text it says."""
 
-import csv
-import gzip
 import json
 import os
-import random
 import shutil
 import socket
 import subprocess
 import sys
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from lxml import etree
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -35,49 +28,6 @@ from data_prep.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from data_prep.tokenizer_export import merge_rules
-
-WORDS = [
-    *("patient", "denies", "chest", "pain", "dyspnea", "fever"),
-    *("chills", "history", "of", "hypertension", "diabetes", "mellitus"),
-    *("metformin", "lisinopril", "allergies", "medications", "discharge", "follow"),
-    *("up", "left", "ventricular", "ejection"),
-]
-HARD_FRAGMENTS = [
-    *("\u2581", "\u2581\u2581", "\u0010", "\u0010_", "\u0010.", "_", ".", "\u2585", "\0", "\t\t"),
-    *("[MASK]", "[SEP]", " [CLS]", "[PAD]", "[UNK]", "<0x0A>", "<0x00>", "<unk>", "<s>", "▁[MASK]"),
-    *(" ", "  ", "     ", "\n", "\r\n", "\r", "\u00a0", "\u2009", "\ufeff", "\u200d", "\ufffd"),
-    *(
-        "é",
-        "e\u0301",
-        "ﬁ",
-        "Å",
-        "²",
-        "β-blocker",
-        "µg",
-        "😀",
-        "👩‍⚕️",
-        "漢字",
-        "\U0010ffff",
-        "\ue000",
-    ),
-    *("\U0010ffff", "\ue000", "patient", " denies", "Chest", "12.5", "----", "====", "x" * 300),
-]
-
-
-def clinical_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts with the layout of notes: headings, runs of spaces, numbers, rules of dashes."""
-    draw = random.Random(seed)
-    texts = []
-    for _ in range(count):
-        lines = [
-            f"{draw.choice(WORDS).title()}:{' ' * draw.randrange(1, 9)}"
-            + " ".join(draw.choices(WORDS, k=draw.randrange(1, 12)))
-            + f" {draw.randrange(1000)}.{draw.randrange(10)}\t[{draw.choice(WORDS)}]"
-            for _ in range(draw.randrange(2, 8))
-        ]
-        texts.append("\n".join([*lines, "-" * draw.randrange(2, 40)]) + "\n\n")
-    return texts
 
 
 def documents(texts: list[str], source: str = "discharge") -> list[Document]:
@@ -89,36 +39,19 @@ def load_sentencepiece(folder: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "tokenizer"
-    train_tokenizer(documents(clinical_texts(400)), folder, 640)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tokenizer(trained: Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(trained)
 
 
 @pytest.fixture(scope="module")
-def periodic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary of pieces such as `aab`, `aaba`, `----`, whose joins tie and overlap."""
-    draw = random.Random(1)
-    texts = ["".join(draw.choices("aab- ", k=400)) for _ in range(200)]
-    folder = tmp_path_factory.mktemp("periodic") / "tokenizer"
-    train_tokenizer(documents(texts), folder, 1024)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def existing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def existing(notes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An existing tokenizer in ModernBERT's style: byte-level, [unusedN] and space-run tokens."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(clinical_texts(50), trainer)
+    backend.train_from_iterator(notes[:50], trainer)
     backend.add_tokens([AddedToken("   ", normalized=True)])
     backend.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"])
     backend.add_tokens(["[unused0]", "[unused1]"])
@@ -135,98 +68,12 @@ def existing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same_and_lossless(folder: Path, texts: list[str]) -> None:
-    """Both forms give the same ids and the text back; a failure names positions, never text."""
-    fast = load_tokenizer(folder)
-    piece = load_sentencepiece(folder)
-    ids = encode(fast, texts)
-    expected = piece.encode(texts)
-    different = [i for i, row in enumerate(ids) if row.tolist() != expected[i]]
-    assert not different, f"other ids than SentencePiece's: texts {different[:10]}"
-    back = fast.backend_tokenizer.decode_batch([row.tolist() for row in ids])
-    changed = [i for i, text in enumerate(texts) if back[i] != text]
-    assert not changed, f"changed by the fast tokenizer: texts {changed[:10]}"
-    changed = [i for i, text in enumerate(piece.decode(expected)) if text != texts[i]]
-    assert not changed, f"changed by SentencePiece: texts {changed[:10]}"
-
-
-# --- text survives and both forms agree --------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=150)
-@given(texts=st.lists(st.text(max_size=200), min_size=1, max_size=20))
-def test_any_unicode_text_survives(trained: Path, texts: list[str]) -> None:
-    assert_same_and_lossless(trained, texts)
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    texts=st.lists(
-        st.lists(st.sampled_from(HARD_FRAGMENTS) | st.text(max_size=5)).map("".join), min_size=1
-    )
-)
-def test_hard_fragments_in_any_order_survive(trained: Path, texts: list[str]) -> None:
-    assert_same_and_lossless(trained, texts)
-
-
-@settings(deadline=None, max_examples=150)
-@given(texts=st.lists(st.text(alphabet="ab- ", max_size=300), min_size=1, max_size=20))
-def test_overlapping_joins_are_made_in_the_same_order(periodic: Path, texts: list[str]) -> None:
-    assert_same_and_lossless(periodic, texts)
-
-
-def test_long_words_and_long_runs_survive(trained: Path) -> None:
-    assert_same_and_lossless(
-        trained,
-        ["patient" * 20_000, "x" * 150_000, " " * 10_000, "\n" * 10_000, "▁" * 5_000, "😀" * 5_000],
-    )
-
-
 def test_decode_of_the_loaded_tokenizer_gives_the_text_back(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     text = " patient ,  denies .\n\n\tit 's  ▁ 12 . 5 n't \r\n "
     (ids,) = encode(tokenizer, [text])
     assert tokenizer.decode(ids) == text
-
-
-def test_one_rule_a_piece_and_none_for_a_piece_that_is_never_reached() -> None:
-    assert merge_rules(["aa", "aaa", "ba", "a", "b"]) == [("a", "a"), ("aa", "a"), ("b", "a")]
-    # b+c is joined first wherever abc stands, so ab+c is never seen and abc never formed.
-    assert merge_rules(["bc", "ab", "abcd", "a", "b", "c", "d"]) == [("b", "c"), ("a", "b")]
-
-
-def real_texts(folder: Path) -> Iterator[str]:
-    """Title and abstract of every citation, every note, every line of every code file."""
-    for path in sorted((folder / "pubmed").rglob("*.xml*")):
-        if path.suffix == ".md5" or path.parent.name == "nonconforming":
-            continue
-        data = path.read_bytes()
-        root = etree.fromstring(
-            gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data,
-            etree.XMLParser(load_dtd=False, no_network=True, resolve_entities=False),
-        )
-        for article in root.iter("Article"):
-            parts = article.findall("ArticleTitle") + article.findall("Abstract/AbstractText")
-            yield "\n".join("".join(part.itertext()) for part in parts)
-    csv.field_size_limit(2**30)
-    for path in sorted((folder / "mimic-iv-note" / "note").glob("*.csv.gz")):
-        with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
-            yield from (row["text"] for row in csv.DictReader(file))
-    for path in sorted((folder / "codes").glob("*.zip")):
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".txt"):
-                    yield from archive.read(name).decode("latin-1").split("\n")
-
-
-def test_every_real_document_survives_with_the_ids_of_sentencepiece(
-    shared_data: Path, tmp_path: Path
-) -> None:
-    texts = list(dict.fromkeys(real_texts(shared_data)))
-    assert len(texts) > 200_000
-    train_tokenizer(documents(texts), tmp_path / "tokenizer", 8192, sample_bytes=4 * 2**20)
-    assert_same_and_lossless(tmp_path / "tokenizer", texts)
 
 
 # --- special tokens ----------------------------------------------------------------------------
@@ -256,12 +103,6 @@ def test_encode_never_cuts_or_pads_and_leaves_those_settings_alone(trained: Path
     assert len(ids[0]) == 0
     assert len(ids[1]) > 9000
     assert (fast.backend_tokenizer.truncation, fast.backend_tokenizer.padding) == settings_before
-
-
-def test_corpus_full_of_special_tokens_teaches_no_special_piece(tmp_path: Path) -> None:
-    texts = [f"{text}[MASK] [SEP] <0x0A>[CLS]" * 3 for text in clinical_texts(100)]
-    train_tokenizer(documents(texts), tmp_path / "tokenizer", 512)
-    assert_same_and_lossless(tmp_path / "tokenizer", [*texts, *HARD_FRAGMENTS])
 
 
 # --- the folder --------------------------------------------------------------------------------
@@ -325,24 +166,26 @@ def test_no_learned_piece_has_a_digit_with_anything_else(trained: Path) -> None:
 # --- training ----------------------------------------------------------------------------------
 
 
-def test_the_end_of_a_long_document_is_trained_on(tmp_path: Path) -> None:
-    text = "\n".join(clinical_texts(700))[:100_000] + " zygomaticotemporal" * 400
+def test_the_end_of_a_long_document_is_trained_on(notes: list[str], tmp_path: Path) -> None:
+    text = "\n".join(notes)[:100_000] + " zygomaticotemporal" * 400
     train_tokenizer(documents([text]), tmp_path / "tokenizer", 640)
     assert "▁zygomaticotemporal" in load_tokenizer(tmp_path / "tokenizer").get_vocab()
 
 
-@pytest.mark.parametrize("reserved", ["\u2585", "\t", "\0", "\u2581", "\u0010"])
-def test_text_around_reserved_characters_is_trained_on(reserved: str, tmp_path: Path) -> None:
-    text = f"zygomatico{reserved} bone " * 500 + "".join(clinical_texts(50))
+@pytest.mark.parametrize("special", ["\u2585", "\t", "\0", "\u2581", "\u0010"])
+def test_text_around_special_characters_is_trained_on(
+    notes: list[str], special: str, tmp_path: Path
+) -> None:
+    text = f"zygomatico{special} bone " * 500 + "".join(notes[:50])
     train_tokenizer(documents([text]), tmp_path / "tokenizer", 448)
     assert "zygomatico" in load_tokenizer(tmp_path / "tokenizer").get_vocab()
 
 
-def test_training_lines_fit_sentencepiece_and_lose_nothing() -> None:
-    texts = ["x" * 5000, " " * 5000, "😀" * 3000, "", "\n\n", *clinical_texts(20), "ab cd\n" * 900]
+def test_training_lines_fit_sentencepiece_and_lose_nothing(notes: list[str]) -> None:
+    texts = ["x" * 5000, " " * 5000, "😀" * 3000, "", "\n\n", *notes[:20], "ab cd\n" * 900]
     for text in texts:
         lines = list(_lines([text]))
-        assert "".join(lines) == text.replace("\t", "")
+        assert "".join(lines) == text
         assert all(len(line.encode()) <= 4192 for line in lines)
     # A cut falls where a run of spaces begins, which is where SentencePiece cuts into words.
     assert all(line.startswith(" ") for line in list(_lines(["ab cd\n" * 900]))[1:])
@@ -361,9 +204,10 @@ train_tokenizer(found if sys.argv[3] == "one" else found[::-1], Path(sys.argv[2]
 
 
 def test_the_same_documents_give_the_same_bytes_on_any_machine_in_any_order(
+    notes: list[str],
     tmp_path: Path,
 ) -> None:
-    write_documents(tmp_path / "documents.parquet", documents(clinical_texts(600)))
+    write_documents(tmp_path / "documents.parquet", documents(notes[:600]))
     for kind, seed in (("one", "1"), ("all", "2")):
         arguments = [str(tmp_path / "documents.parquet"), str(tmp_path / kind), kind]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
@@ -375,8 +219,8 @@ def test_the_same_documents_give_the_same_bytes_on_any_machine_in_any_order(
         assert str(tmp_path).encode() not in (tmp_path / "one" / name).read_bytes()
 
 
-def test_the_sample_is_bounded_and_depends_on_ids_alone() -> None:
-    found = documents(clinical_texts(300))
+def test_the_sample_is_bounded_and_depends_on_ids_alone(notes: list[str]) -> None:
+    found = documents(notes[:300])
     everything = sum(len(document.text.encode()) for document in found)
     sample = _sample(found, 10_000, {}, 0, Path("out"))
     assert sum(len(text.encode()) for text in sample) == 10_000
@@ -456,13 +300,13 @@ def test_ids_are_uint16_where_the_vocabulary_fits(
 # --- errors ------------------------------------------------------------------------------------
 
 
-def test_no_text_is_an_error(tmp_path: Path) -> None:
+def test_no_text_is_an_error(notes: list[str], tmp_path: Path) -> None:
     for found in ([], documents(["", ""])):
         with pytest.raises(InputError, match=r"tokenizer: no document with text"):
             train_tokenizer(found, tmp_path / "tokenizer", 512)
     with pytest.raises(InputError, match="from radiology"):
         train_tokenizer(
-            documents(clinical_texts(5)),
+            documents(notes[:5]),
             tmp_path / "tokenizer",
             512,
             shares={"discharge": 0.5, "radiology": 0.5},
@@ -486,8 +330,10 @@ def test_a_vocabulary_that_does_not_fit_the_text_is_an_error(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_largest_vocabulary_that_the_error_names_works(tmp_path: Path) -> None:
-    found = documents(clinical_texts(10))
+def test_the_largest_vocabulary_that_the_error_names_works(
+    notes: list[str], tmp_path: Path
+) -> None:
+    found = documents(notes[:10])
     with pytest.raises(InputError) as caught:
         train_tokenizer(found, tmp_path / "tokenizer", 8192)
     fits = int(str(caught.value).split("set vocab_size to ")[1].split()[0])
@@ -496,13 +342,13 @@ def test_the_largest_vocabulary_that_the_error_names_works(tmp_path: Path) -> No
 
 
 def test_training_says_nothing_of_the_text(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    notes: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError) as caught:
         train_tokenizer(documents(["secretword\u2585 secretword"]), tmp_path / "tokenizer", 4096)
     out, err = capfd.readouterr()
     assert "secretword" not in out + err + str(caught.value)
-    train_tokenizer(documents(clinical_texts(50)), tmp_path / "tokenizer", 512)
+    train_tokenizer(documents(notes[:50]), tmp_path / "tokenizer", 512)
     assert capfd.readouterr() == ("", "")
 
 
