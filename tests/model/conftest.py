@@ -2,10 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from model.config import BASE, ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
@@ -93,3 +99,29 @@ def cuda() -> str:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return "cuda"
+
+
+def make_tokenizer(folder: Path, words: int) -> Path:
+    """A word-level tokenizer of `words` entries whose special ids differ from the defaults."""
+    specials = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate(specials)}
+    vocabulary |= {f"w{i}": i for i in range(len(specials), words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {f"{word[1:-1].lower()}_token": word for word in specials}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    """A tokenizer of 300 words, for models with a vocabulary of 320."""
+    return make_tokenizer(tmp_path / "tokenizer", 300)
+
+
+@pytest.fixture
+def tokenizer_of() -> Callable[[Path, int], Path]:
+    return make_tokenizer
