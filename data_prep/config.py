@@ -5,6 +5,9 @@ from pathlib import Path
 
 from common.config import ConfigError, config, config_to_dict
 
+# Keys of `sources` whose documents are of a source of another name.
+SOURCE_OF_KEY = {"icd9cm_dx": "icd9cm", "icd9cm_sg": "icd9cm"}
+
 
 @config
 class Sources:
@@ -94,9 +97,33 @@ def check(run: DataPrep) -> None:
             f"max_lengths has {length}; a document must fit into a row of row_tokens = "
             f"{run.row_tokens} and has at least 3 tokens",
         )
+    _check_tokenizer(run)
     _require(
         any(run.sources.patterns().values()),
         "sources names no files; give a source its patterns, as configs/sample.yaml does",
+    )
+
+
+def _check_tokenizer(run: DataPrep) -> None:
+    """What would else be found out only after all documents have been read."""
+    size, shares = run.tokenizer.vocab_size, run.tokenizer.shares or {}
+    _require(
+        size > 0 and size % 64 == 0,
+        f"tokenizer.vocab_size is {size}; it must be a multiple of 64, such as "
+        f"{max(1, -(-size // 64)) * 64}",
+    )
+    sources = {
+        SOURCE_OF_KEY.get(key, key) for key, found in run.sources.patterns().items() if found
+    }
+    for source, share in shares.items():
+        _require(
+            source in sources,
+            f"tokenizer.shares names {source!r}; the sources are {', '.join(sorted(sources))}",
+        )
+        _require(share > 0, f"tokenizer.shares.{source} is {share}; it must be positive")
+    _require(
+        sum(shares.values()) <= 1 + 1e-9,
+        f"tokenizer.shares add up to {sum(shares.values())}; they must be 1 at most",
     )
 
 

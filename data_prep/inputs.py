@@ -8,12 +8,9 @@ from typing import Any
 
 from common.config import ConfigError
 from common.files import file_hash
-from data_prep.config import DataPrep
+from data_prep.config import SOURCE_OF_KEY, DataPrep
 from data_prep.document import InputError
 from data_prep.pubmed import in_order
-
-# Keys of `sources` that are kinds of one source: key -> (kind, source).
-_KINDS = {"icd9cm_dx": ("icd9cm-dx", "icd9cm"), "icd9cm_sg": ("icd9cm-sg", "icd9cm")}
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def find_inputs(config: DataPrep) -> list[Input]:
     inputs = []
     numbers: Counter[str] = Counter()
     for (key, path), md5 in zip(found, hashes, strict=True):
-        kind, source = _KINDS.get(key, (key, key))
+        kind, source = key.replace("_", "-"), SOURCE_OF_KEY.get(key, key)
         name = path.relative_to(raw_dir).as_posix()
         size = path.stat().st_size
         inputs.append(Input(kind, source, numbers[source], path, name, md5, size))

@@ -61,8 +61,9 @@ class Stage:
         if not self.tasks:
             return []
         self.prepare()
-        progress = tqdm(range(len(self.tasks)), desc=self.name, unit="task", mininterval=0.5)
-        counts = [self.run_task(index) for index in progress]
+        indexes = range(len(self.tasks))
+        with tqdm(indexes, desc=self.name, unit="task", mininterval=0.5) as progress:
+            counts = [self.run_task(index) for index in progress]
         self._write_summary(counts)
         return counts
 

@@ -7,6 +7,7 @@ tokenising twice.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from data_prep.document import Document
 from data_prep.tokenizer import encode
 
 FILES = ("tokens.bin", "starts.npy", "ids.npy", "counts.npy")
-_BATCH_CHARACTERS = 1 << 20
-_BATCH_DOCUMENTS = 1024
+_BATCH_CHARACTERS = 1 << 22
+_BATCH_DOCUMENTS = 4096
 
 
 def write_tokens(
@@ -53,12 +54,12 @@ def write_tokens(
     return {"documents": len(names), "tokens": int(starts[-1])}
 
 
+@dataclass(frozen=True)
 class TokenFile:
-    """A folder that `write_tokens` made, opened; nothing is read before it is asked for."""
+    """A folder that `write_tokens` made, its tokens of `dtype`; nothing is read until asked for."""
 
-    def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
-        self.folder = folder
-        self.dtype = dtype
+    folder: Path
+    dtype: np.dtype[Any]
 
     def __len__(self) -> int:
         """Number of documents."""
