@@ -380,9 +380,7 @@ def test_what_is_no_usable_tokenizer_is_an_error_that_names_it(
     message: str,
     trained: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "broken"
     shutil.copytree(trained, folder)
     damage(folder)
