@@ -3,7 +3,8 @@
     python -m model.export RUN/checkpoints/step_00000100 RUN/model
 
 Needs no GPU and not the number of ranks that trained: the fp32 weights are put together from
-DeepSpeed's files, whatever the ZeRO stage.
+DeepSpeed's files, whatever the ZeRO stage. Of a bf16 run without ZeRO (stage 0) it is the bf16
+weights, those the model computed with: DeepSpeed saves the fp32 ones there without their names.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The fp32 parameters that DeepSpeed saved, from any ZeRO stage, by the model's names."""
+    """The parameters that DeepSpeed saved, from any ZeRO stage, by the model's names."""
     state = folder / _TAG
     if list(state.glob("*_optim_states.pt")):
         # Imported here: it is slow, and stage 0 in fp32 does without. It prints to stdout.
@@ -80,7 +81,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         file = state / "mp_rank_00_model_states.pt"
         if not file.is_file():
             raise ModelError(f"{state} holds no weights; take another checkpoint of the run")
-        # The run's own file, which DeepSpeed pickles.
+        # The run's own file, which DeepSpeed pickled.
         tensors = torch.load(file, map_location="cpu", weights_only=False)["module"]
     return dict(tensors)
 
