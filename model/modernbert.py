@@ -35,20 +35,20 @@ class RotaryTables(nn.Module):
 
     def __init__(self, positions: int, head_dim: int, theta: float):
         super().__init__()
-        self.make = lambda: rope_tables(positions, head_dim, theta)
-        cos, sin = self.make()
+        self.sizes = (positions, head_dim, theta)
+        cos, sin = rope_tables(*self.sizes)
         self.register_buffer("cos_PR", cos, persistent=False)
         self.register_buffer("sin_PR", sin, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTables":
         """Follow the model to another device but not to another dtype.
 
-        bf16 tables are wrong by half a radian at position 8192; `model.bfloat16()`, which
+        In bf16 every sine and cosine would be rounded to eight bits; `model.bfloat16()`, which
         DeepSpeed calls, must not touch them.
         """
         super()._apply(fn, recurse)
         device = self.cos_PR.device
-        cos, sin = self.make()
+        cos, sin = rope_tables(*self.sizes)
         self.cos_PR, self.sin_PR = cos.to(device), sin.to(device)
         return self
 
