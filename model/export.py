@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def export(checkpoint: Path, out: Path) -> None:
     """
     manifest = _read_manifest(checkpoint)
     model = ModernBertForMaskedLM(ModernBertConfig(**manifest["model"]))
-    load_weights(model, _read_weights(checkpoint / _DEEPSPEED), str(checkpoint))
+    # DeepSpeed, which unpickling its files imports, prints to stdout.
+    with contextlib.redirect_stdout(sys.stderr):
+        weights = _read_weights(checkpoint / _DEEPSPEED)
+    load_weights(model, weights, str(checkpoint))
     save_pretrained(model, tokenizer_folder=checkpoint / "tokenizer", out=out)
 
 
@@ -71,19 +75,61 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """The parameters that DeepSpeed saved, from any ZeRO stage, by the model's names."""
     state = folder / _TAG
-    if list(state.glob("*_optim_states.pt")):
-        # Imported here: it is slow, and stage 0 in fp32 does without. It prints to stdout.
-        with contextlib.redirect_stdout(sys.stderr):
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    module_file = state / "mp_rank_00_model_states.pt"
+    optimizer_files = sorted(state.glob("*_optim_states.pt"), key=_rank_of)
+    if optimizer_files:
+        partitions = [_unpickle(file)["optimizer_state_dict"] for file in optimizer_files]
+        if "param_slice_mappings" in partitions[0]:
+            return _join_partitions(partitions, _unpickle(module_file)["param_shapes"], state)
+        return _gather_zero_3(folder)
+    if not module_file.is_file():
+        raise ModelError(f"{state} holds no weights; take another checkpoint of the run")
+    return dict(_unpickle(module_file)["module"])
 
-            tensors = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
-    else:
-        file = state / "mp_rank_00_model_states.pt"
-        if not file.is_file():
-            raise ModelError(f"{state} holds no weights; take another checkpoint of the run")
-        # The run's own file, which DeepSpeed pickled.
-        tensors = torch.load(file, map_location="cpu", weights_only=False)["module"]
-    return dict(tensors)
+
+def _join_partitions(
+    partitions: list[dict[str, Any]], shapes: list[dict[str, torch.Size]], state: Path
+) -> dict[str, Tensor]:
+    """The fp32 weights of ZeRO 1 and 2, whose ranks each hold a part of flat groups.
+
+    DeepSpeed's own `zero_to_fp32` cannot read what bf16 ZeRO-1 with fp32 accumulation saves; where
+    a parameter lies in the flat groups, every one of its optimizers saves alike.
+    """
+    weights = {}
+    for number, group in enumerate(shapes):
+        for name, shape in group.items():
+            parts = []
+            for partition in partitions:
+                place = partition["param_slice_mappings"][number].get(name)
+                if place is not None:
+                    flat = partition["single_partition_of_fp32_groups"][number]
+                    parts.append(flat.narrow(0, place.start, place.numel))
+            if sum(len(part) for part in parts) != shape.numel():
+                raise ModelError(
+                    f"{state} does not hold all of {name}: the files of some ranks are missing; "
+                    "take another checkpoint of the run"
+                )
+            weights[name] = torch.cat(parts).view(shape)
+    return weights
+
+
+def _gather_zero_3(folder: Path) -> dict[str, Tensor]:
+    # Imported here, because it is slow.
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG))
+
+
+def _rank_of(file: Path) -> int:
+    """The rank in a name such as bf16_zero_pp_rank_10_mp_rank_00_optim_states.pt."""
+    match = re.search(r"zero_pp_rank_(\d+)_", file.name)
+    return int(match[1]) if match else 0
+
+
+def _unpickle(file: Path) -> dict[str, Any]:
+    """A file of the run's own, which DeepSpeed pickled; its tensors stay on disk until used."""
+    content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    return content
 
 
 def main(words: list[str] | None = None) -> int:

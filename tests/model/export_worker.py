@@ -33,6 +33,8 @@ def train_and_save(folder: Path, config: ModernBertConfig, stage: int, dtype: st
     }
     if dtype == "bf16":
         settings["bf16"] = {"enabled": True}
+        if stage > 0:  # as training does; under stage 1 this is another of DeepSpeed's optimizers
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
     )
@@ -72,7 +74,9 @@ def main() -> None:
         (2, "fp32"),
         (3, "fp32"),
         (0, "bf16"),
+        (1, "bf16"),
         (2, "bf16"),
+        (3, "bf16"),
     ):
         out = folder / f"{stage}-{dtype}"
         out.mkdir(exist_ok=True)
