@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from common.config import config_to_dict
 from common.files import file_hash, sync_file, sync_folder, write_json
-from train.engine import Engine
+from train.engine import Engine, quiet
 from train.ranks import Ranks, from_first, gather
-from train.resolve import Run
+from train.resolve import Run, tokenizer_folder
 from train.schedule import Progress
 
 FORMAT_VERSION = 1
@@ -107,7 +107,8 @@ def find(run: Run, ranks: Ranks) -> Found:
 
 def load(engine: Engine, path: Path) -> Progress:
     """Give `engine` the weights and optimizer of a checkpoint; returns the counters."""
-    loaded, _ = engine.load_checkpoint(str(path / "deepspeed"), tag=TAG)
+    with quiet():
+        loaded, _ = engine.load_checkpoint(str(path / "deepspeed"), tag=TAG)
     if loaded is None:
         raise CheckpointError(f"{path} cannot be loaded by DeepSpeed; move it away to go on")
     manifest = _read_manifest(path)
@@ -178,9 +179,12 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, str]) -> None:
     """Add the tokenizer and, last, the manifest; all of it on disk when this returns."""
-    shutil.copytree(tokenizer_of(run), temporary / "tokenizer")
-    for path in _files(temporary / "tokenizer"):
-        hashes[_relative(path, temporary)] = _flush(path)
+    for path in _files(source := tokenizer_folder(run.data)):
+        copy = temporary / "tokenizer" / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        # The content alone: the copy is its owner's, whoever may read the original.
+        shutil.copyfile(path, copy)
+        hashes[_relative(copy, temporary)] = _flush(copy)
     missing = {_relative(path, temporary) for path in _files(temporary)} ^ set(hashes)
     if missing:
         raise CheckpointError(f"{temporary}: the ranks disagree about the file {min(missing)}")
@@ -195,11 +199,6 @@ def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, s
     for path in (*temporary.rglob("*"), temporary):
         if path.is_dir():
             sync_folder(path)
-
-
-def tokenizer_of(run: Run) -> Path:
-    """The tokenizer's folder, which lies beside the data set's."""
-    return run.data.folder.resolve().parent / "tokenizer"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

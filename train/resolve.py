@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError, config_to_yaml
@@ -63,7 +64,7 @@ class Run:
 def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
     """Work out a run; raises ConfigError or DataError for whatever does not fit together."""
     steps = micro_steps(config.batch, ranks)
-    data = DataSet(config.data.dir)
+    data = _open_data(config)
     return Run(
         config=config,
         data=data,
@@ -128,6 +129,21 @@ def parameter_count(model: ModernBertConfig) -> int:
     encoder = model.vocab_size * hidden + layers * (attention + mlp + norms) + hidden
     head = hidden * hidden + hidden + model.vocab_size
     return encoder + head
+
+
+def _open_data(config: Train) -> DataSet:
+    data = DataSet(config.data.dir)
+    if not tokenizer_folder(data).is_dir():
+        raise DataError(
+            f"{tokenizer_folder(data)} is missing: checkpoints hold the data set's tokenizer; "
+            "copy it from where the data set was made"
+        )
+    return data
+
+
+def tokenizer_folder(data: DataSet) -> Path:
+    """The tokenizer's folder, which lies beside the data set's."""
+    return data.folder.resolve().parent / "tokenizer"
 
 
 def _model_config(config: Train, data: DataSet) -> ModernBertConfig:

@@ -65,19 +65,19 @@ def plan_steps(
 ) -> Iterator[StepPlan]:
     """Every step from `start` to the end of the run, in order: a pure function of its arguments.
 
-    A step is taken at the learning rate of its middle slot, so that neither the first step of a
-    warm-up nor the last one of a decay is taken at a rate of 0.
+    A step is taken at the learning rate of its middle slot (of its part up to `total_tokens`), so
+    that neither the first step of a warm-up nor the last one of a decay is taken at a rate of 0.
     """
     slots_per_step = rows_per_step * row_tokens
     progress = start
     while progress.slots < schedule.total_tokens:
-        middle = progress.slots + slots_per_step / 2
+        end = min(progress.slots + slots_per_step, schedule.total_tokens)
         yield StepPlan(
             step=progress.step + 1,
             first_row=progress.next_row,
             rows=rows_per_step,
             slots=progress.slots + slots_per_step,
-            lr=peak_lr * lr_factor(schedule, min(middle, schedule.total_tokens)),
+            lr=peak_lr * lr_factor(schedule, (progress.slots + end) / 2),
             mask_rate=mask_rate,
         )
         progress = Progress(
