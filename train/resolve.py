@@ -157,6 +157,12 @@ def _model_config(config: Train, data: DataSet) -> ModernBertConfig:
                 f"tokenizer of data.dir = {data.folder} one of {tokenizer['vocab_size']}; make "
                 "the data set with the tokenizer of that model"
             )
+        if start.max_position_embeddings < data.max_length:
+            raise ConfigError(
+                f"init_from = {config.init_from} has {start.max_position_embeddings} positions, "
+                f"data.dir = {data.folder} documents of {data.max_length} tokens; use a data set "
+                "of a smaller max_length"
+            )
         for token in ("cls", "sep", "pad"):
             if getattr(start, f"{token}_token_id") != special[token]:
                 raise ConfigError(

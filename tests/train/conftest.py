@@ -168,6 +168,7 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.accelerator = "cpu"
 
     def write(self, name: str, data: Path, **changes: Any) -> Path:
         """A configuration file of a run in `folder/name`; `changes` replace whole sections."""
@@ -177,7 +178,7 @@ class Launcher:
         return path
 
     def command(self, ranks: int, script: Path, *words: str) -> list[str]:
-        """What starts `script` with so many processes on CPU."""
+        """What starts `script` with so many processes."""
         if ranks == 1:
             return [sys.executable, str(script), *words]
         launcher = Path(sys.executable).parent / "deepspeed"
@@ -186,7 +187,7 @@ class Launcher:
 
     def start(self, ranks: int, *words: str, script: Path | None = None) -> subprocess.Popen[str]:
         """Start it; stdout and stderr are pipes, and the process leads a group of its own."""
-        environment = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+        environment = dict(os.environ, DS_ACCELERATOR=self.accelerator, OMP_NUM_THREADS="1")
         return subprocess.Popen(
             self.command(ranks, script or ROOT / "train" / "main.py", *words),
             cwd=self.folder,

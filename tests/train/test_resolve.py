@@ -63,9 +63,10 @@ def test_init_from_brings_the_sizes(resolved: Callable[..., Any], tmp_path: Path
     [
         ({"vocab_size": 128}, "vocabulary of 128, the tokenizer of .* one of 64"),
         ({"cls_token_id": 7}, "its cls token is 7, not 0"),
+        ({"max_position_embeddings": 16}, "16 positions, .* documents of 32 tokens"),
     ],
 )
-def test_a_start_with_another_tokenizer_is_refused(
+def test_a_start_that_does_not_fit_the_data_is_refused(
     resolved: Callable[..., Any], tmp_path: Path, changes: dict[str, int], message: str
 ) -> None:
     start = write_start(tmp_path / "start", **changes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parent / "launched.py"
 
@@ -121,3 +122,31 @@ def test_other_zero_stages_go_on_bit_for_bit(launcher: Any, data_folder: Path, s
     assert launcher.run(2, "--config", str(broken)).code == 0
     for kind in ("train", "validation"):
         assert launcher.records("broken", kind) == launcher.records("whole", kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_zero_stage_follows_the_curve_of_the_cpu(
+    launcher: Any, data_folder: Path
+) -> None:
+    """bf16 and the GPU's attention against fp32 and the reference; then one goes on."""
+    changes = {"model": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 1}}
+    cpu = launcher.write("cpu", data_folder, **changes)
+    assert launcher.run(1, "--config", str(cpu)).code == 0
+    launcher.accelerator = "cuda"
+    configs = [
+        launcher.write(f"zero{stage}", data_folder, zero_stage=stage, **changes)
+        for stage in range(4)
+    ]
+    done = launcher.run(1, *(f"train:{config}" for config in configs), script=SCRIPT)
+    assert done.code == 0, done.out + done.err
+    assert done.out.count("on cuda, bf16") == 4
+    for stage in range(4):
+        np.testing.assert_allclose(
+            launcher.losses(f"zero{stage}"), launcher.losses("cpu"), rtol=5e-3
+        )
+    last = launcher.folder / "zero1" / "checkpoints" / "step_00000012"
+    before = launcher.losses("zero1")
+    last.rename(launcher.folder / "away")
+    assert launcher.run(1, "--config", str(configs[1])).code == 0
+    np.testing.assert_allclose(launcher.losses("zero1"), before, rtol=1e-3)
