@@ -4,11 +4,8 @@ What is written here loads with `AutoModelForMaskedLM.from_pretrained` and `Auto
 missing or unexpected key and the same logits; what is read here is used to the last key.
 """
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.files import whole_folder
 from model.config import ModernBertConfig, from_hugging_face, to_hugging_face
 from model.modernbert import ModernBertForMaskedLM
 
@@ -108,7 +106,7 @@ def save_pretrained(model: ModernBertForMaskedLM, *, tokenizer_folder: Path, out
         for name, tensor in model.state_dict().items()
         if name != _TIED
     }
-    with _whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -174,23 +172,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no JSON object; the folder is damaged, get it again")
     return values
-
-
-@contextlib.contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill, its owner's alone; it becomes `path` at the end."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True, mode=0o700)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(0o600)
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
