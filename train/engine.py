@@ -54,6 +54,10 @@ def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> E
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+    # The step that ZeRO 0 takes in bf16 to allocate the moments is none of the run's, and AdamW's
+    # bias correction must not count it.
+    for state in optimizer.state.values():
+        state["step"].zero_()
     return engine
 
 
