@@ -46,9 +46,11 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
         for loaded in loader:
             plan = loaded.plan
             saves = plan.step % config.checkpoint.every_steps == 0 or plan.step == steps
+            validates = plan.step % config.validation.every_steps == 0 or plan.step == steps
             # An interval of the log ends with every checkpoint, so that the lines of a run that
-            # continues from one are those of a run that never stopped.
-            logs = plan.step == 1 or plan.step % config.log.every_steps == 0 or saves
+            # continues from one are those of a run that never stopped; and with every validation,
+            # whose time is none of training's.
+            logs = plan.step % config.log.every_steps == 0 or plan.step == 1 or saves or validates
 
             loss_sum = accumulate(engine, loaded, ranks, device)
             norm = step(engine, plan.lr, want_norm=logs)
@@ -74,7 +76,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                             **record,
                         }
                     )
-            if plan.step % config.validation.every_steps == 0 or plan.step == steps:
+            if validates:
                 figures = validate(engine)
                 if metrics is not None:
                     metrics.validation({"step": plan.step, **figures})

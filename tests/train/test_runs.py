@@ -102,8 +102,8 @@ def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_fo
     config = launcher.write("killed", data_folder, **LONG)
     run_dir = launcher.folder / "killed"
     with launcher.start(2, "--config", str(config)) as process:
-        # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 9 and 10.
-        wait_until(lambda: steps_logged(run_dir) >= 7, process)
+        # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 7, 9 and 10.
+        wait_until(lambda: steps_logged(run_dir) >= 8, process)
         os.killpg(process.pid, signal.SIGKILL)
     assert (run_dir / "checkpoints" / "step_00000010").is_dir()
     assert not (run_dir / "checkpoints" / "step_00000040").exists()
