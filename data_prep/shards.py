@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 # The parts of a sample, in the order in which they lie in the tar.
 MEMBERS = ("input_ids.npy", "cu_seqlens.npy", "documents.json")
@@ -185,6 +186,22 @@ class DataSet:
                             f"{path} is damaged: its sha256 is {found}, the manifest says "
                             f"{shard['sha256']}; {_REMEDY}"
                         )
+
+    def check_tokenizer(self, folder: Path) -> None:
+        """Raise DataError unless `folder` holds the tokenizer.json that the rows were made with."""
+        path = folder / TOKENIZER_FILE
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror}): checkpoints hold the data set's "
+                "tokenizer; copy it from where the data set was made"
+            ) from None
+        if found != self.tokenizer["file_sha256"]:
+            raise DataError(
+                f"{path} is not the tokenizer that the rows of {self.folder} were made with; copy "
+                "that one from where the data set was made, or make the data set again"
+            )
 
     def _members(
         self, path: Path, record: np.void

@@ -133,11 +133,7 @@ def parameter_count(model: ModernBertConfig) -> int:
 
 def _open_data(config: Train) -> DataSet:
     data = DataSet(config.data.dir)
-    if not tokenizer_folder(data).is_dir():
-        raise DataError(
-            f"{tokenizer_folder(data)} is missing: checkpoints hold the data set's tokenizer; "
-            "copy it from where the data set was made"
-        )
+    data.check_tokenizer(tokenizer_folder(data))
     return data
 
 

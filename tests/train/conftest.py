@@ -1,5 +1,6 @@
 """Small data sets of learnable structure, and launches of real runs on them."""
 
+import hashlib
 import json
 import os
 import socket
@@ -26,8 +27,10 @@ CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
 UNUSED = 9
 """an ordinary-looking id that the tokenizer excludes from random replacement"""
 REAL_VOCABULARY, VOCABULARY = 61, 64
+TOKENIZER_JSON = b"{}"
 TOKENIZER = {
     "sha256": "0" * 64,
+    "file_sha256": hashlib.sha256(TOKENIZER_JSON).hexdigest(),
     "vocab_size": VOCABULARY,
     "real_vocab_size": REAL_VOCABULARY,
     "special_ids": {"cls": CLS, "sep": SEP, "pad": PAD, "mask": MASK, "unk": UNK},
@@ -69,7 +72,7 @@ def make_data(
     out = folder / f"rows-{max_length}"
     out.mkdir(parents=True)
     (folder / "tokenizer").mkdir(exist_ok=True)
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER_JSON)
     random = np.random.default_rng(seed)
     splits: dict[str, Any] = {}
     for split, sources in rows.items():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from common.config import ConfigError
+from data_prep.shards import DataError
 from model.config import BASE, LARGE, to_hugging_face
 from model.modernbert import ModernBertForMaskedLM
 from train.resolve import parameter_count
@@ -37,6 +38,17 @@ def test_parameters_are_counted_without_building_the_model(resolved: Callable[..
 def test_sizes_that_cannot_be_built_name_the_key(resolved: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="hidden_size 30"):
         resolved(model={"hidden_size": 30, "num_attention_heads": 4})
+
+
+def test_a_tokenizer_that_is_not_the_data_sets_is_refused(
+    resolved: Callable[..., Any], data_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = {"train": {"notes": 8}, "validation": {"notes": 2}}
+    data = data_maker(tmp_path / "data", rows)
+    assert resolved(data={"dir": data}).data.folder == data
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text("[]")
+    with pytest.raises(DataError, match=r"tokenizer\.json is not the tokenizer"):
+        resolved(data={"dir": data})
 
 
 def write_start(folder: Path, **changes: Any) -> Path:
