@@ -106,6 +106,7 @@ class DataSet:
             self.max_length: int = self.manifest["max_length"]
             self.max_documents: int = self.manifest["max_documents"]
             self.tokenizer: dict[str, Any] = self.manifest["tokenizer"]
+            _check_sizes(self.folder, self.manifest)
             self._splits = {
                 split: {
                     source: _open_source(self.folder, entry["shards"])
@@ -233,8 +234,13 @@ class DataSet:
             raise ValueError(f"cu_seqlens is {cu_seqlens.shape} {cu_seqlens.dtype}")
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != self.row_tokens:
             raise ValueError(f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}")
-        if (np.diff(cu_seqlens) <= 0).any():
+        lengths = np.diff(cu_seqlens)
+        if (lengths <= 0).any():
             raise ValueError("cu_seqlens does not increase")
+        if input_ids.max() >= self.tokenizer["vocab_size"]:
+            raise ValueError(
+                f"it has the token {input_ids.max()}, vocab_size is {self.tokenizer['vocab_size']}"
+            )
         tokens, count = int(record["tokens"]), int(record["documents"])
         segments = count + (tokens < self.row_tokens)
         if (
@@ -245,6 +251,12 @@ class DataSet:
             raise ValueError(
                 f"{len(documents)} documents in {len(cu_seqlens) - 1} segments, its index says "
                 f"{count} documents of {tokens} tokens"
+            )
+        # What follows the documents is padding, which may be longer.
+        if (lengths[:count] > self.max_length).any():
+            raise ValueError(
+                f"it has a document of {lengths[:count].max()} tokens, max_length is "
+                f"{self.max_length}"
             )
 
     def _descriptor(self, path: Path) -> int:
@@ -290,6 +302,29 @@ def _parse_manifest(folder: Path, content: bytes) -> dict[str, Any]:
         )
     assert isinstance(manifest, dict)
     return manifest
+
+
+def _check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise DataError for numbers that would fail, or silently go wrong, in training only."""
+    tokenizer = manifest["tokenizer"]
+    vocab_size, special = tokenizer["vocab_size"], tokenizer["special_ids"]
+    sizes = {name: manifest[name] for name in ("row_tokens", "max_length", "max_documents")}
+    sizes |= {name: tokenizer[name] for name in ("vocab_size", "real_vocab_size")}
+    ids = {f"special_ids.{name}": special[name] for name in ("cls", "sep", "pad", "mask", "unk")}
+    ids |= {"real_vocab_size - 1": tokenizer["real_vocab_size"] - 1}
+    wrong = [name for name, size in sizes.items() if type(size) is not int or size < 1]
+    wrong += [n for n, i in ids.items() if type(i) is not int or not 0 <= i < vocab_size]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in tokenizer["excluded_ids"]):
+        wrong.append("excluded_ids")
+    if not isinstance(tokenizer["file_sha256"], str):
+        wrong.append("file_sha256")
+    if not wrong and sizes["max_length"] > sizes["row_tokens"]:
+        wrong.append("max_length")
+    if wrong:
+        raise DataError(
+            f"{folder / MANIFEST_NAME}: {', '.join(wrong)} cannot be right (vocab_size is "
+            f"{vocab_size}, row_tokens {sizes['row_tokens']}); {_REMEDY}"
+        )
 
 
 def _open_source(folder: Path, entries: list[dict[str, Any]]) -> _Source:

@@ -21,6 +21,13 @@ from data_prep.shards import DataError, DataSet, Row, row_key
 ROW_TOKENS = 16
 ROWS = 7
 ROWS_PER_SHARD = 3
+TOKENIZER = {
+    "file_sha256": "0" * 64,
+    "vocab_size": 1024,
+    "real_vocab_size": 1000,
+    "special_ids": {"cls": 2, "sep": 3, "pad": 0, "mask": 4, "unk": 1},
+    "excluded_ids": [0, 1, 2, 3, 4],
+}
 
 
 def make_row(number: int) -> Row:
@@ -47,7 +54,7 @@ def write_data_set(folder: Path) -> list[Row]:
         "row_tokens": ROW_TOKENS,
         "max_length": ROW_TOKENS,
         "max_documents": 4,
-        "tokenizer": {"vocab_size": 1024},
+        "tokenizer": TOKENIZER,
         "splits": {"train": {"sources": {"pubmed": {"shards": entries}}}},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -170,6 +177,10 @@ def test_importing_the_reader_needs_numpy_and_the_standard_library_only() -> Non
     assert found.stdout.strip() == "['data_prep', 'data_prep.shards']"
 
 
+def edit_tokenizer(folder: Path, **changes: Any) -> None:
+    edit_manifest(folder, tokenizer=TOKENIZER | changes)
+
+
 def edit_manifest(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -200,6 +211,21 @@ SECOND = "pubmed-train-000001"
         ),
         (lambda f: edit_shard(f, rows=2), rf"{SECOND}\.index\.npy holds \(3,\).* 2 rows"),
         (lambda f: edit_manifest(f, row_tokens=32), r"train-000000\.tar.*row_tokens is 32"),
+        # Row 0 has a document of 9 tokens and ids from 0 to 15.
+        (lambda f: edit_manifest(f, max_length=7), r"row pubmed-train-000000000 .*max_length is 7"),
+        (lambda f: edit_tokenizer(f, vocab_size=5, real_vocab_size=5), r"vocab_size is 5"),
+        (lambda f: edit_manifest(f, max_length=17), r"manifest\.json: max_length cannot be right"),
+        (lambda f: edit_manifest(f, row_tokens="16"), r"manifest\.json: row_tokens cannot be"),
+        (lambda f: edit_tokenizer(f, real_vocab_size=1025), r"real_vocab_size - 1 cannot be right"),
+        (lambda f: edit_tokenizer(f, excluded_ids=[0, 1024]), r"excluded_ids cannot be right"),
+        (lambda f: edit_tokenizer(f, excluded_ids=None), r"manifest\.json is not a manifest"),
+        (lambda f: edit_tokenizer(f, special_ids={}), r"not a manifest .*KeyError: 'cls'"),
+        (
+            lambda f: edit_tokenizer(f, special_ids=TOKENIZER["special_ids"] | {"mask": 9999}),
+            r"manifest\.json: special_ids\.mask cannot be right",
+        ),
+        (lambda f: edit_tokenizer(f, file_sha256=None), r"file_sha256 cannot be right"),
+        (lambda f: edit_manifest(f, tokenizer=[]), r"manifest\.json is not a manifest"),
         (lambda f: edit_manifest(f, format=99), r"manifest\.json has the format 99"),
         (lambda f: edit_manifest(f, splits=[]), r"manifest\.json is not a manifest"),
         (lambda f: (f / "manifest.json").write_text("[1]"), r"manifest\.json is not a manifest"),
