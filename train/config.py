@@ -174,7 +174,7 @@ class Train:
         for name, weight in (weights or {}).items():
             _require(weight > 0, f"data.weights.{name} is {weight}, it must be above 0")
         owned = sorted(set(self.deepspeed) & OWNED_DEEPSPEED_KEYS)
-        if "stage" in self.deepspeed.get("zero_optimization", {}):
+        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
             owned.append("zero_optimization.stage")
         _require(
             not owned, f"deepspeed.{', deepspeed.'.join(owned)}: set the run's own key instead"

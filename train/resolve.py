@@ -15,7 +15,7 @@ from train.config import Train, micro_steps
 from train.engine import deepspeed_config
 from train.masking import Masker, Vocabulary
 from train.row_order import RowOrder
-from train.schedule import Progress, StepPlan, plan_steps, total_steps
+from train.schedule import Progress, StepPlan, last_step, plan_steps
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,9 @@ class Run:
         """Token slots of an optimizer step."""
         return self.config.batch.rows * self.data.row_tokens
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return total_steps(self.config.schedule, self.slots_per_step)
+    def last_step(self, start: Progress) -> int:
+        """The number of the run's last step when it continues from `start`."""
+        return last_step(self.config.schedule, self.slots_per_step, start)
 
     @property
     def deepspeed(self) -> dict[str, Any]:
@@ -92,7 +91,8 @@ def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
 def describe(run: Run) -> str:
     """The resolved run as text, for `--dry-run`."""
     model = run.model_config
-    rows = run.steps * run.config.batch.rows
+    steps = run.last_step(Progress())
+    rows = steps * run.config.batch.rows
     weights = run.order.quotas
     lines = [
         config_to_yaml(run.config).rstrip(),
@@ -103,7 +103,7 @@ def describe(run: Run) -> str:
         f"{run.data.max_length:,}",
         f"batch: {run.config.batch.rows} rows a step = {run.ranks} ranks × {run.micro_steps} "
         f"micro-steps × {run.config.batch.micro_rows} rows",
-        f"run: {run.steps:,} steps, {rows:,} rows, {rows * run.data.row_tokens:,} token slots",
+        f"run: {steps:,} steps, {rows:,} rows, {rows * run.data.row_tokens:,} token slots",
     ]
     epochs = run.order.epochs(rows)
     lines += [

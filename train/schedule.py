@@ -33,6 +33,7 @@ class StepPlan:
     """slots taken once the step is"""
     lr: float
     mask_rate: float
+    is_last: bool
 
 
 def lr_factor(schedule: Schedule, slots: float) -> float:
@@ -50,9 +51,12 @@ def lr_factor(schedule: Schedule, slots: float) -> float:
     return max(0.0, 1.0 - math.sqrt((slots - decay_start) / schedule.decay_tokens))
 
 
-def total_steps(schedule: Schedule, slots_per_step: int) -> int:
-    """The number of steps whose slots reach `total_tokens`."""
-    return math.ceil(schedule.total_tokens / slots_per_step)
+def last_step(schedule: Schedule, slots_per_step: int, start: Progress) -> int:
+    """The number of the step that reaches `total_tokens`, counted on from `start`.
+
+    Steps before `start` may have had another size.
+    """
+    return start.step + math.ceil(max(0, schedule.total_tokens - start.slots) / slots_per_step)
 
 
 def plan_steps(
@@ -79,6 +83,7 @@ def plan_steps(
             slots=progress.slots + slots_per_step,
             lr=peak_lr * lr_factor(schedule, (progress.slots + end) / 2),
             mask_rate=mask_rate,
+            is_last=end == schedule.total_tokens,
         )
         progress = Progress(
             step=progress.step + 1,

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent, and only one that verifies and fits is taken up."""
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -73,10 +74,10 @@ def test_a_checkpoint_names_and_hashes_every_file(resolved: Callable[..., Any]) 
 
 def test_the_newest_is_found_and_brings_the_counters_back(resolved: Callable[..., Any]) -> None:
     run = resolved()
-    assert checkpoint.find(run, Ranks()) == checkpoint.Found(None, [])
+    assert checkpoint.find(run, Ranks()) == checkpoint.Found(None, [], [])
     save(run, 4)
     newest = save(run, 8)
-    assert checkpoint.find(run, Ranks()) == checkpoint.Found(newest, [])
+    assert checkpoint.find(run, Ranks()) == checkpoint.Found(newest, [], [])
     engine = FakeEngine()
     assert checkpoint.load(engine, newest) == Progress(step=8, next_row=64, slots=4096, tokens=4000)
     assert engine.loaded == str(newest / "deepspeed")
@@ -112,7 +113,9 @@ def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
     run = resolved()
     older, newest = save(run, 4), save(run, 8)
     content = (newest / "manifest.json").read_text()
-    for broken in (content[:-20], json.dumps(json.loads(content) | {"format": 99})):
+    without_files = {key: value for key, value in json.loads(content).items() if key != "files"}
+    unusable = ([], json.loads(content) | {"format": 99}, without_files)
+    for broken in (content[:-20], *map(json.dumps, unusable)):
         (newest / "manifest.json").write_text(broken)
         found = checkpoint.find(run, Ranks())
         assert found.path == older
@@ -188,3 +191,22 @@ def test_a_missing_tokenizer_is_said_before_training(
     (data.parent / "tokenizer").rmdir()
     with pytest.raises(ValueError, match="tokenizer"):
         resolved(data={"dir": str(data)})
+
+
+def test_what_was_changed_since_a_checkpoint_is_said(resolved: Callable[..., Any]) -> None:
+    path = save(resolved(), 4)
+    found = checkpoint.find(resolved(masking={"rate": 0.2}), Ranks())
+    assert found == checkpoint.Found(path, [], ["masking.rate: 0.3 -> 0.2"])
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_checkpoint(
+    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = resolved()
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(CheckpointError, match=r"step_00000004 cannot be written: .*No space left"):
+        save(run, 4)
+    assert checkpoint.checkpoints(run.config.run_dir / "checkpoints") == []

@@ -53,6 +53,18 @@ def test_what_a_user_can_put_right_is_one_line(launcher: Any, data_folder: Path)
         assert not done.out
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
+    launcher: Any, data_folder: Path
+) -> None:
+    config = launcher.write("diverged", data_folder)
+    done = launcher.run(1, "--config", str(config), "optimizer.lr=1e30", "log.every_steps=12")
+    assert done.code == 2
+    assert re.fullmatch(r"error: at step \d+ the loss is \S+ and .*\n", done.err)
+    assert "lower optimizer.lr" in done.err
+    assert not (launcher.folder / "diverged" / "checkpoints").exists()
+    assert launcher.records("diverged", "validation") == []
+
+
 def test_every_rank_stops_and_one_says_why(launcher: Any) -> None:
     """Without --config, configs/base.yaml is run."""
     done = launcher.run(2, "data.dir=nowhere")
