@@ -13,6 +13,8 @@ import io
 import json
 import os
 import weakref
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -28,13 +30,15 @@ TOKENIZER_FILE = "tokenizer.json"
 MEMBERS = ("input_ids.npy", "cu_seqlens.npy", "documents.json")
 
 # One record a row: where each member's data begins in the tar and how many bytes it has, then how
-# many tokens of the row are not padding and how many documents (or pieces of one) it holds.
+# many tokens of the row are not padding, how many documents (or pieces of one) it holds, and the
+# checksum of its members.
 INDEX_DTYPE = np.dtype(
     [
         ("offset", "<u8", (len(MEMBERS),)),
         ("size", "<u4", (len(MEMBERS),)),
         ("tokens", "<u4"),
         ("documents", "<u4"),
+        ("crc32", "<u4"),
     ]
 )
 
@@ -59,6 +63,14 @@ class Row:
     documents: list[str]
     source: str
     key: str
+
+
+def checksum(members: Iterable[bytes]) -> int:
+    """The crc32 of a row's members one after another."""
+    crc = 0
+    for member in members:
+        crc = zlib.crc32(member, crc)
+    return crc
 
 
 def row_key(source: str, split: str, row: int) -> str:
@@ -217,6 +229,8 @@ class DataSet:
             content[offset - begin : offset - begin + size]
             for offset, size in zip(offsets, sizes, strict=True)
         ]
+        if checksum(parts) != record["crc32"]:
+            raise ValueError("its bytes are not those that were written, by their checksum")
         return _load_array(parts[0]), _load_array(parts[1]), json.loads(parts[2])
 
     def _check(

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import webdataset
 
 from data_prep.shard_writer import shard_name, write_shard
-from data_prep.shards import DataError, DataSet, Row, row_key
+from data_prep.shards import FORMAT_VERSION, DataError, DataSet, Row, row_key
 
 ROW_TOKENS = 16
 ROWS = 7
@@ -50,7 +51,7 @@ def write_data_set(folder: Path) -> list[Row]:
         path = folder / shard_name("pubmed", "train", number)
         entries.append(write_shard(path, iter(rows[begin : begin + ROWS_PER_SHARD])).to_dict())
     manifest = {
-        "format": 1,
+        "format": FORMAT_VERSION,
         "row_tokens": ROW_TOKENS,
         "max_length": ROW_TOKENS,
         "max_documents": 4,
@@ -259,6 +260,24 @@ def test_a_row_whose_bytes_changed_is_refused(folder: Path) -> None:
     path.write_bytes(content.replace(b"\x93NUMPY", b"\x93NUMPX"))
     with pytest.raises(DataError, match=rf"{SECOND}\.tar: row pubmed-train-000000003 cannot be"):
         DataSet(folder).read("train", "pubmed", 3)
+
+
+@pytest.mark.parametrize("member", ["input_ids.npy", "cu_seqlens.npy", "documents.json"])
+def test_a_row_with_one_changed_bit_is_refused_before_it_is_trained_on(
+    folder: Path, member: str
+) -> None:
+    """Ids in the vocabulary, bounds in order: nothing but the checksum can tell."""
+    path = folder / f"{SECOND}.tar"
+    with tarfile.open(path) as tar:
+        found = next(m for m in tar.getmembers() if m.name == f"pubmed-train-000000004.{member}")
+    content = bytearray(path.read_bytes())
+    # The last digit of a document's number, the last id, the high byte of the last bound.
+    content[found.offset_data + found.size - (3 if member == "documents.json" else 2)] ^= 1
+    path.write_bytes(content)
+    data = DataSet(folder)
+    assert_equal(data.read("train", "pubmed", 3), make_row(3))
+    with pytest.raises(DataError, match=rf"{SECOND}\.tar: row pubmed-train-000000004 .*checksum"):
+        data.read("train", "pubmed", 4)
 
 
 @pytest.mark.parametrize("row", [-1, ROWS])

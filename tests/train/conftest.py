@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from common.files import write_json
 from data_prep.shard_writer import shard_name, write_shard
-from data_prep.shards import Row, row_key
+from data_prep.shards import FORMAT_VERSION, Row, row_key
 from train.config import Train
 from train.resolve import Run, resolve
 
@@ -99,7 +99,7 @@ def make_data(
             }
         splits[split] = {"unigram_entropy": float(np.log(50)), "sources": entries}
     manifest = {
-        "format": 1,
+        "format": FORMAT_VERSION,
         "row_tokens": row_tokens,
         "max_length": max_length,
         "max_documents": 16,
