@@ -29,6 +29,7 @@ _TOKENIZER_FILES = (
     "sentencepiece.model",
     "vocab.txt",
 )
+_WRITTEN = {"config.json", _WEIGHTS, *_TOKENIZER_FILES}
 # A vocabulary is padded to a round number of rows; by more than this it is another tokenizer's.
 _MOST_VOCABULARY_PADDING = 511
 
@@ -96,8 +97,7 @@ def save_pretrained(model: ModernBertForMaskedLM, *, tokenizer_folder: Path, out
     `out` is replaced. Raises ModelError if the tokenizer does not fit the model, or if `out` holds
     something else.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ModelError(f"{out} exists and is not a model folder; choose another, or remove it")
+    _check_replaceable(out)
     config = replace(model.config, **_special_ids(tokenizer_folder, model.config.vocab_size))
     dtype = str(model.decoder.weight.dtype).removeprefix("torch.")
     description = {**to_hugging_face(config), "dtype": dtype}
@@ -113,6 +113,19 @@ def save_pretrained(model: ModernBertForMaskedLM, *, tokenizer_folder: Path, out
         for name in _TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, folder / name)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise ModelError unless `out` is absent, empty or an earlier export and nothing more."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise ModelError(f"{out} is not a folder; choose another name, or remove it")
+    foreign = sorted({path.name for path in out.iterdir()} - _WRITTEN)
+    if foreign:
+        raise ModelError(
+            f"{out} holds {foreign[0]}, which no export writes; choose another folder, or remove it"
+        )
 
 
 def _special_ids(tokenizer_folder: Path, vocab_size: int) -> dict[str, int]:

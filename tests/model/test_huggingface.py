@@ -150,10 +150,16 @@ def test_nothing_half_written_stays_and_nothing_foreign_is_replaced(
 ) -> None:
     model, out = ModernBertForMaskedLM(small), tmp_path / "out"
     out.mkdir()
+    (out / "config.json").write_text("{}")
     (out / "precious").write_text("x")
-    with pytest.raises(ModelError, match="not a model folder"):
+    with pytest.raises(ModelError, match="holds precious, which no export writes"):
         save_pretrained(model, tokenizer_folder=tokenizer_folder, out=out)
     assert (out / "precious").exists()
+    for name in ("file", "link"):
+        place = tmp_path / name
+        place.write_text("x") if name == "file" else place.symlink_to(out)
+        with pytest.raises(ModelError, match=f"{name} is not a folder"):
+            save_pretrained(model, tokenizer_folder=tokenizer_folder, out=place)
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
