@@ -1,4 +1,4 @@
-"""The main job on real input: raw files to a model that has learned from context, and its report."""
+"""The main job on real input: from raw files to a model that has learned, and its report."""
 
 import json
 import os
