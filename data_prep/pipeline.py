@@ -25,7 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from common.counter_random import derive_key
-from common.files import file_hash, whole_file
+from common.files import file_hash, only_user_of, whole_file
 from data_prep import codes, dedup, mimic, pubmed
 from data_prep import tokenizer as tokenizers
 from data_prep.config import DataPrep, check
@@ -47,8 +47,15 @@ def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     """Do everything that is not done yet; returns the manifest of each data set by its folder.
 
     Raises ConfigError for a key and InputError for an input. From the start on, no data set in
-    `out_dir` has a manifest unless it is what `config` and the inputs say.
+    `out_dir` has a manifest unless it is what `config` and the inputs say. FolderInUse, an OSError,
+    while another process works in `out_dir`.
     """
+    check(config)
+    with only_user_of(config.out_dir):
+        return _run(config)
+
+
+def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     pipeline = Pipeline(config)
     pipeline.withdraw_stale_manifests()
     pipeline.scan().run()
@@ -72,11 +79,11 @@ def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
 class Pipeline:
     """The stages of one configuration; the tasks of a stage are known once those before are done.
 
-    Raises ConfigError and InputError for a configuration and inputs that cannot be used.
+    config: one that passes `check`. Raises ConfigError and InputError for inputs that cannot be
+    used.
     """
 
     def __init__(self, config: DataPrep) -> None:
-        check(config)
         self.config = config
         self.out = config.out_dir
         self.inputs = find_inputs(config)

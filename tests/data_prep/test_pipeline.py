@@ -16,6 +16,7 @@ import pytest
 import webdataset
 
 from common.config import config_to_yaml, load_config
+from common.files import only_user_of
 from data_prep import pipeline
 from data_prep.config import DataPrep, Sources, Tokenizer
 from data_prep.document import read_documents
@@ -333,6 +334,16 @@ def test_the_reader_knows_the_tokenizer_of_its_rows(made: Path, tmp_path: Path) 
         data.check_tokenizer(other)
     with pytest.raises(DataError, match=r"absent/tokenizer\.json cannot be read"):
         data.check_tokenizer(tmp_path / "absent")
+
+
+def test_two_runs_in_one_folder_are_refused(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with only_user_of(tmp_path / "out"):
+        assert run_main(raw, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path / 'out'} is in use by process {os.getpid()} on" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def run_main(raw: Path, out: Path, *words: str) -> int:
