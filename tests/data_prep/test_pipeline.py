@@ -315,14 +315,21 @@ def test_a_changed_input_takes_the_old_manifests_away_first(
 
 
 def test_another_tokenizer_takes_every_manifest_away_whatever_the_length(
-    copy: Path, raw: Path
+    copy: Path, raw: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows of 128 and 512 share the folder's tokenizer with those of 256 that replace it."""
     pipeline.run(configuration(raw, copy, max_lengths=[256], rows_per_shard=40))
+    assert "data_prep: " not in capsys.readouterr().err
     assert len(list(copy.glob("rows-*/manifest.json"))) == 3
     changed = Tokenizer(vocab_size=832)
     pipeline.run(configuration(raw, copy, max_lengths=[256], tokenizer=changed))
     assert [path.parent.name for path in copy.glob("rows-*/manifest.json")] == ["rows-256"]
+    error = capsys.readouterr().err
+    assert error.count("data_prep: ") == 1
+    assert (
+        f"data_prep: {copy}: other vocab_size than before; made again: tokenizer, tokens, "
+        "plan-256, rows-256; no data set any more: rows-128, rows-512\n"
+    ) in error
 
 
 def test_the_reader_knows_the_tokenizer_of_its_rows(made: Path, tmp_path: Path) -> None:
