@@ -1,5 +1,6 @@
 """The configuration of data preparation: the `data_prep:` section of a YAML file."""
 
+import re
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -32,6 +33,19 @@ class Sources:
 
 
 @config
+class Pubmed:
+    """Which documents are made of PubMed's records."""
+
+    languages: list[str] = field(default_factory=lambda: ["en"])
+    """ISO 639-1 codes of the languages to keep, told from the text; [] keeps all"""
+    other_abstracts: list[str] = field(default_factory=list)
+    """types of OtherAbstract, such as plain-language-summary or PIP, that are documents of their
+    own; "*" is any"""
+    vernacular_titles: bool = False
+    """make titles in the article's own language documents of their own"""
+
+
+@config
 class Tokenizer:
     """Trained on the training documents, or an existing one."""
 
@@ -56,6 +70,7 @@ class DataPrep:
     sources: Sources = field(default_factory=Sources)
     keep_retracted: bool = False
     """keep retracted PubMed articles and retraction notices"""
+    pubmed: Pubmed = field(default_factory=Pubmed)
     validation_share: float = 0.01
     """share of the groups (subjects, articles, code categories) that is held out"""
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
@@ -96,6 +111,11 @@ def check(run: DataPrep) -> None:
             3 <= length <= run.row_tokens,
             f"max_lengths has {length}; a document must fit into a row of row_tokens = "
             f"{run.row_tokens} and has at least 3 tokens",
+        )
+    for language in run.pubmed.languages:
+        _require(
+            re.fullmatch("[a-z]{2,3}", language) is not None,
+            f"pubmed.languages has {language!r}; give ISO 639 codes such as en, de or zh",
         )
     _check_tokenizer(run)
     _require(

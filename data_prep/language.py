@@ -16,10 +16,10 @@ _READ_CHARACTERS = 400
 _LEAST_PROBABILITY = 0.5
 # Four different ones of these among 400 characters make a text English. On the real records this
 # never disagrees with the identifier, and it spares asking it for 99 % of the abstracts.
-_ENGLISH_WORDS = frozenset(
-    "the of and in to with was were for that is by this from are we as on be these which has "
-    "have".split()
+_FUNCTION_WORDS = (
+    "the of and in to with was were for that is by this from are we as on be these which has have"
 )
+_ENGLISH_WORDS = frozenset(_FUNCTION_WORDS.split())
 _ENOUGH_ENGLISH_WORDS = 4
 
 

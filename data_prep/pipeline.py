@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from common.config import config_to_dict
 from common.counter_random import derive_key
 from common.files import file_hash, whole_file
 from data_prep import codes, dedup, mimic, pubmed
@@ -106,7 +107,7 @@ class Pipeline:
             name = f"{source.stem}.parquet"
             winners = self.out / "fold" / f"{source.number:05d}.npy"
             out = self.out / "documents" / name
-            write = partial(_documents, source, winners, self.config.keep_retracted, out)
+            write = partial(_documents, source, winners, self.config, out)
             tasks.append(Task(source.source, (name,), write))
         return self._stage("documents", tasks)
 
@@ -246,7 +247,8 @@ class Pipeline:
         add("scan", inputs=[source.description() for source in self._pubmed])
         add("fold", "scan")
         inputs = [source.description() for source in self.inputs]
-        add("documents", "fold", inputs=inputs, keep_retracted=config.keep_retracted)
+        made = {"keep_retracted": config.keep_retracted, "pubmed": config_to_dict(config.pubmed)}
+        add("documents", "fold", inputs=inputs, **made)
         add("digests", "documents")
         add("unique", "digests")
         add("kept", "unique", seed=config.seed, validation_share=config.validation_share)
@@ -322,12 +324,16 @@ def _fold(scans: list[Path], out: list[Path]) -> Counts:
     return {"records": sum(map(len, winners))}
 
 
-def _documents(source: Input, winners: Path, keep_retracted: bool, out: Path) -> Counts:
+def _documents(source: Input, winners: Path, config: DataPrep, out: Path) -> Counts:
     counts: Counter[str] = Counter()
     found: Iterator[Document]
     if source.kind == "pubmed":
         found = pubmed.documents(
-            source.path, np.load(winners), keep_retracted=keep_retracted, counts=counts
+            source.path,
+            np.load(winners),
+            keep_retracted=config.keep_retracted,
+            **config_to_dict(config.pubmed),
+            counts=counts,
         )
     elif source.kind in codes.KINDS:
         found = codes.documents(source.path, source.kind, counts)

@@ -36,11 +36,12 @@ _NOTICE = re.compile(
 )
 _NOTICE_CHARACTERS = 250
 # The words of a notice that do not begin with a capital or a digit; a sentence has others.
-_NOTICE_WORDS = frozenset(
+_SMALL_WORDS = (
     "a all and article behalf by copyright de del der domain et exclusive for has in is la le "
     "licence license of on protected public published reserved rights s the this to under und van "
-    "von with work y".split()
+    "von with work y"
 )
+_NOTICE_WORDS = frozenset(_SMALL_WORDS.split())
 
 
 def text_of(element: Any) -> str:

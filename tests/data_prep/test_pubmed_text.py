@@ -24,9 +24,7 @@ def _element(content: str, tag: str = "AbstractText") -> Any:
 def _roots(shared_data: Path) -> list[Any]:
     paths = in_order((shared_data / "pubmed").rglob("*.xml*"))
     contents = [p.read_bytes() for p in paths if "nonconforming" not in p.parts]
-    return [
-        etree.fromstring(gzip.decompress(c) if c[:2] == b"\x1f\x8b" else c) for c in contents
-    ]
+    return [etree.fromstring(gzip.decompress(c) if c[:2] == b"\x1f\x8b" else c) for c in contents]
 
 
 # --------------------------------------------------------------------------------------- formulas
@@ -46,7 +44,10 @@ def _roots(shared_data: Path) -> list[Any]:
             """,
             "V.O2max",
         ),
-        ("<mml:msub> <mml:mi>Cu</mml:mi> <mml:mn>2</mml:mn> </mml:msub> <mml:mi>O</mml:mi>", "Cu2O"),
+        (
+            "<mml:msub> <mml:mi>Cu</mml:mi> <mml:mn>2</mml:mn> </mml:msub> <mml:mi>O</mml:mi>",
+            "Cu2O",
+        ),
         ("<mml:mfrac> <mml:mn>1</mml:mn> <mml:mn>2</mml:mn> </mml:mfrac>", "1/2"),
         ("<mml:mi>Xe</mml:mi><mml:mtext>&#8201;</mml:mtext><mml:mi>MRI</mml:mi>", "Xe MRI"),
         ("<mml:mtext> heart  rate\n index </mml:mtext>", "heart rate index"),
