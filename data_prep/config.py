@@ -5,9 +5,15 @@ from dataclasses import field, fields
 from pathlib import Path
 
 from common.config import ConfigError, config, config_to_dict
+from data_prep.codes import SOURCE_OF_KIND, TEMPLATES
 
-# Keys of `sources` whose documents are of a source of another name.
-SOURCE_OF_KEY = {"icd9cm_dx": "icd9cm", "icd9cm_sg": "icd9cm"}
+# The source of the documents of each key of `sources` that is a kind of code table.
+CODE_SOURCES = {kind.replace("-", "_"): source for kind, source in SOURCE_OF_KIND.items()}
+
+
+def source_of(key: str) -> str:
+    """The source of the documents of a key of `sources`: mostly of the same name."""
+    return CODE_SOURCES.get(key, key)
 
 
 @config
@@ -26,6 +32,24 @@ class Sources:
     """CMS's long titles of ICD-9-CM diagnoses, or the zip with them"""
     icd9cm_sg: list[str] = field(default_factory=list)
     """CMS's long titles of ICD-9-CM procedures, or the zip with them"""
+    icd10pcs: list[str] = field(default_factory=list)
+    """CMS's ICD-10-PCS order file, or the zip with it"""
+    hcpcs: list[str] = field(default_factory=list)
+    """CMS's alphanumeric HCPCS file (…ANWEB….txt), or the zip with it"""
+    d_icd_diagnoses: list[str] = field(default_factory=list)
+    """MIMIC-IV's d_icd_diagnoses.csv.gz; this and the next three make the source mimic_codes"""
+    d_icd_procedures: list[str] = field(default_factory=list)
+    """MIMIC-IV's d_icd_procedures.csv.gz"""
+    d_hcpcs: list[str] = field(default_factory=list)
+    """MIMIC-IV's d_hcpcs.csv.gz"""
+    d_labitems: list[str] = field(default_factory=list)
+    """MIMIC-IV's d_labitems.csv.gz"""
+    loinc: list[str] = field(default_factory=list)
+    """LOINC's Loinc.csv, or the zip of a release"""
+    rxnorm: list[str] = field(default_factory=list)
+    """RxNorm's RXNCONSO.RRF, or the zip of a release"""
+    ndc: list[str] = field(default_factory=list)
+    """RxNorm's RXNSAT.RRF for National Drug Codes, or the zip; rxnorm must name the same release"""
 
     def patterns(self) -> dict[str, list[str]]:
         """The patterns of every key."""
@@ -71,6 +95,8 @@ class DataPrep:
     keep_retracted: bool = False
     """keep retracted PubMed articles and retraction notices"""
     pubmed: Pubmed = field(default_factory=Pubmed)
+    code_templates: list[str] = field(default_factory=lambda: list(TEMPLATES))
+    """the wordings of codes, one of them for each code; data_prep/codes/wording.py has them"""
     validation_share: float = 0.01
     """share of the groups (subjects, articles, code categories) that is held out"""
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
@@ -117,6 +143,16 @@ def check(run: DataPrep) -> None:
             re.fullmatch("[a-z]{2,3}", language) is not None,
             f"pubmed.languages has {language!r}; give ISO 639 codes such as en, de or zh",
         )
+    for template in run.code_templates:
+        _require(
+            template in TEMPLATES,
+            f"code_templates has {template!r}; the templates are {', '.join(TEMPLATES)}",
+        )
+    _require(bool(run.code_templates), "code_templates is empty; name one, such as paper")
+    _require(
+        bool(run.sources.rxnorm or not run.sources.ndc),
+        "sources.ndc needs sources.rxnorm: the names of the drugs are in RXNCONSO.RRF",
+    )
     _check_tokenizer(run)
     _require(
         any(run.sources.patterns().values()),
@@ -132,9 +168,7 @@ def _check_tokenizer(run: DataPrep) -> None:
         f"tokenizer.vocab_size is {size}; it must be a multiple of 64, such as "
         f"{max(1, -(-size // 64)) * 64}",
     )
-    sources = {
-        SOURCE_OF_KEY.get(key, key) for key, found in run.sources.patterns().items() if found
-    }
+    sources = {source_of(key) for key, found in run.sources.patterns().items() if found}
     for source, share in shares.items():
         _require(
             source in sources,

@@ -103,11 +103,14 @@ class Pipeline:
     def documents(self) -> Stage:
         """The documents of every input."""
         tasks = []
+        tables = Counter(source.kind for source in self.inputs)
         for source in self.inputs:
             name = f"{source.stem}.parquet"
             winners = self.out / "fold" / f"{source.number:05d}.npy"
             out = self.out / "documents" / name
-            write = partial(_documents, source, winners, self.config, out)
+            # Several tables of one kind are several editions: the same codes again.
+            several = tables[source.kind] > 1
+            write = partial(_documents, source, winners, self.config, several, out)
             tasks.append(Task(source.source, (name,), write))
         return self._stage("documents", tasks)
 
@@ -247,7 +250,11 @@ class Pipeline:
         add("scan", inputs=[source.description() for source in self._pubmed])
         add("fold", "scan")
         inputs = [source.description() for source in self.inputs]
-        made = {"keep_retracted": config.keep_retracted, "pubmed": config_to_dict(config.pubmed)}
+        made = {
+            "keep_retracted": config.keep_retracted,
+            "pubmed": config_to_dict(config.pubmed),
+            "code_templates": sorted(set(config.code_templates)),
+        }
         add("documents", "fold", inputs=inputs, **made)
         add("digests", "documents")
         add("unique", "digests")
@@ -324,7 +331,9 @@ def _fold(scans: list[Path], out: list[Path]) -> Counts:
     return {"records": sum(map(len, winners))}
 
 
-def _documents(source: Input, winners: Path, config: DataPrep, out: Path) -> Counts:
+def _documents(
+    source: Input, winners: Path, config: DataPrep, edition_in_id: bool, out: Path
+) -> Counts:
     counts: Counter[str] = Counter()
     found: Iterator[Document]
     if source.kind == "pubmed":
@@ -336,7 +345,13 @@ def _documents(source: Input, winners: Path, config: DataPrep, out: Path) -> Cou
             counts=counts,
         )
     elif source.kind in codes.KINDS:
-        found = codes.documents(source.path, source.kind, counts)
+        found = codes.documents(
+            source.path,
+            source.kind,
+            counts,
+            templates=config.code_templates,
+            edition_in_id=edition_in_id,
+        )
     else:
         found = mimic.documents(source.path, source.kind, counts)
     counts["documents"] = write_documents(out, found)
