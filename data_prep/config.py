@@ -95,6 +95,9 @@ class DataPrep:
     keep_retracted: bool = False
     """keep retracted PubMed articles and retraction notices"""
     pubmed: Pubmed = field(default_factory=Pubmed)
+    redaction: str | None = None
+    """what stands in notes for MIMIC's mark of something removed, `___`; it must be one token of
+    the tokenizer. null keeps the mark"""
     code_templates: list[str] = field(default_factory=lambda: list(TEMPLATES))
     """the wordings of codes, one of them for each code; data_prep/codes/wording.py has them"""
     validation_share: float = 0.01
@@ -143,6 +146,10 @@ def check(run: DataPrep) -> None:
             re.fullmatch("[a-z]{2,3}", language) is not None,
             f"pubmed.languages has {language!r}; give ISO 639 codes such as en, de or zh",
         )
+    _require(
+        run.redaction is None or run.redaction.strip() == run.redaction != "",
+        "redaction must be a text without space round it, or null to keep `___`",
+    )
     for template in run.code_templates:
         _require(
             template in TEMPLATES,

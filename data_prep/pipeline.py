@@ -15,6 +15,7 @@ Every stage is a list of tasks (`data_prep.stages`) that need nothing but the st
 tasks can run in any order and anywhere, and what is done is not done again.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, cached_property, partial
@@ -40,6 +41,8 @@ from data_prep.split import SPLITS, TRAIN, split_of
 from data_prep.stages import Counts, Stage, Task, stage_key
 from data_prep.token_files import FILES, TokenFile, write_tokens
 
+_LOG = logging.getLogger(__name__)
+
 # Raised when a stage makes something else of the same input; results of an older one are redone.
 VERSION = 1
 
@@ -54,12 +57,13 @@ def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     pipeline.withdraw_stale_manifests()
     pipeline.scan().run()
     pipeline.fold().run()
-    pipeline.documents().run()
+    pipeline.warn_of_note_counts(pipeline.documents().run())
     pipeline.digests().run()
     pipeline.unique().run()
     pipeline.kept().run()
     pipeline.require_documents()
     pipeline.tokenizer().run()
+    pipeline.require_one_redaction_token()
     pipeline.tokens().run()
     manifests = {}
     for length in config.max_lengths:
@@ -114,6 +118,17 @@ class Pipeline:
             tasks.append(Task(source.source, (name,), write))
         return self._stage("documents", tasks)
 
+    def warn_of_note_counts(self, documents: list[Counts]) -> None:
+        """Log a warning for notes that are not as many as published; `documents` are its counts."""
+        notes: Counter[str] = Counter()
+        for source, counts in zip(self.inputs, documents, strict=True):
+            if source.kind in mimic.SOURCES:
+                notes[source.kind] += counts["records"]
+        for name, count in notes.items():
+            problem = mimic.count_problem(name, count)
+            if problem:
+                _LOG.warning("warning: %s", problem)
+
     def digests(self) -> Stage:
         """Hashes of what the documents of each file say."""
         tasks = []
@@ -166,6 +181,20 @@ class Pipeline:
         )
         files = ("tokenizer.json", "tokenizer_config.json")
         return self._stage("tokenizer", [Task("tokenizer", files, write)])
+
+    def require_one_redaction_token(self) -> None:
+        """Raise InputError when `redaction` is several tokens of the tokenizer."""
+        mark = self.config.redaction
+        if mark is None:
+            return
+        tokenizer = _load_tokenizer(self._tokenizer_folder)[0]
+        # In a vocabulary whose words carry the space before them it is one with the space, too.
+        pieces = min(len(ids) for ids in tokenizers.encode(tokenizer, [mark, f" {mark}"]))
+        if pieces != 1:
+            raise InputError(
+                f"redaction = {mark!r} is {pieces} tokens of {self._tokenizer_folder}; choose one "
+                "character that notes do not use, such as █, or a word of its vocabulary"
+            )
 
     def tokens(self) -> Stage:
         """The token ids of the kept documents."""
@@ -253,6 +282,7 @@ class Pipeline:
         made = {
             "keep_retracted": config.keep_retracted,
             "pubmed": config_to_dict(config.pubmed),
+            "redaction": config.redaction,
             "code_templates": sorted(set(config.code_templates)),
         }
         add("documents", "fold", inputs=inputs, **made)
@@ -353,7 +383,7 @@ def _documents(
             edition_in_id=edition_in_id,
         )
     else:
-        found = mimic.documents(source.path, source.kind, counts)
+        found = mimic.documents(source.path, source.kind, counts, redaction=config.redaction)
     counts["documents"] = write_documents(out, found)
     return dict(counts)
 
