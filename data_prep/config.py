@@ -84,6 +84,35 @@ class Tokenizer:
 
 
 @config
+class Download:
+    """Where `python -m data_prep download` fetches from, and how patiently."""
+
+    pubmed: str = "https://ftp.ncbi.nlm.nih.gov/pubmed/"
+    """NLM's folder of PubMed files; its subfolders list them"""
+    pubmed_parts: list[str] = field(default_factory=lambda: ["baseline", "updatefiles"])
+    """the subfolders to fetch"""
+    codes: list[str] = field(
+        default_factory=lambda: [
+            "https://www.cms.gov/files/zip/2026-code-descriptions-tabular-order.zip",
+            "https://www.cms.gov/files/zip/"
+            "2026-icd-10-pcs-order-file-long-and-abbreviated-titles.zip",
+            "https://www.cms.gov/medicare/coding/icd9providerdiagnosticcodes/downloads/"
+            "icd-9-cm-v32-master-descriptions.zip",
+            "https://www.cms.gov/files/zip/january-2026-alpha-numeric-hcpcs-file.zip",
+        ]
+    )
+    """the files of code tables"""
+    parallel: int = 3
+    """files fetched at a time; NLM asks for few connections"""
+    tries: int = 8
+    """tries in a row without a new byte before a file is given up"""
+    wait_s: float = 1.0
+    """seconds before the second try; doubled for each further one, up to a minute"""
+    timeout_s: float = 60.0
+    """seconds without a byte after which a connection counts as cut"""
+
+
+@config
 class DataPrep:
     """From raw files to data sets, one for each of `max_lengths`."""
 
@@ -111,6 +140,7 @@ class DataPrep:
     """most documents in a row"""
     rows_per_shard: int = 8192
     """rows of a shard; a writer holds so many in memory"""
+    download: Download = field(default_factory=Download)
     seed: int = 0
     """of the split, the tokenizer's sample and the order of documents and rows"""
 
@@ -194,7 +224,7 @@ def describe(run: DataPrep, max_length: int) -> dict[str, object]:
     Where things lie on this machine does not, and neither do the other lengths made beside it.
     """
     values = config_to_dict(run)
-    for key in ("raw_dir", "out_dir", "max_lengths"):
+    for key in ("raw_dir", "out_dir", "max_lengths", "download"):
         del values[key]
     existing = run.tokenizer.existing
     if existing is not None and Path(existing).is_dir():

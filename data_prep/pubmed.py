@@ -192,18 +192,24 @@ def _age(path: Path) -> tuple[int, int, str]:
     return (1900 if year >= 60 else 2000) + year, int(name[2]), path.as_posix()
 
 
+def md5_of_sidecar(text: str) -> str | None:
+    """The MD5 that a `.md5` file states, in lower case, or None: NLM's form, or md5sum's."""
+    line = text.strip().partition("\n")[0].strip()
+    match = next(filter(None, (form.fullmatch(line) for form in _SIDECARS)), None)
+    return match[1].lower() if match else None
+
+
 def _check_sidecar(path: Path) -> None:
     sidecar = path.with_name(path.name + ".md5")
     if not sidecar.is_file():
         return
-    line = sidecar.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
-    match = next(filter(None, (form.fullmatch(line.strip()) for form in _SIDECARS)), None)
-    if match is None:
+    md5 = md5_of_sidecar(sidecar.read_text(encoding="utf-8", errors="replace"))
+    if md5 is None:
         raise InputError(
             f"{sidecar} holds neither `MD5({path.name})= <hex>` nor `<hex>  {path.name}`; "
             f"fetch it again, or delete it to read {path.name} unchecked"
         )
-    if file_hash(path, "md5") != match[1].lower():
+    if file_hash(path, "md5") != md5:
         raise InputError(
             f"the MD5 of {path} is not the one in {sidecar.name}: the file is damaged or not whole;"
             " fetch both again"
