@@ -35,6 +35,8 @@ _NOTICE = re.compile(
     r"|This article is protected by copyright\b)"
 )
 _NOTICE_CHARACTERS = 250
+# Cheap to look for, and there in every notice.
+_MARK = re.compile(r"©|opyright|\([cC]\)")
 # The words of a notice that do not begin with a capital or a digit; a sentence has others.
 _SMALL_WORDS = (
     "a all and article behalf by copyright de del der domain et exclusive for has in is la le "
@@ -71,7 +73,10 @@ def without_copyright(text: str) -> str:
     names, numbers and the few small words of such notices. So `©2018 AACR.` goes, and a sentence
     about a copyright, a list with an item (c), and all that stands before the notice stay.
     """
-    for notice in _NOTICE.finditer(text, max(0, len(text) - _NOTICE_CHARACTERS)):
+    begin = max(0, len(text) - _NOTICE_CHARACTERS)
+    if not _MARK.search(text, begin):
+        return text
+    for notice in _NOTICE.finditer(text, begin):
         words = re.findall(r"[^\W\d_]+", text[notice.end() :])
         if all(word[0].isupper() or word in _NOTICE_WORDS for word in words):
             return text[: notice.start()]

@@ -39,6 +39,23 @@ def test_a_long_text_is_judged_by_its_middle() -> None:
     assert identify(title + abstract) == "de"
 
 
+DUTCH = (
+    "Of dit is wat we in de praktijk van de patiënt zien, was niet te zeggen; we have in het land "
+    "als doel dat is bereikt, the best."
+)
+DANISH = (
+    "Vi undersøgte to grupper for at have et mål for behandling by the sea er en titel; efter "
+    "behandlingen var alle patienter fulgt i to år, og for de fleste var resultatet godt."
+)
+FRENCH = "Les patients traités on été suivis pendant deux ans; les résultats sont a comparer."
+
+
+@pytest.mark.parametrize(("text", "expected"), [(DUTCH * 3, "nl"), (DANISH, "da"), (FRENCH, "fr")])
+def test_related_languages_are_no_english(text: str, expected: str) -> None:
+    """Words that English shares with others, and a few English ones, do not make it English."""
+    assert identify(text) == expected
+
+
 def _records(shared_data: Path) -> list[tuple[str, list[str], str]]:
     """(text, declared languages, vernacular title) of each real record, each PMID once."""
     records = {}
@@ -80,5 +97,5 @@ def test_the_real_records(shared_data: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found["titles right"] / found["titles"] > 0.995
     assert found["vernacular right"] / found["vernacular"] > 0.8
     assert found["vernacular English"] <= 2
-    monkeypatch.setattr(language, "_ENOUGH_ENGLISH_WORDS", 10**6)
+    monkeypatch.setattr(language, "_ENOUGH", 10**6)
     assert all(identify(text) in ("en", None) for text in english[::10] if "\n" in text)
