@@ -63,7 +63,7 @@ def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     pipeline.kept().run()
     pipeline.require_documents()
     pipeline.tokenizer().run()
-    pipeline.require_one_redaction_token()
+    pipeline.require_one_redaction_token(_load_tokenizer(pipeline.tokenizer_folder)[0])
     pipeline.tokens().run()
     manifests = {}
     for length in config.max_lengths:
@@ -86,6 +86,8 @@ class Pipeline:
         self.out = config.out_dir
         self.inputs = find_inputs(config)
         self.keys = self._stage_keys()
+        if self._existing_tokenizer is not None:
+            self.require_one_redaction_token(self._existing_tokenizer)
 
     def scan(self) -> Stage:
         """What the fold needs to know of each PubMed file."""
@@ -177,22 +179,22 @@ class Pipeline:
         """The tokenizer: trained, or the existing one copied."""
         train = [self._kept(TRAIN, source) for source in self.inputs]
         write = partial(
-            _tokenizer, self._existing_tokenizer, train, self._tokenizer_folder, self.config
+            _tokenizer, self._existing_tokenizer, train, self.tokenizer_folder, self.config
         )
         files = ("tokenizer.json", "tokenizer_config.json")
         return self._stage("tokenizer", [Task("tokenizer", files, write)])
 
-    def require_one_redaction_token(self) -> None:
-        """Raise InputError when `redaction` is several tokens of the tokenizer."""
+    def require_one_redaction_token(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Raise InputError when `redaction` is several tokens of `tokenizer`."""
         mark = self.config.redaction
         if mark is None:
             return
-        tokenizer = _load_tokenizer(self._tokenizer_folder)[0]
         # In a vocabulary whose words carry the space before them it is one with the space, too.
         pieces = min(len(ids) for ids in tokenizers.encode(tokenizer, [mark, f" {mark}"]))
         if pieces != 1:
             raise InputError(
-                f"redaction = {mark!r} is {pieces} tokens of {self._tokenizer_folder}; choose one "
+                f"redaction = {mark!r} is {pieces} tokens of the tokenizer "
+                f"({self.config.tokenizer.existing or self.tokenizer_folder}); choose one "
                 "character that notes do not use, such as █, or a word of its vocabulary"
             )
 
@@ -205,7 +207,7 @@ class Pipeline:
                 write = partial(
                     _tokens,
                     self._kept(split, source),
-                    self._tokenizer_folder,
+                    self.tokenizer_folder,
                     self.out / "tokens" / folder,
                 )
                 outputs = tuple(f"{folder}/{name}" for name in FILES)
@@ -251,7 +253,7 @@ class Pipeline:
             split, source = task.group.split("/")
             entries[split, source].append(entry)
         inputs = [source.description() for source in self.inputs]
-        file_sha256 = file_hash(self._tokenizer_folder / TOKENIZER_FILE)
+        file_sha256 = file_hash(self.tokenizer_folder / TOKENIZER_FILE)
         tokenizer = self._description | {"file_sha256": file_sha256}
         return write_manifest(
             stage.folder, self.config, length, tokenizer, inputs, entries, self._parts
@@ -315,7 +317,8 @@ class Pipeline:
         return [source for source in self.inputs if source.source == "pubmed"]
 
     @property
-    def _tokenizer_folder(self) -> Path:
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer of the data sets is."""
         return self.out / "tokenizer"
 
     @cached_property
@@ -325,7 +328,7 @@ class Pipeline:
 
     @cached_property
     def _description(self) -> dict[str, Any]:
-        return _load_tokenizer(self._tokenizer_folder)[1]
+        return _load_tokenizer(self.tokenizer_folder)[1]
 
     @property
     def _dtype(self) -> np.dtype[Any]:

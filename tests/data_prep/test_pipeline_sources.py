@@ -119,8 +119,11 @@ def test_redactions_are_one_token(raw: Path, tmp_path: Path) -> None:
     paths = sorted((tmp_path / "mapped" / "documents").rglob("*.parquet"))
     mapped = [document for path in paths for document in read_documents(path)]
     assert [d.text for d in mapped] == [d.text.replace("___", "█") for d in original]
-    with pytest.raises(InputError, match=r"redaction = '\[GONE\]' is \d tokens of .*tokenizer"):
+    with pytest.raises(InputError, match=r"redaction = '\[GONE\]' is \d tokens of the tokenizer"):
         run(_config(raw, tmp_path / "several", sources, redaction="[GONE]"))
+    existing = Tokenizer(existing=str(tmp_path / "mapped" / "tokenizer"))
+    with pytest.raises(InputError, match=r"redaction = '\[GONE\]' is .*mapped/tokenizer"):
+        Pipeline(_config(raw, tmp_path, sources, redaction="[GONE]", tokenizer=existing))
 
 
 def test_pubmed_languages_are_a_key(raw: Path, tmp_path: Path) -> None:
