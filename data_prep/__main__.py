@@ -2,7 +2,8 @@
 
 The keys are those of the section `data_prep:` (data_prep/config.py says what they mean). What is
 done is not done again, so a run that was interrupted is continued by the same command. Errors are
-one line, and the exit status is 2.
+one line, and the exit status is 2. `python -m data_prep download pubmed|codes` fetches raw files
+(data_prep/download.py).
 """
 
 import argparse
@@ -17,10 +18,15 @@ from data_prep.config import DataPrep
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["download"]:
+        from data_prep import download
+
+        return download.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/base.yaml"), metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     make_private()
     # Not before the arguments are known to be right: it takes seconds.
     from data_prep.document import InputError

@@ -1,12 +1,19 @@
 """The configuration of data preparation: the `data_prep:` section of a YAML file."""
 
+import re
 from dataclasses import field, fields
 from pathlib import Path
 
 from common.config import ConfigError, config, config_to_dict
+from data_prep.codes import SOURCE_OF_KIND, TEMPLATES
 
-# Keys of `sources` whose documents are of a source of another name.
-SOURCE_OF_KEY = {"icd9cm_dx": "icd9cm", "icd9cm_sg": "icd9cm"}
+# The source of the documents of each key of `sources` that is a kind of code table.
+CODE_SOURCES = {kind.replace("-", "_"): source for kind, source in SOURCE_OF_KIND.items()}
+
+
+def source_of(key: str) -> str:
+    """The source of the documents of a key of `sources`: mostly of the same name."""
+    return CODE_SOURCES.get(key, key)
 
 
 @config
@@ -25,10 +32,41 @@ class Sources:
     """CMS's long titles of ICD-9-CM diagnoses, or the zip with them"""
     icd9cm_sg: list[str] = field(default_factory=list)
     """CMS's long titles of ICD-9-CM procedures, or the zip with them"""
+    icd10pcs: list[str] = field(default_factory=list)
+    """CMS's ICD-10-PCS order file, or the zip with it"""
+    hcpcs: list[str] = field(default_factory=list)
+    """CMS's alphanumeric HCPCS file (…ANWEB….txt), or the zip with it"""
+    d_icd_diagnoses: list[str] = field(default_factory=list)
+    """MIMIC-IV's d_icd_diagnoses.csv.gz; this and the next three make the source mimic_codes"""
+    d_icd_procedures: list[str] = field(default_factory=list)
+    """MIMIC-IV's d_icd_procedures.csv.gz"""
+    d_hcpcs: list[str] = field(default_factory=list)
+    """MIMIC-IV's d_hcpcs.csv.gz"""
+    d_labitems: list[str] = field(default_factory=list)
+    """MIMIC-IV's d_labitems.csv.gz"""
+    loinc: list[str] = field(default_factory=list)
+    """LOINC's Loinc.csv, or the zip of a release"""
+    rxnorm: list[str] = field(default_factory=list)
+    """RxNorm's RXNCONSO.RRF, or the zip of a release"""
+    ndc: list[str] = field(default_factory=list)
+    """RxNorm's RXNSAT.RRF for National Drug Codes, or the zip; rxnorm must name the same release"""
 
     def patterns(self) -> dict[str, list[str]]:
         """The patterns of every key."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+@config
+class Pubmed:
+    """Which documents are made of PubMed's records."""
+
+    languages: list[str] = field(default_factory=lambda: ["en"])
+    """ISO 639-1 codes of the languages to keep, told from the text; [] keeps all"""
+    other_abstracts: list[str] = field(default_factory=list)
+    """types of OtherAbstract, such as plain-language-summary or PIP, that are documents of their
+    own; "*" is any"""
+    vernacular_titles: bool = False
+    """make titles in the article's own language documents of their own"""
 
 
 @config
@@ -46,6 +84,35 @@ class Tokenizer:
 
 
 @config
+class Download:
+    """Where `python -m data_prep download` fetches from, and how patiently."""
+
+    pubmed: str = "https://ftp.ncbi.nlm.nih.gov/pubmed/"
+    """NLM's folder of PubMed files; its subfolders list them"""
+    pubmed_parts: list[str] = field(default_factory=lambda: ["baseline", "updatefiles"])
+    """the subfolders to fetch"""
+    codes: list[str] = field(
+        default_factory=lambda: [
+            "https://www.cms.gov/files/zip/2026-code-descriptions-tabular-order.zip",
+            "https://www.cms.gov/files/zip/"
+            "2026-icd-10-pcs-order-file-long-and-abbreviated-titles.zip",
+            "https://www.cms.gov/medicare/coding/icd9providerdiagnosticcodes/downloads/"
+            "icd-9-cm-v32-master-descriptions.zip",
+            "https://www.cms.gov/files/zip/january-2026-alpha-numeric-hcpcs-file.zip",
+        ]
+    )
+    """the files of code tables"""
+    parallel: int = 3
+    """files fetched at a time; NLM asks for few connections"""
+    tries: int = 8
+    """tries in a row without a new byte before a file is given up"""
+    wait_s: float = 1.0
+    """seconds before the second try; doubled for each further one, up to a minute"""
+    timeout_s: float = 60.0
+    """seconds without a byte after which a connection counts as cut"""
+
+
+@config
 class DataPrep:
     """From raw files to data sets, one for each of `max_lengths`."""
 
@@ -56,6 +123,12 @@ class DataPrep:
     sources: Sources = field(default_factory=Sources)
     keep_retracted: bool = False
     """keep retracted PubMed articles and retraction notices"""
+    pubmed: Pubmed = field(default_factory=Pubmed)
+    redaction: str | None = None
+    """what stands in notes for MIMIC's mark of something removed, `___`; it must be one token of
+    the tokenizer. null keeps the mark"""
+    code_templates: list[str] = field(default_factory=lambda: list(TEMPLATES))
+    """the wordings of codes, one of them for each code; data_prep/codes/wording.py has them"""
     validation_share: float = 0.01
     """share of the groups (subjects, articles, code categories) that is held out"""
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
@@ -67,6 +140,7 @@ class DataPrep:
     """most documents in a row"""
     rows_per_shard: int = 8192
     """rows of a shard; a writer holds so many in memory"""
+    download: Download = field(default_factory=Download)
     seed: int = 0
     """of the split, the tokenizer's sample and the order of documents and rows"""
 
@@ -97,6 +171,25 @@ def check(run: DataPrep) -> None:
             f"max_lengths has {length}; a document must fit into a row of row_tokens = "
             f"{run.row_tokens} and has at least 3 tokens",
         )
+    for language in run.pubmed.languages:
+        _require(
+            re.fullmatch("[a-z]{2,3}", language) is not None,
+            f"pubmed.languages has {language!r}; give ISO 639 codes such as en, de or zh",
+        )
+    _require(
+        run.redaction is None or run.redaction.strip() == run.redaction != "",
+        "redaction must be a text without space round it, or null to keep `___`",
+    )
+    for template in run.code_templates:
+        _require(
+            template in TEMPLATES,
+            f"code_templates has {template!r}; the templates are {', '.join(TEMPLATES)}",
+        )
+    _require(bool(run.code_templates), "code_templates is empty; name one, such as paper")
+    _require(
+        bool(run.sources.rxnorm or not run.sources.ndc),
+        "sources.ndc needs sources.rxnorm: the names of the drugs are in RXNCONSO.RRF",
+    )
     _check_tokenizer(run)
     _require(
         any(run.sources.patterns().values()),
@@ -112,9 +205,7 @@ def _check_tokenizer(run: DataPrep) -> None:
         f"tokenizer.vocab_size is {size}; it must be a multiple of 64, such as "
         f"{max(1, -(-size // 64)) * 64}",
     )
-    sources = {
-        SOURCE_OF_KEY.get(key, key) for key, found in run.sources.patterns().items() if found
-    }
+    sources = {source_of(key) for key, found in run.sources.patterns().items() if found}
     for source, share in shares.items():
         _require(
             source in sources,
@@ -133,7 +224,7 @@ def describe(run: DataPrep, max_length: int) -> dict[str, object]:
     Where things lie on this machine does not, and neither do the other lengths made beside it.
     """
     values = config_to_dict(run)
-    for key in ("raw_dir", "out_dir", "max_lengths"):
+    for key in ("raw_dir", "out_dir", "max_lengths", "download"):
         del values[key]
     existing = run.tokenizer.existing
     if existing is not None and Path(existing).is_dir():

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.codes import SOURCE_OF_KIND
 from data_prep.document import Document
 
 # Their texts hold the code.
-_COMPARED_AS_THEY_ARE = ("icd10cm", "icd9cm")
+_COMPARED_AS_THEY_ARE = frozenset(SOURCE_OF_KIND.values())
 # Digests compared at a time: what bounds the memory, at some 40 bytes a digest.
 _PART_DIGESTS = 1 << 23
 

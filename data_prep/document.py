@@ -31,7 +31,7 @@ class Document:
     """One text with where it comes from.
 
     id: stable and without dots (`pubmed-10067807`, `discharge-<hash>`, `icd10cm-S72001A`).
-    source: `pubmed`, `discharge`, `radiology`, `icd10cm` or `icd9cm`.
+    source: `pubmed`, `discharge`, `radiology`, or that of a code table, such as `icd10cm`.
     group: the unit a split may not cut (a PMID, a subject, a code category).
     meta: values that JSON can hold; what they are is said by each source.
     """

@@ -8,7 +8,8 @@ from typing import Any
 
 from common.config import ConfigError
 from common.files import file_hash
-from data_prep.config import SOURCE_OF_KEY, DataPrep
+from data_prep.codes.rxnorm import companion
+from data_prep.config import DataPrep, source_of
 from data_prep.document import InputError
 from data_prep.pubmed import in_order
 
@@ -17,7 +18,7 @@ from data_prep.pubmed import in_order
 class Input:
     """One raw file, read as one kind.
 
-    kind: `pubmed`, `discharge`, `radiology`, `icd10cm`, `icd9cm-dx` or `icd9cm-sg`.
+    kind: `pubmed`, `discharge`, `radiology` or a kind of code table, such as `icd9cm-dx`.
     number: its place among the inputs of its source; files made from it are named after it.
     name: its path relative to raw_dir.
     """
@@ -62,12 +63,24 @@ def find_inputs(config: DataPrep) -> list[Input]:
     inputs = []
     numbers: Counter[str] = Counter()
     for (key, path), md5 in zip(found, hashes, strict=True):
-        kind, source = key.replace("_", "-"), SOURCE_OF_KEY.get(key, key)
+        kind, source = key.replace("_", "-"), source_of(key)
         name = path.relative_to(raw_dir).as_posix()
         size = path.stat().st_size
         inputs.append(Input(kind, source, numbers[source], path, name, md5, size))
         numbers[source] += 1
+    _check_companions(inputs)
     return inputs
+
+
+def _check_companions(inputs: list[Input]) -> None:
+    """What an input takes from another file must be an input itself: its content decides, too."""
+    paths = {found.path for found in inputs if found.kind == "rxnorm"}
+    for found in inputs:
+        if found.kind == "ndc" and companion(found.path) not in paths:
+            raise ConfigError(
+                f"sources.ndc has {found.name}, and sources.rxnorm not the "
+                f"{companion(found.path).name} beside it; name both files of one release"
+            )
 
 
 def _files(raw_dir: Path, key: str, patterns: list[str]) -> list[Path]:

@@ -25,15 +25,27 @@ from data_prep.text import normalise_note
 
 SOURCES = ("discharge", "radiology")
 _COLUMNS = ("note_id", "subject_id", "hadm_id", "note_type", "note_seq", "charttime", "text")
+# The release's page says 331,794 discharge summaries, and the checks of the MIT-LCP code 331,793.
+_PUBLISHED_NOTES = {"discharge": (331_793, 331_794), "radiology": (2_321_355,)}
+_NOTES_OF_2_1 = {"discharge": 357_289, "radiology": 2_471_881}
+_REDACTED = re.compile(r"(?<!_)___(?!_)")
 _COLUMN_NAME = re.compile(r"[a-z_]{1,30}")
 # Python's own limit for a field is 128 KiB; a discharge summary may be longer.
 _LONGEST_FIELD = min(sys.maxsize, 2**31 - 1)
 
 
-def documents(path: Path, source: str, counts: Counter[str] | None = None) -> Iterator[Document]:
+def documents(
+    path: Path,
+    source: str,
+    counts: Counter[str] | None = None,
+    *,
+    redaction: str | None = None,
+) -> Iterator[Document]:
     """A document for each note of `path`, a CSV file (RFC 4180), plain or gzip.
 
-    source: `discharge` or `radiology`. The text is unchanged but for CRLF, which becomes LF.
+    source: `discharge` or `radiology`. The text is unchanged but for CRLF, which becomes LF, and,
+    with `redaction`, for MIMIC's mark of something removed: exactly three underscores, `___`, which
+    become that text. Longer and shorter runs are lines to fill in or rules, and stay.
     id is `<source>-<hash of note_id>`, group `subject-<hash of subject_id>`, so that the notes of
     one subject share a group across both files; a hash is 16 hexadecimal digits of BLAKE2b. The
     hashes keep identifiers out of file names and reports; they are no protection against somebody
@@ -53,15 +65,27 @@ def documents(path: Path, source: str, counts: Counter[str] | None = None) -> It
         hashes.append(int(_hash(record["note_id"]), 16))
         if record["text"].strip():
             counts["documents"] += 1
-            yield _document(record, source)
+            yield _document(record, source, redaction)
         else:
             counts["without_text"] += 1
         del record
     _check_distinct(path, hashes)
 
 
-def _document(record: dict[str, str], source: str) -> Document:
+def count_problem(source: str, notes: int) -> str | None:
+    """What is odd about so many notes of `source`, or None for as many as MIMIC-IV-Note 2.2 has."""
+    expected = _PUBLISHED_NOTES[source]
+    if notes in expected:
+        return None
+    version = "2.1's" if notes == _NOTES_OF_2_1[source] else "a part or another version's"
+    published = " or ".join(f"{count:,}" for count in expected)
+    return f"{source} has {notes:,} notes where MIMIC-IV-Note 2.2 has {published}: {version}"
+
+
+def _document(record: dict[str, str], source: str, redaction: str | None) -> Document:
     text = normalise_note(record["text"])
+    if redaction is not None:
+        text = _REDACTED.sub(lambda _: redaction, text)
     return Document(
         id=f"{source}-{_hash(record['note_id'])}",
         source=source,

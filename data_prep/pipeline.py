@@ -16,6 +16,7 @@ tasks can run in any order and anywhere, and what is done is not done again.
 """
 
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from common.config import config_to_dict
 from common.counter_random import derive_key
 from common.files import file_hash, only_user_of, whole_file, write_json
 from data_prep import codes, dedup, mimic, pubmed
@@ -40,6 +42,8 @@ from data_prep.shards import FORMAT_VERSION, TOKENIZER_FILE, index_path_of
 from data_prep.split import SPLITS, TRAIN, split_of
 from data_prep.stages import Counts, Stage, Task, stage_key
 from data_prep.token_files import FILES, TokenFile, write_tokens
+
+_LOG = logging.getLogger(__name__)
 
 # Raised when a stage makes something else of the same input; results of an older one are redone.
 VERSION = 1
@@ -63,12 +67,13 @@ def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     pipeline.withdraw_stale_manifests()
     pipeline.scan().run()
     pipeline.fold().run()
-    pipeline.documents().run()
+    pipeline.warn_of_note_counts(pipeline.documents().run())
     pipeline.digests().run()
     pipeline.unique().run()
     pipeline.kept().run()
     pipeline.require_documents()
     pipeline.tokenizer().run()
+    pipeline.require_one_redaction_token(_load_tokenizer(pipeline.tokenizer_folder)[0])
     pipeline.tokens().run()
     manifests = {}
     for length in config.max_lengths:
@@ -92,6 +97,8 @@ class Pipeline:
         self.inputs = find_inputs(config)
         self._settings: dict[str, dict[str, str]] = {}
         self.keys = self._stage_keys()
+        if self._existing_tokenizer is not None:
+            self.require_one_redaction_token(self._existing_tokenizer)
 
     def scan(self) -> Stage:
         """What the fold needs to know of each PubMed file."""
@@ -113,13 +120,27 @@ class Pipeline:
     def documents(self) -> Stage:
         """The documents of every input."""
         tasks = []
+        tables = Counter(source.kind for source in self.inputs)
         for source in self.inputs:
             name = f"{source.stem}.parquet"
             winners = self.out / "fold" / f"{source.number:05d}.npy"
             out = self.out / "documents" / name
-            write = partial(_documents, source, winners, self.config.keep_retracted, out)
+            # Several tables of one kind are several editions: the same codes again.
+            several = tables[source.kind] > 1
+            write = partial(_documents, source, winners, self.config, several, out)
             tasks.append(Task(source.source, (name,), write))
         return self._stage("documents", tasks)
+
+    def warn_of_note_counts(self, documents: list[Counts]) -> None:
+        """Log a warning for notes that are not as many as published; `documents` are its counts."""
+        notes: Counter[str] = Counter()
+        for source, counts in zip(self.inputs, documents, strict=True):
+            if source.kind in mimic.SOURCES:
+                notes[source.kind] += counts["records"]
+        for name, count in notes.items():
+            problem = mimic.count_problem(name, count)
+            if problem:
+                _LOG.warning("warning: %s", problem)
 
     def digests(self) -> Stage:
         """Hashes of what the documents of each file say."""
@@ -169,10 +190,24 @@ class Pipeline:
         """The tokenizer: trained, or the existing one copied."""
         train = [self._kept(TRAIN, source) for source in self.inputs]
         write = partial(
-            _tokenizer, self._existing_tokenizer, train, self._tokenizer_folder, self.config
+            _tokenizer, self._existing_tokenizer, train, self.tokenizer_folder, self.config
         )
         files = ("tokenizer.json", "tokenizer_config.json")
         return self._stage("tokenizer", [Task("tokenizer", files, write)])
+
+    def require_one_redaction_token(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Raise InputError when `redaction` is several tokens of `tokenizer`."""
+        mark = self.config.redaction
+        if mark is None:
+            return
+        # In a vocabulary whose words carry the space before them it is one with the space, too.
+        pieces = min(len(ids) for ids in tokenizers.encode(tokenizer, [mark, f" {mark}"]))
+        if pieces != 1:
+            raise InputError(
+                f"redaction = {mark!r} is {pieces} tokens of the tokenizer "
+                f"({self.config.tokenizer.existing or self.tokenizer_folder}); choose one "
+                "character that notes do not use, such as █, or a word of its vocabulary"
+            )
 
     def tokens(self) -> Stage:
         """The token ids of the kept documents."""
@@ -183,7 +218,7 @@ class Pipeline:
                 write = partial(
                     _tokens,
                     self._kept(split, source),
-                    self._tokenizer_folder,
+                    self.tokenizer_folder,
                     self.out / "tokens" / folder,
                 )
                 outputs = tuple(f"{folder}/{name}" for name in FILES)
@@ -229,7 +264,7 @@ class Pipeline:
             split, source = task.group.split("/")
             entries[split, source].append(entry)
         inputs = [source.description() for source in self.inputs]
-        file_sha256 = file_hash(self._tokenizer_folder / TOKENIZER_FILE)
+        file_sha256 = file_hash(self.tokenizer_folder / TOKENIZER_FILE)
         tokenizer = self._description | {"file_sha256": file_sha256}
         return write_manifest(
             stage.folder, self.config, length, tokenizer, inputs, entries, self._parts
@@ -287,7 +322,13 @@ class Pipeline:
         add("scan", inputs=[source.description() for source in self._pubmed])
         add("fold", "scan")
         inputs = [source.description() for source in self.inputs]
-        add("documents", "fold", inputs=inputs, keep_retracted=config.keep_retracted)
+        made = {
+            "keep_retracted": config.keep_retracted,
+            "pubmed": config_to_dict(config.pubmed),
+            "redaction": config.redaction,
+            "code_templates": sorted(set(config.code_templates)),
+        }
+        add("documents", "fold", inputs=inputs, **made)
         add("digests", "documents")
         add("unique", "digests")
         add("kept", "unique", seed=config.seed, validation_share=config.validation_share)
@@ -317,7 +358,8 @@ class Pipeline:
         return [source for source in self.inputs if source.source == "pubmed"]
 
     @property
-    def _tokenizer_folder(self) -> Path:
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer of the data sets is."""
         return self.out / "tokenizer"
 
     @cached_property
@@ -327,7 +369,7 @@ class Pipeline:
 
     @cached_property
     def _description(self) -> dict[str, Any]:
-        return _load_tokenizer(self._tokenizer_folder)[1]
+        return _load_tokenizer(self.tokenizer_folder)[1]
 
     @property
     def _dtype(self) -> np.dtype[Any]:
@@ -363,17 +405,29 @@ def _fold(scans: list[Path], out: list[Path]) -> Counts:
     return {"records": sum(map(len, winners))}
 
 
-def _documents(source: Input, winners: Path, keep_retracted: bool, out: Path) -> Counts:
+def _documents(
+    source: Input, winners: Path, config: DataPrep, edition_in_id: bool, out: Path
+) -> Counts:
     counts: Counter[str] = Counter()
     found: Iterator[Document]
     if source.kind == "pubmed":
         found = pubmed.documents(
-            source.path, np.load(winners), keep_retracted=keep_retracted, counts=counts
+            source.path,
+            np.load(winners),
+            keep_retracted=config.keep_retracted,
+            **config_to_dict(config.pubmed),
+            counts=counts,
         )
     elif source.kind in codes.KINDS:
-        found = codes.documents(source.path, source.kind, counts)
+        found = codes.documents(
+            source.path,
+            source.kind,
+            counts,
+            templates=config.code_templates,
+            edition_in_id=edition_in_id,
+        )
     else:
-        found = mimic.documents(source.path, source.kind, counts)
+        found = mimic.documents(source.path, source.kind, counts, redaction=config.redaction)
     counts["documents"] = write_documents(out, found)
     return dict(counts)
 

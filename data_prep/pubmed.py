@@ -8,11 +8,9 @@ So the files are read twice:
     for path, positions in zip(paths, winners):
         for document in documents(path, positions): ...
 
-The text of an element is all the text inside it (`itertext`: markup such as `<i>` and MathML goes,
-its text stays where it stands), after `text.normalise`. Beyond that only three things are taken
-away: the brackets round a translated title, the mark "(ABSTRACT TRUNCATED AT 250 WORDS)" at the
-end of a section, and sections without text. Abstracts in other languages (`OtherAbstract`) and
-`CopyrightInformation` are other elements and not part of the text.
+What the text of an element is says `data_prep.pubmed_text`. `CopyrightInformation` is no part of
+it. `OtherAbstract` (other languages, summaries in plain language, abstracts of other services) and
+`VernacularTitle` are no part of the article's document either; they can be documents of their own.
 """
 
 import gzip
@@ -20,7 +18,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +28,8 @@ from numpy.typing import NDArray
 
 from common.files import file_hash
 from data_prep.document import Document, InputError
-from data_prep.text import normalise
+from data_prep.language import identify
+from data_prep.pubmed_text import section_of, text_of, without_brackets
 
 _RECORD, _DELETION, _BOOK = "MedlineCitation", "DeleteCitation", "PubmedBookArticle"
 # Roots that say "PubMed" by themselves, so that they may hold no record at all.
@@ -40,8 +39,6 @@ _SIDECARS = (
     re.compile(r"MD5\s?\(.+\)\s*=\s*([0-9a-fA-F]{32})"),  # OpenSSL, which NLM uses
     re.compile(r"([0-9a-fA-F]{32})\s+\*?\S.*"),  # md5sum
 )
-_TRUNCATION = re.compile(r"\(ABSTRACT TRUNCATED(?: AT \d+ WORDS)?\)$")
-_TRANSLATED = re.compile(r"\[(.+)\] ?([.?!]?)")
 # Publication types by MeSH identifier and, for records without identifiers, by name. NLM renamed
 # "Retraction of Publication" to "Retraction Notice" and kept the identifier.
 _RETRACTED = {"D016441", "Retracted Publication"}
@@ -119,17 +116,34 @@ def documents(
     positions: NDArray[np.int64],
     *,
     keep_retracted: bool = False,
+    languages: Sequence[str] = (),
+    other_abstracts: Sequence[str] = (),
+    vernacular_titles: bool = False,
     counts: Counter[str] | None = None,
 ) -> Iterator[Document]:
-    """Pass 2 over one file: a document for each record at `positions` that has a text.
+    """Pass 2 over one file: the documents of each record at `positions` that has a text.
 
     Text: the title on a line, then each section of the abstract on a line, `LABEL: text` where it
     is labelled. id and group are `pubmed-<pmid>`.
     meta: `year` (int or None), `languages`, `publication_types` (lists of str), `has_abstract`,
     `truncated`, `retracted`, `retraction_notice` (bool), `version` (int), `file` (its name).
-    `counts` gets added: `records` = `documents` (of which `title_only`) + `replaced` (not in
-    `positions`) + `without_text` + `retracted` (article or notice; left out unless
-    `keep_retracted`); and `books` (`PubmedBookArticle`, no article and not read).
+
+    Each `OtherAbstract` whose Type is in `other_abstracts` (`"*"` is any) is a document as well,
+    `pubmed-<pmid>-other-<n>` (n from 1, over all of the record), and with `vernacular_titles` so is
+    the title in its own language, `pubmed-<pmid>-vernacular`. Their group and meta are the
+    article's; meta also has `part` (`other_abstract` or `vernacular_title`), `type` and
+    `declared_language` (the element's attributes; None where there are none).
+
+    `languages` are ISO 639-1 codes: documents in others are left out, as `language.identify` tells
+    from the text. Where it cannot tell, an article counts as English, because NLM's titles are; the
+    other documents are left out. meta then has `language` (None where it cannot be told). Without
+    `languages` all are kept and nothing is identified.
+
+    `counts` gets added: `documents` (of which `other_abstracts` and `vernacular_titles` are no
+    articles, and `title_only`); `records` = articles + `replaced` (not in `positions`) +
+    `without_text` + `retracted` (article or notice; left out unless `keep_retracted`) +
+    `other_language`; `other_language_parts` (documents that are no articles); and `books`
+    (`PubmedBookArticle`, no article and not read).
     Raises InputError like `scan`, and when the file has changed since it was scanned.
     """
     counts = Counter() if counts is None else counts
@@ -144,15 +158,27 @@ def documents(
         if position not in wanted:
             counts["replaced"] += 1
             continue
-        document = _document(path, position, element)
-        if not document.text:
+        article = _document(path, position, element)
+        is_left_out = _is_about_retraction(article) and not keep_retracted
+        if not article.text:
             counts["without_text"] += 1
-        elif _is_about_retraction(document) and not keep_retracted:
+        elif is_left_out:
             counts["retracted"] += 1
+        elif (found := _in_languages(article, languages, otherwise="en")) is None:
+            counts["other_language"] += 1
         else:
             counts["documents"] += 1
-            counts["title_only"] += not document.meta["has_abstract"]
-            yield document
+            counts["title_only"] += not found.meta["has_abstract"]
+            yield found
+        if is_left_out or not (other_abstracts or vernacular_titles):
+            continue
+        for name, document in _parts(article, element, other_abstracts, vernacular_titles):
+            found = _in_languages(document, languages, otherwise=None)
+            counts["other_language_parts"] += found is None
+            if found is not None:
+                counts["documents"] += 1
+                counts[name] += 1
+                yield found
     if wanted and max(wanted) > position:
         raise InputError(f"{path} has lost records since it was scanned; run the stage again")
 
@@ -166,18 +192,24 @@ def _age(path: Path) -> tuple[int, int, str]:
     return (1900 if year >= 60 else 2000) + year, int(name[2]), path.as_posix()
 
 
+def md5_of_sidecar(text: str) -> str | None:
+    """The MD5 that a `.md5` file states, in lower case, or None: NLM's form, or md5sum's."""
+    line = text.strip().partition("\n")[0].strip()
+    match = next(filter(None, (form.fullmatch(line) for form in _SIDECARS)), None)
+    return match[1].lower() if match else None
+
+
 def _check_sidecar(path: Path) -> None:
     sidecar = path.with_name(path.name + ".md5")
     if not sidecar.is_file():
         return
-    line = sidecar.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
-    match = next(filter(None, (form.fullmatch(line.strip()) for form in _SIDECARS)), None)
-    if match is None:
+    md5 = md5_of_sidecar(sidecar.read_text(encoding="utf-8", errors="replace"))
+    if md5 is None:
         raise InputError(
             f"{sidecar} holds neither `MD5({path.name})= <hex>` nor `<hex>  {path.name}`; "
             f"fetch it again, or delete it to read {path.name} unchecked"
         )
-    if file_hash(path, "md5") != match[1].lower():
+    if file_hash(path, "md5") != md5:
         raise InputError(
             f"the MD5 of {path} is not the one in {sidecar.name}: the file is damaged or not whole;"
             " fetch both again"
@@ -288,11 +320,11 @@ def _document(path: Path, position: int, citation: Any) -> Document:
     parts = citation.find("Article")
     parts = () if parts is None else parts
     article = {part.tag: part for part in parts}
-    title = _without_brackets(_text(article.get("ArticleTitle")))
+    title = without_brackets(text_of(article.get("ArticleTitle")))
     abstract = article.get("Abstract", ())
-    sections = [_section(child) for child in abstract if child.tag == "AbstractText"]
+    sections = [section_of(child) for child in abstract if child.tag == "AbstractText"]
     body = [line for line, _ in sections if line]
-    kinds = [(kind.get("UI"), _text(kind)) for kind in article.get("PublicationTypeList", ())]
+    kinds = [(kind.get("UI"), text_of(kind)) for kind in article.get("PublicationTypeList", ())]
     marks = {mark for kind in kinds for mark in kind}
     links = citation.iterfind("CommentsCorrectionsList/CommentsCorrections")
     identifier = f"pubmed-{pmid}"
@@ -303,7 +335,7 @@ def _document(path: Path, position: int, citation: Any) -> Document:
         text="\n".join([title, *body] if title else body),
         meta={
             "year": _year(article.get("Journal")),
-            "languages": [_text(part).lower() for part in parts if part.tag == "Language"],
+            "languages": [text_of(part).lower() for part in parts if part.tag == "Language"],
             "publication_types": [name for _, name in kinds],
             "has_abstract": bool(body),
             "truncated": any(was_truncated for _, was_truncated in sections),
@@ -316,35 +348,54 @@ def _document(path: Path, position: int, citation: Any) -> Document:
     )
 
 
-def _text(element: Any) -> str:
-    if element is None:
-        return ""
-    return normalise("".join(element.itertext()) if len(element) else element.text or "")
+def _parts(
+    article: Document, citation: Any, other_abstracts: Sequence[str], vernacular_titles: bool
+) -> Iterator[tuple[str, Document]]:
+    """What of a record is a document beside its article's, each with the count it belongs to."""
+    for number, abstract in enumerate(citation.iterfind("OtherAbstract"), start=1):
+        kind = abstract.get("Type")
+        if "*" not in other_abstracts and kind not in other_abstracts:
+            continue
+        sections = [section_of(child) for child in abstract if child.tag == "AbstractText"]
+        text = "\n".join(line for line, _ in sections if line)
+        meta = {
+            "part": "other_abstract",
+            "type": kind,
+            "declared_language": abstract.get("Language"),
+            "has_abstract": True,
+            "truncated": any(was_truncated for _, was_truncated in sections),
+        }
+        if text:
+            yield "other_abstracts", _part(article, f"other-{number}", text, meta)
+    title = text_of(citation.find("Article/VernacularTitle")) if vernacular_titles else ""
+    if title:
+        meta = {
+            "part": "vernacular_title",
+            "type": None,
+            "declared_language": None,
+            "has_abstract": False,
+            "truncated": False,
+        }
+        yield "vernacular_titles", _part(article, "vernacular", without_brackets(title), meta)
 
 
-def _section(element: Any) -> tuple[str, bool]:
-    """A section of an abstract as one line, and whether a truncation mark was taken off it."""
-    whole = _text(element)
-    text = _TRUNCATION.sub("", whole).rstrip()
-    label = normalise(element.get("Label", ""))
-    return (f"{label}: {text}" if label and text else text), text != whole
+def _part(article: Document, name: str, text: str, meta: dict[str, Any]) -> Document:
+    return replace(article, id=f"{article.id}-{name}", text=text, meta=article.meta | meta)
 
 
-def _without_brackets(title: str) -> str:
-    """`Effect of X.` for `[Effect of X].`, NLM's form for a title translated into English.
+def _in_languages(
+    document: Document, languages: Sequence[str], otherwise: str | None
+) -> Document | None:
+    """The document, with its language in meta, if that is one of `languages`.
 
-    Only where the first bracket closes at the very end: `[18F]CFA as a probe [PET].` stays.
+    `otherwise` is what it counts as where its language cannot be told.
     """
-    match = _TRANSLATED.fullmatch(title)
-    if match is None:
-        return title
-    depth = 1
-    for bracket in re.findall(r"[\[\]]", match[1]):
-        depth += 1 if bracket == "[" else -1
-        if depth == 0:
-            return title
-    inner = match[1].strip()
-    return inner if inner.endswith((".", "?", "!")) else inner + match[2]
+    if not languages:
+        return document
+    language = identify(document.text)
+    if (language or otherwise) not in languages:
+        return None
+    return replace(document, meta=document.meta | {"language": language})
 
 
 def _year(journal: Any) -> int | None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.document import Document, InputError
-from data_prep.mimic import documents
+from data_prep.mimic import count_problem, documents
 
 HEADER = [
     "note_id",
@@ -245,3 +245,37 @@ def test_real_notes_are_unchanged(shared_data: Path, source: str, number: int) -
     assert [d.id for d in found] == [f"{source}-{_hash(i)}" for i in table["note_id"]]
     assert [d.group for d in found] == [f"subject-{_hash(i)}" for i in table["subject_id"]]
     assert [d.meta["admission"] is None for d in found] == [not i for i in table["hadm_id"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Name: ___ Unit No: ___", "Name: █ Unit No: █"),
+        ("___-year-old, Dr.___, on ___.", "█-year-old, Dr.█, on █."),
+        ("Sign: ____\n_______\n__", "Sign: ____\n_______\n__"),
+        ("___\n___", "█\n█"),
+    ],
+)
+def test_redactions_become_one_mark_by_choice(tmp_path: Path, text: str, expected: str) -> None:
+    """Exactly three underscores; longer lines are layout. By default nothing is changed."""
+    path = tmp_path / "discharge.csv"
+    header = "note_id,subject_id,hadm_id,note_type,note_seq,charttime,storetime,text"
+    path.write_text(f'{header}\n1-DS-1,1,2,DS,1,2180-01-01 00:00:00,,"{text}"\n')
+    assert [d.text for d in documents(path, "discharge", redaction="█")] == [expected]
+    assert [d.text for d in documents(path, "discharge", redaction="\\1")] == [
+        expected.replace("█", "\\1")
+    ]
+    assert [d.text for d in documents(path, "discharge")] == [text]
+
+
+def test_counts_are_compared_with_the_published_ones() -> None:
+    """Both published counts of discharge summaries are right; others are named with them."""
+    assert count_problem("discharge", 331_793) is None
+    assert count_problem("discharge", 331_794) is None
+    assert count_problem("radiology", 2_321_355) is None
+    assert count_problem("discharge", 357_289) == (
+        "discharge has 357,289 notes where MIMIC-IV-Note 2.2 has 331,793 or 331,794: 2.1's"
+    )
+    problem = count_problem("radiology", 3_851)
+    assert problem is not None
+    assert "3,851 notes where MIMIC-IV-Note 2.2 has 2,321,355" in problem

@@ -21,6 +21,13 @@ from data_prep.document import Document, InputError
 from data_prep.pubmed import documents, fold, in_order, scan
 
 ALL = np.arange(10**6)
+MATHML = "{http://www.w3.org/1998/Math/MathML}"
+NOTICES = (
+    r"(?:©20\d\d AACR|© 2017 American Cancer Society|© 2015 Wiley Periodicals, Inc\. Head Neck 38: "
+    r"E665-E672, 2016|\(c\)2001 (?:by )?Le Jacq(?: Communications, Inc)?|Copyright © 2018 "
+    r"Pathological Society of Great Britain and Ireland\. Published by John Wiley & Sons, Ltd|"
+    r"This article is protected by copyright\. All rights reserved)\.$"
+)
 
 
 def _record(pmid: int = 1, *, version: int | None = 1, article: str = "", rest: str = "") -> str:
@@ -68,6 +75,11 @@ def _reference_text(element: ET.Element | None) -> str:
     """The documented rules in regular expressions, on the standard library's parser."""
     if element is None:
         return ""
+    for part in element.iter():
+        if part.tag.startswith(MATHML):  # white space between the parts of a formula is layout
+            part.text = (part.text or "").strip(" \t\r\n")
+            is_formula = part.tag == f"{MATHML}math"
+            part.tail = part.tail if is_formula else (part.tail or "").strip(" \t\r\n")
     text = html.unescape("".join(element.itertext()))
     text = unicodedata.normalize("NFC", text)
     text = re.sub(
@@ -85,6 +97,8 @@ def _reference(citation: ET.Element) -> str:
     for section in citation.findall("./Article/Abstract/AbstractText"):
         text = _reference_text(section)
         text = re.sub(r"\(ABSTRACT TRUNCATED(?: AT [0-9]+ WORDS)?\)$", "", text).rstrip()
+        # The notices that these files have, written out; test_pubmed_text.py has the rule.
+        text = re.sub(NOTICES, "", text).rstrip()
         label = re.sub(r"\s+", " ", section.get("Label") or "").strip()
         if text:
             lines.append(f"{label}: {text}" if label else text)
