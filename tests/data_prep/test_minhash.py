@@ -47,7 +47,7 @@ def test_all_candidates_of_real_reports_are_found_as_often_as_promised(shared_da
             if similarity >= 0.6:
                 promised += 1 - (1 - similarity**8) ** 14
                 found += bool((keys[first] == keys[second]).any())
-    assert promised > 30
+    assert promised > 25
     assert found == pytest.approx(promised, abs=4 * promised**0.5)
 
 
