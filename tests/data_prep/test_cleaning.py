@@ -35,13 +35,13 @@ def body(name: str, words: int = 150) -> str:
     return " ".join([f"{name}{a}{b}" for a in letters for b in letters][:words])
 
 
-def write_notes(path: Path, notes: list[tuple[str, str]]) -> None:
-    """Notes as (subject, text); their numbers are their order."""
+def write_notes(path: Path, notes: list[tuple[str, str]], first: int = 0) -> None:
+    """Notes as (subject, text); their numbers are their order, from `first` on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for number, (subject, text) in enumerate(notes):
+        for number, (subject, text) in enumerate(notes, first):
             writer.writerow([f"{subject}-DS-{number}", subject, "", "DS", number, "", text])
 
 
@@ -97,6 +97,7 @@ def planted(tmp_path: Path) -> Path:
             ("s5", f"{body('second')}\n\n  {copied}\n\n{body('third')}\n"),
             *((f"t{n}", f"{body('normal', 30)}") for n in range(12)),
         ],
+        first=7,
     )
     (tmp_path / "raw" / "set.txt").write_text(body("question", 14))
     return tmp_path / "raw"
