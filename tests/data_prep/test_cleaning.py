@@ -27,6 +27,7 @@ from data_prep.split import SPLITS
 
 COLUMNS = ["note_id", "subject_id", "hadm_id", "note_type", "note_seq", "charttime", "text"]
 CANARY = "canary-7Q"
+ENDINGS = (".parquet", ".npy", ".npz", ".jsonl", ".keys", ".values", ".records")
 
 
 def body(name: str, words: int = 150) -> str:
@@ -207,6 +208,24 @@ def test_the_number_of_verifying_tasks_changes_nothing(
     for path in sorted((tmp_path / "one" / "kept").rglob("*.parquet")):
         name = path.relative_to(tmp_path / "one")
         assert path.read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+def test_the_order_of_the_tasks_changes_nothing(planted: Path, tmp_path: Path) -> None:
+    """So any number of workers may do them."""
+    pipeline = clean(planted, tmp_path / "one", **SETTINGS)
+    config = DataPrep(**(vars(pipeline.config) | {"out_dir": tmp_path / "backwards"}))
+    other = Pipeline(config)
+    other.documents().run()
+    for make in other.cleaning.stages():
+        stage = make()
+        stage.prepare()
+        for index in reversed(range(len(stage.tasks))):
+            stage.run_task(index)
+    files = sorted(path for path in (tmp_path / "one").rglob("*") if path.suffix in ENDINGS)
+    assert len(files) > 40
+    for path in files:
+        name = path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == (tmp_path / "backwards" / name).read_bytes(), name
 
 
 def test_a_changed_key_redoes_what_it_decides(
