@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from common.config import ConfigError, load_config
 from data_prep import mimic, near_duplicates
 from data_prep.config import (
     CopyForward,
@@ -240,6 +241,33 @@ def test_a_changed_key_redoes_what_it_decides(
     assert "copied_paragraphs" in counts(out, "kept", "discharge")
     clean(planted, out, copy_forward=CopyForward(minimum_characters=10**6), **SETTINGS)
     assert "copied_paragraphs" not in counts(out, "kept", "discharge")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["near_duplicates.threshold=1.5"], "near_duplicates.threshold is 1.5; it must be above 0"),
+        (["near_duplicates.bands=0"], "near_duplicates.bands is 0; it must be positive"),
+        (["decontaminate.words=65"], "decontaminate.words is 65; it must be 64 at most"),
+        (
+            ["decontaminate.sets=[{name: QA, files: [qa/*.json], format: lines}]"],
+            "decontaminate QA: no file below raw_dir =",
+        ),
+        (
+            ["decontaminate.sets=[{name: QA, files: [], format: csv}]"],
+            "decontaminate.sets.0.format",
+        ),
+        (["quality.icd10cm={minimum_words: 3}"], "unknown key 'quality.icd10cm'"),
+    ],
+)
+def test_a_key_that_cannot_be_is_named(
+    planted: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data_prep: {{raw_dir: {planted}, sources: {{discharge: ['*.csv.gz']}}}}")
+    with pytest.raises(ConfigError) as caught:
+        Pipeline(load_config(DataPrep, "data_prep", path, words))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("source", mimic.SOURCES)

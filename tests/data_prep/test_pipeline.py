@@ -443,18 +443,6 @@ def test_a_bad_input_gives_one_line_that_names_it_and_no_data_set(
         (["tokenizer.shares={icd9: 0.5}"], "names 'icd9'; the sources are icd10cm, icd9cm, pubmed"),
         (["tokenizer.shares={icd9cm: 0}"], "shares.icd9cm is 0"),
         (["tokenizer.shares={icd9cm: 0.9, pubmed: 0.2}"], "add up to 1.1"),
-        (["near_duplicates.threshold=1.5"], "near_duplicates.threshold is 1.5; it must be above 0"),
-        (["near_duplicates.bands=0"], "near_duplicates.bands is 0; it must be positive"),
-        (["decontaminate.words=65"], "decontaminate.words is 65; it must be 64 at most"),
-        (
-            ["decontaminate.sets=[{name: QA, files: [qa/*.json], format: lines}]"],
-            "decontaminate QA: no file below raw_dir =",
-        ),
-        (
-            ["decontaminate.sets=[{name: QA, files: [], format: csv}]"],
-            "decontaminate.sets.0.format",
-        ),
-        (["quality.icd10cm={minimum_words: 3}"], "unknown key 'quality.icd10cm'"),
         (["out_dir=Makefile"], "Makefile"),
         (["tokenizer.vocab_size=1024000"], "supports a vocabulary of only"),
         (["tokenizer.existing=tests"], "tests is not a fast tokenizer's folder"),
