@@ -3,6 +3,7 @@
 import re
 from dataclasses import field, fields
 from pathlib import Path
+from typing import Literal
 
 from common.config import ConfigError, config, config_to_dict
 from data_prep.codes import SOURCE_OF_KIND, TEMPLATES
@@ -113,6 +114,94 @@ class Download:
 
 
 @config
+class QualityRules:
+    """What a text of a source must be like; what breaks a rule is left out."""
+
+    minimum_words: int = 1
+    """words, runs of letters and digits"""
+    minimum_letters: float = 0.3
+    """share of letters among the characters that are no white space"""
+    maximum_repeated_lines: float = 0.6
+    """share of the characters that stand in lines said before; from 50 words on"""
+    maximum_repeated_words: float = 0.6
+    """share of the runs of 5 words that were there before; from 50 words on"""
+    longest_word: int = 1000
+    """characters without white space"""
+    maximum_unreadable: float = 0.01
+    """share of control and replacement characters"""
+
+
+@config
+class Quality:
+    """Rules for each source of prose; code descriptions have none, all of them stay."""
+
+    # Titles alone count, but "Reply" and "Book review" do not.
+    pubmed: QualityRules = field(
+        default_factory=lambda: QualityRules(minimum_words=3, minimum_letters=0.5)
+    )
+    discharge: QualityRules = field(default_factory=lambda: QualityRules(minimum_words=20))
+    # An impression may be "Normal."
+    radiology: QualityRules = field(default_factory=QualityRules)
+
+    def of(self, source: str) -> QualityRules | None:
+        """The rules of a source, None where it has none."""
+        return getattr(self, source, None)
+
+
+@config
+class EvaluationSet:
+    """An evaluation set whose texts and articles are left out."""
+
+    name: str
+    """what the counts call it"""
+    files: list[str]
+    """patterns of its files below `raw_dir`"""
+    format: Literal["lines", "jsonl", "json_by_pmid", "tokens", "sections", "pubtator", "pmids"]
+    """what data_prep/evaluation_texts.py says of each"""
+    fields: list[str] = field(default_factory=lambda: ["text"])
+    """of jsonl and json_by_pmid, what to read"""
+
+
+@config
+class Decontaminate:
+    """Documents that share a run of words or a PMID with an evaluation set."""
+
+    sets: list[EvaluationSet] = field(default_factory=list)
+    words: int = 13
+    """words of a run"""
+    drop: bool = True
+    """leave such documents out; otherwise they are counted only"""
+
+
+@config
+class NearDuplicates:
+    """Documents of a source of prose that are nearly the same (data_prep/near_duplicates.py)."""
+
+    threshold: float = 0.8
+    """Jaccard similarity from which on they are"""
+    words: int = 5
+    """words of the runs that are compared"""
+    bands: int = 14
+    """MinHash: one shared band makes two documents candidates"""
+    rows: int = 8
+    """hash functions of a band; at 14 x 8 candidates are found with probability 0.92 at 0.8"""
+    template_groups: int = 100
+    """a text in so many groups (subjects, articles) is a template"""
+    template_copies: int = 10
+    """copies of a template that stay, at most one a group"""
+    linked_groups: int = 100
+    """most groups that near-duplicates may tie to one side of the split"""
+
+
+@config
+class CopyForward:
+    """Paragraphs that a subject's note repeats from an earlier one."""
+
+    minimum_characters: int = 100
+    """of a paragraph that is dropped, white space not counted"""
+
+
+@config
 class DataPrep:
     """From raw files to data sets, one for each of `max_lengths`."""
 
@@ -129,6 +218,10 @@ class DataPrep:
     the tokenizer. null keeps the mark"""
     code_templates: list[str] = field(default_factory=lambda: list(TEMPLATES))
     """the wordings of codes, one of them for each code; data_prep/codes/wording.py has them"""
+    quality: Quality = field(default_factory=Quality)
+    decontaminate: Decontaminate = field(default_factory=Decontaminate)
+    near_duplicates: NearDuplicates = field(default_factory=NearDuplicates)
+    copy_forward: CopyForward = field(default_factory=CopyForward)
     validation_share: float = 0.01
     """share of the groups (subjects, articles, code categories) that is held out"""
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
@@ -152,13 +245,19 @@ def check(run: DataPrep) -> None:
         "max_documents": run.max_documents,
         "rows_per_shard": run.rows_per_shard,
         "tokenizer.sample_bytes": run.tokenizer.sample_bytes,
+        "decontaminate.words": run.decontaminate.words,
+        "copy_forward.minimum_characters": run.copy_forward.minimum_characters,
     }
+    near = run.near_duplicates
+    for part in ("words", "bands", "rows", "template_groups", "template_copies", "linked_groups"):
+        positive[f"near_duplicates.{part}"] = getattr(near, part)
     for key, value in positive.items():
         _require(value > 0, f"{key} is {value}; it must be positive")
     _require(
         0 <= run.validation_share < 1,
         f"validation_share is {run.validation_share}; it must be at least 0 and below 1",
     )
+    _check_cleaning(run)
     _require(bool(run.max_lengths), "max_lengths is empty; name a length, such as [1024]")
     _require(
         len(set(run.max_lengths)) == len(run.max_lengths),
@@ -195,6 +294,27 @@ def check(run: DataPrep) -> None:
         any(run.sources.patterns().values()),
         "sources names no files; give a source its patterns, as configs/sample.yaml does",
     )
+
+
+def _check_cleaning(run: DataPrep) -> None:
+    threshold = run.near_duplicates.threshold
+    _require(
+        0 < threshold <= 1,
+        f"near_duplicates.threshold is {threshold}; it must be above 0 and at most 1",
+    )
+    # Runs are hashed with a weight for each place, and sets are bits of a number.
+    for key, words in (
+        ("near_duplicates.words", run.near_duplicates.words),
+        ("decontaminate.words", run.decontaminate.words),
+    ):
+        _require(words <= 64, f"{key} is {words}; it must be 64 at most")
+    names = [part.name for part in run.decontaminate.sets]
+    _require(len(names) <= 64, f"decontaminate.sets names {len(names)} sets; at most 64 are meant")
+    for name in names:
+        _require(
+            names.count(name) == 1,
+            f"decontaminate.sets has {name!r} twice; give a set all its files at once",
+        )
 
 
 def _check_tokenizer(run: DataPrep) -> None:

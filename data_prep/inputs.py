@@ -41,6 +41,31 @@ class Input:
         return {"kind": self.kind, "path": self.name, "md5": self.md5, "bytes": self.bytes}
 
 
+@dataclass(frozen=True)
+class EvaluationInput:
+    """One file of an evaluation set; `number` is the set's place in the configuration."""
+
+    number: int
+    path: Path
+    name: str
+    md5: str
+
+    def description(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        size = self.path.stat().st_size
+        return {"kind": "evaluation", "path": self.name, "md5": self.md5, "bytes": size}
+
+
+def find_evaluation_inputs(config: DataPrep) -> list[EvaluationInput]:
+    """The files of the evaluation sets of `config`, set by set; errors as in `find_inputs`."""
+    found = []
+    for number, part in enumerate(config.decontaminate.sets):
+        for path in _files(config.raw_dir, f"decontaminate {part.name}", part.files):
+            name = path.relative_to(config.raw_dir).as_posix()
+            found.append(EvaluationInput(number, path, name, _md5(path)))
+    return found
+
+
 def find_inputs(config: DataPrep) -> list[Input]:
     """The inputs of `config`: sources in the order of the keys, PubMed in NLM's, others by path.
 
@@ -56,7 +81,7 @@ def find_inputs(config: DataPrep) -> list[Input]:
     found = [
         (key, path)
         for key, patterns in config.sources.patterns().items()
-        for path in _files(raw_dir, key, patterns)
+        for path in _files(raw_dir, f"sources.{key}", patterns)
     ]
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(_md5, [path for _, path in found]))
@@ -83,20 +108,20 @@ def _check_companions(inputs: list[Input]) -> None:
             )
 
 
-def _files(raw_dir: Path, key: str, patterns: list[str]) -> list[Path]:
+def _files(raw_dir: Path, where: str, patterns: list[str]) -> list[Path]:
     files: set[Path] = set()
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts or not pattern:
-            raise ConfigError(f"sources.{key}: {pattern!r} is not a pattern relative to raw_dir")
+            raise ConfigError(f"{where}: {pattern!r} is not a pattern relative to raw_dir")
         matches = {path for path in raw_dir.glob(pattern) if path.is_file()}
         matches = {p for p in matches if p.suffix != ".md5" and not p.name.startswith(".")}
         if not matches:
             raise ConfigError(
-                f"sources.{key}: no file below raw_dir = {raw_dir} matches {pattern!r}; correct it "
+                f"{where}: no file below raw_dir = {raw_dir} matches {pattern!r}; correct it "
                 "or take it out"
             )
         files |= matches
-    return in_order(files) if key == "pubmed" else sorted(files)
+    return in_order(files) if where == "sources.pubmed" else sorted(files)
 
 
 def _md5(path: Path) -> str:

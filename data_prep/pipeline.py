@@ -3,9 +3,8 @@
     scan       which records PubMed's files hold                 scan/NNNNN.npz
     fold       which of them count (the last version of each)    fold/NNNNN.npy
     documents  one task an input file                            documents/<source>/NNNNN.parquet
-    digests    what every document says, as hashes               digests/<source>/NNNNN.npy
-    unique     which documents say it first                      unique/<source>/NNNNN.npy
-    kept       these, split by group                             kept/<split>/<source>/NNNNN.parquet
+    evaluation … kept  what is left out, and the split (`data_prep.cleaning`)
+                                                                 kept/<split>/<source>/NNNNN.parquet
     tokenizer  trained on the training documents, or copied      tokenizer/
     tokens     ids of every kept document                        tokens/<split>/<source>/NNNNN/
     plan-L     which documents share a row, for each max_length  plan-L/<split>/<source>/
@@ -30,23 +29,24 @@ from transformers import PreTrainedTokenizerFast
 from common.config import config_to_dict
 from common.counter_random import derive_key
 from common.files import file_hash, only_user_of, whole_file, write_json
-from data_prep import codes, dedup, mimic, pubmed
+from data_prep import codes, mimic, pubmed
 from data_prep import tokenizer as tokenizers
+from data_prep.cleaning import Cleaning
 from data_prep.config import DataPrep, check
 from data_prep.document import Document, InputError, read_documents, write_documents
-from data_prep.inputs import Input, find_inputs
+from data_prep.inputs import Input, find_evaluation_inputs, find_inputs
 from data_prep.manifest import write_manifest
 from data_prep.rows import PLAN_FILES, Part, RowShape, RowTokens, write_plan, write_planned_shard
 from data_prep.shard_writer import shard_name, token_dtype
 from data_prep.shards import FORMAT_VERSION, TOKENIZER_FILE, index_path_of
-from data_prep.split import SPLITS, TRAIN, split_of
+from data_prep.split import SPLITS, TRAIN
 from data_prep.stages import Counts, Stage, Task, stage_key
 from data_prep.token_files import FILES, TokenFile, write_tokens
 
 _LOG = logging.getLogger(__name__)
 
 # Raised when a stage makes something else of the same input; results of an older one are redone.
-VERSION = 1
+VERSION = 2
 
 
 def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
@@ -68,9 +68,8 @@ def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     pipeline.scan().run()
     pipeline.fold().run()
     pipeline.warn_of_note_counts(pipeline.documents().run())
-    pipeline.digests().run()
-    pipeline.unique().run()
-    pipeline.kept().run()
+    for stage in pipeline.cleaning.stages():
+        stage().run()
     pipeline.require_documents()
     pipeline.tokenizer().run()
     pipeline.require_one_redaction_token(_load_tokenizer(pipeline.tokenizer_folder)[0])
@@ -96,6 +95,8 @@ class Pipeline:
         self.out = config.out_dir
         self.inputs = find_inputs(config)
         self._settings: dict[str, dict[str, str]] = {}
+        self.evaluation_inputs = find_evaluation_inputs(config)
+        self.cleaning = Cleaning(config, self.inputs, self.evaluation_inputs, self._stage)
         self.keys = self._stage_keys()
         if self._existing_tokenizer is not None:
             self.require_one_redaction_token(self._existing_tokenizer)
@@ -141,40 +142,6 @@ class Pipeline:
             problem = mimic.count_problem(name, count)
             if problem:
                 _LOG.warning("warning: %s", problem)
-
-    def digests(self) -> Stage:
-        """Hashes of what the documents of each file say."""
-        tasks = []
-        for source in self.inputs:
-            name = f"{source.stem}.npy"
-            write = partial(_digests, self._documents(source), self.out / "digests" / name)
-            tasks.append(Task(source.source, (name,), write))
-        return self._stage("digests", tasks)
-
-    def unique(self) -> Stage:
-        """Which documents of a source say something first: a task a source."""
-        tasks = []
-        for source in sorted({found.source for found in self.inputs}):
-            names = [f"{found.stem}.npy" for found in self.inputs if found.source == source]
-            digests = [self.out / "digests" / name for name in names]
-            write = partial(_unique, digests, [self.out / "unique" / name for name in names])
-            tasks.append(Task(source, tuple(names), write))
-        return self._stage("unique", tasks)
-
-    def kept(self) -> Stage:
-        """The documents that stay, by split."""
-        tasks = []
-        for source in self.inputs:
-            names = {split: f"{split}/{source.stem}.parquet" for split in SPLITS}
-            write = partial(
-                _keep,
-                self._documents(source),
-                self.out / "unique" / f"{source.stem}.npy",
-                {split: self.out / "kept" / name for split, name in names.items()},
-                self.config,
-            )
-            tasks.append(Task(source.source, tuple(names.values()), write))
-        return self._stage("kept", tasks)
 
     def require_documents(self) -> None:
         """Raise InputError when nothing is there to train on."""
@@ -264,6 +231,7 @@ class Pipeline:
             split, source = task.group.split("/")
             entries[split, source].append(entry)
         inputs = [source.description() for source in self.inputs]
+        inputs += [file.description() for file in self.evaluation_inputs]
         file_sha256 = file_hash(self.tokenizer_folder / TOKENIZER_FILE)
         tokenizer = self._description | {"file_sha256": file_sha256}
         return write_manifest(
@@ -329,9 +297,7 @@ class Pipeline:
             "code_templates": sorted(set(config.code_templates)),
         }
         add("documents", "fold", inputs=inputs, **made)
-        add("digests", "documents")
-        add("unique", "digests")
-        add("kept", "unique", seed=config.seed, validation_share=config.validation_share)
+        self.cleaning.add_keys(add)
         if self._existing_tokenizer is not None:
             add("tokenizer", description=tokenizers.describe(self._existing_tokenizer))
         else:
@@ -430,31 +396,6 @@ def _documents(
         found = mimic.documents(source.path, source.kind, counts, redaction=config.redaction)
     counts["documents"] = write_documents(out, found)
     return dict(counts)
-
-
-def _digests(documents: Path, out: Path) -> Counts:
-    digests = dedup.digests(read_documents(documents))
-    _save_all([out], [digests])
-    return {"documents": len(digests)}
-
-
-def _unique(digests: list[Path], out: list[Path]) -> Counts:
-    files = [np.load(path) for path in digests]
-    first = dedup.first_occurrences(files)
-    _save_all(out, first)
-    return {"documents": sum(map(len, first)), "unique": sum(int(mask.sum()) for mask in first)}
-
-
-def _keep(documents: Path, unique: Path, out: dict[str, Path], config: DataPrep) -> Counts:
-    first = np.load(unique)
-
-    def of(split: str) -> Iterator[Document]:
-        for document, is_first in zip(read_documents(documents), first, strict=True):
-            if is_first and split_of(document.group, config.validation_share, config.seed) == split:
-                yield document
-
-    written = {split: write_documents(path, of(split)) for split, path in out.items()}
-    return {"documents": len(first), "duplicates": int((~first).sum())} | written
 
 
 def _tokenizer(

@@ -1,17 +1,110 @@
-"""Training or validation: decided by a document's group alone.
+"""Training or validation: decided group by group, and for near-duplicates together.
 
 A group is what may not be cut, such as all notes of a subject, whatever files they are in. The
-decision is a hash of the group, so it needs no list of groups, stays the same when documents are
-added, and a larger share only moves groups from training to validation.
+decision is a hash of the group, so it stays the same when documents are added, and a larger share
+only moves groups from training to validation. Groups with documents that are near-duplicates of
+each other are linked, and all go where the one with the smallest key goes; links that would make
+more than so many groups one are not made, because templates would tie most subjects together.
 """
 
-from common.counter_random import derive_key
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.counter_random import derive_key, random_bits
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
 
 
+def group_key(group: str) -> int:
+    """64 bits that stand for a group."""
+    return derive_key("group", group)
+
+
 def split_of(group: str, validation_share: float, seed: int) -> str:
     """The split of a group; about `validation_share` (0 … 1) of all groups are for validation."""
-    drawn = derive_key("split", seed, group) / 2.0**64
-    return VALIDATION if drawn < validation_share else TRAIN
+    return Split(validation_share, seed).of(group)
+
+
+@dataclass(frozen=True)
+class Links:
+    """Groups that go together: ascending `keys` of groups, and for each the key that decides."""
+
+    keys: NDArray[np.uint64]
+    leads: NDArray[np.uint64]
+
+
+NO_LINKS = Links(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+
+
+@dataclass(frozen=True)
+class Split:
+    """The split of every group."""
+
+    validation_share: float
+    seed: int
+    links: Links = NO_LINKS
+
+    def of(self, group: str) -> str:
+        key = np.array([group_key(group)], np.uint64)
+        return VALIDATION if self.is_validation(key)[0] else TRAIN
+
+    def is_validation(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Whether the groups of these keys are for validation, (n,) bool."""
+        places = np.searchsorted(self.links.keys, keys)
+        places[places == len(self.links.keys)] = 0
+        if len(self.links.keys):
+            keys = np.where(self.links.keys[places] == keys, self.links.leads[places], keys)
+        drawn = random_bits(derive_key("split", self.seed), keys) / 2.0**64
+        return drawn < self.validation_share
+
+
+def link_groups(pairs: Iterable[tuple[int, int]], most_groups: int) -> Links:
+    """Link the groups of every pair of keys, in their order; never more than `most_groups`.
+
+    Union-find; memory is some 300 bytes for each group in a pair.
+    """
+    parent: dict[int, int] = {}
+    size: dict[int, int] = {}
+
+    def root(key: int) -> int:
+        top = key
+        while parent.setdefault(top, top) != top:
+            top = parent[top]
+        while parent[key] != top:
+            parent[key], key = top, parent[key]
+        return top
+
+    for pair in pairs:
+        # The smaller key leads.
+        first, second = sorted(map(root, pair))
+        together = size.get(first, 1) + size.get(second, 1)
+        if first != second and together <= most_groups:
+            parent[second] = first
+            size[first] = together
+    keys = sorted(parent)
+    return Links(np.array(keys, np.uint64), np.array([root(key) for key in keys], np.uint64))
+
+
+def cluster_pairs(clusters: NDArray[np.int64], groups: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Pairs of groups to link, (pairs, 2): those of documents that follow each other in a cluster.
+
+    clusters, groups: of the documents that stay, (n,) each.
+    """
+    order = np.lexsort((groups, clusters))
+    clusters, groups = clusters[order], groups[order]
+    linked = (clusters[1:] == clusters[:-1]) & (groups[1:] != groups[:-1])
+    return np.stack([groups[:-1][linked], groups[1:][linked]], axis=1)
+
+
+def on_both_sides(
+    clusters: NDArray[np.int64], is_validation: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Which documents are for validation although one of their cluster is for training."""
+    names, place = np.unique(clusters, return_inverse=True)
+    has_train = np.zeros(len(names), np.bool_)
+    has_train[place[~is_validation]] = True
+    return is_validation & has_train[place]

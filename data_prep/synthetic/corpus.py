@@ -60,6 +60,8 @@ _COURSES = (
     "with multiple complications",
     "complication unspecified",
 )
+# The articles of the evaluation set; the texts are too alike for one that goes by words.
+_EVALUATED = range(10, 30)
 _SIDES = {"1": "right", "2": "left", "9": "unspecified side"}
 _ENCOUNTERS = {"A": "initial encounter", "D": "subsequent encounter", "S": "sequela"}
 _CAUSES = ("fall on stairs", "fall from ladder", "fall from bed", "traffic accident", "burn")
@@ -68,7 +70,8 @@ _CAUSES = ("fall on stairs", "fall from ladder", "fall from bed", "traffic accid
 def write_corpus(out: Path, seed: int = SEED, documents: int = DOCUMENTS) -> list[Path]:
     """Write the corpus of `documents` abstracts and notes (and some 2,700 codes) into `out`.
 
-    Half are abstracts, a fifth discharge summaries, the rest radiology reports. Returns the files.
+    Half are abstracts, a fifth discharge summaries, the rest radiology reports. Beside them lie the
+    PMIDs of some of the abstracts, as an evaluation set. Returns the files.
     """
     abstracts, summaries = documents // 2, documents // 5
     files = {
@@ -80,6 +83,7 @@ def write_corpus(out: Path, seed: int = SEED, documents: int = DOCUMENTS) -> lis
         "codes/icd10cm_order_demo.txt": _icd10(),
         "codes/CMS32_DESC_LONG_DX.txt": _icd9_diagnoses(),
         "codes/CMS32_DESC_LONG_SG.txt": _icd9_procedures(),
+        "benchmarks/pmids.txt": "".join(f"{_FIRST_PMID + i}\n" for i in _EVALUATED).encode(),
     }
     for name, content in files.items():
         path = out / name

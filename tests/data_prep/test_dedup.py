@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.dedup import digests, first_occurrences
+from data_prep.dedup import LEFT_OUT, digests, first_occurrences
 from data_prep.document import Document
 
 
@@ -49,12 +49,15 @@ def test_first_of_each_kind_stays_over_all_files(files: list[list[int]], part_di
     values = [
         digests([Document("", "pubmed", "", f"text {value}") for value in file]) for file in files
     ]
-    found = first_occurrences(values, part_digests)
-    seen: set[int] = set()
-    for file, mask in zip(files, found, strict=True):
-        for value, is_first in zip(file, mask.tolist(), strict=True):
-            assert is_first == (value not in seen)
-            seen.add(value)
+    # A value of 9 is left out before.
+    considered = [np.array([value != 9 for value in file], np.bool_) for file in files]
+    found = first_occurrences(values, considered, part_digests)
+    first: dict[int, int] = {9: LEFT_OUT}
+    position = 0
+    for file, positions in zip(files, found, strict=True):
+        for value, first_of in zip(file, positions.tolist(), strict=True):
+            assert first_of == first.setdefault(value, position)
+            position += 1
 
 
 def test_digests_take_sixteen_bytes_a_document() -> None:

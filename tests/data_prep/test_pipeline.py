@@ -1,5 +1,6 @@
 """The whole of data preparation: raw files to data sets, on a made-up and on the real corpus."""
 
+import importlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import webdataset
 
 from common.config import config_to_yaml, load_config
 from common.files import only_user_of
-from data_prep import pipeline
+from data_prep import cleaning_tasks, near_duplicates, pipeline
 from data_prep.config import DataPrep, Sources, Tokenizer
 from data_prep.document import read_documents
 from data_prep.shards import DataError, DataSet
@@ -228,11 +229,20 @@ def test_the_command_line_makes_the_same_bytes_elsewhere(
         assert file.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("step", ["_scan", "_documents", "_unique", "_keep", "_tokens", "_shard"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        *("pipeline._scan", "pipeline._documents", "pipeline._tokens", "pipeline._shard"),
+        *("cleaning_tasks.check", "near_duplicates.write_pairs", "cleaning.write_clusters"),
+        "cleaning_tasks.keep",
+    ],
+)
 def test_a_run_that_broke_off_is_continued_to_the_same_bytes(
     made: Path, raw: Path, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = getattr(pipeline, step)
+    module, _, name = step.partition(".")
+    owner = importlib.import_module(f"data_prep.{module}")
+    original = getattr(owner, name)
     calls: list[Any] = []
 
     def failing(*arguments: Any) -> Any:
@@ -242,7 +252,7 @@ def test_a_run_that_broke_off_is_continued_to_the_same_bytes(
         return original(*arguments)
 
     run = configuration(raw, tmp_path / "out", tokenizer=Tokenizer(existing=f"{made}/tokenizer"))
-    monkeypatch.setattr(pipeline, step, failing)
+    monkeypatch.setattr(owner, name, failing)
     with pytest.raises(RuntimeError, match="killed"):
         pipeline.run(run)
     assert_no_data_set(tmp_path / "out")
@@ -281,10 +291,12 @@ def test_what_is_done_is_not_done_again(
     copy: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(copy)
-    for step in ("_scan", "_fold", "_documents", "_digests", "_unique", "_keep", "_tokenizer"):
+    for step in ("_scan", "_fold", "_documents", "_tokenizer", "_tokens", "_shard"):
         monkeypatch.setattr(pipeline, step, must_not_run)
-    monkeypatch.setattr(pipeline, "_tokens", must_not_run)
-    monkeypatch.setattr(pipeline, "_shard", must_not_run)
+    for step in ("check", "digests", "unique", "signatures", "split", "paragraphs", "keep"):
+        monkeypatch.setattr(cleaning_tasks, step, must_not_run)
+    for step in ("write_pairs", "write_wanted", "verify"):
+        monkeypatch.setattr(near_duplicates, step, must_not_run)
     pipeline.run(configuration(raw, copy))
     assert content(copy) == before
 

@@ -1,10 +1,21 @@
 """The split: by group, near the wanted share, and stable."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.split import SPLITS, TRAIN, VALIDATION, split_of
+from data_prep.split import (
+    SPLITS,
+    TRAIN,
+    VALIDATION,
+    Split,
+    cluster_pairs,
+    group_key,
+    link_groups,
+    on_both_sides,
+    split_of,
+)
 
 
 @given(
@@ -38,3 +49,60 @@ def test_a_larger_share_only_moves_groups_to_validation(group: str, seed: int) -
 def test_another_seed_gives_another_split() -> None:
     groups = [f"subject-{n}" for n in range(1000)]
     assert [split_of(g, 0.5, 0) for g in groups] != [split_of(g, 0.5, 1) for g in groups]
+
+
+KEYS = st.integers(0, 15)
+
+
+@given(
+    pairs=st.lists(st.tuples(KEYS, KEYS), max_size=20),
+    most=st.integers(1, 6),
+    share=st.floats(0, 0.9),
+    seed=st.integers(0, 99),
+)
+def test_linked_groups_are_on_one_side_and_never_too_many(
+    pairs: list[tuple[int, int]], most: int, share: float, seed: int
+) -> None:
+    links = link_groups(pairs, most)
+    leads = dict(zip(links.keys.tolist(), links.leads.tolist(), strict=True))
+    sets: dict[int, set[int]] = {}
+    for key, lead in leads.items():
+        sets.setdefault(lead, set()).add(key)
+    assert set(leads) == {key for pair in pairs for key in pair}
+    for lead, members in sets.items():
+        assert len(members) <= most
+        assert lead == min(members)
+    # Who is linked is connected by pairs; when nothing is too large, all that is connected is.
+    plain = {key: {key} for key in leads}
+    for first, second in pairs:
+        together = plain[first] | plain[second]
+        plain.update(dict.fromkeys(together, together))
+    assert all(members <= plain[lead] for lead, members in sets.items())
+    if most >= max(map(len, plain.values()), default=0):
+        assert all(members == plain[lead] for lead, members in sets.items())
+    sides = Split(share, seed, links).is_validation(np.arange(16, dtype=np.uint64))
+    for members in sets.values():
+        assert len({bool(sides[member]) for member in members}) == 1
+    # Groups without links go where they went.
+    alone = [key for key in range(16) if key not in leads]
+    unlinked = Split(share, seed).is_validation(np.arange(16, dtype=np.uint64))
+    np.testing.assert_array_equal(sides[alone], unlinked[alone])
+
+
+def test_pairs_tie_the_groups_of_a_cluster_together() -> None:
+    clusters = np.array([5, 2, 5, 5, 2, 9])
+    groups = np.array([1, 3, 1, 4, 7, 8], np.uint64)
+    assert cluster_pairs(clusters, groups).tolist() == [[3, 7], [1, 4]]
+
+
+def test_validation_gives_way_where_a_cluster_is_on_both_sides() -> None:
+    clusters = np.array([1, 1, 2, 2, 3])
+    is_validation = np.array([True, False, True, True, False])
+    assert on_both_sides(clusters, is_validation).tolist() == [True, False, False, False, False]
+
+
+def test_a_group_is_where_its_key_is() -> None:
+    groups = [f"subject-{n}" for n in range(200)]
+    keys = np.array([group_key(group) for group in groups], np.uint64)
+    sides = Split(0.3, 1).is_validation(keys)
+    assert [split_of(g, 0.3, 1) == VALIDATION for g in groups] == sides.tolist()

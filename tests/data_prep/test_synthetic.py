@@ -43,6 +43,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def test_the_layout_is_that_of_the_real_sources(corpus: Path) -> None:
     """So that configurations for the demo and for real data differ in one key."""
     assert list(_contents(corpus)) == [
+        "benchmarks/pmids.txt",
         "codes/CMS32_DESC_LONG_DX.txt",
         "codes/CMS32_DESC_LONG_SG.txt",
         "codes/icd10cm_order_demo.txt",
