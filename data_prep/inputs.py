@@ -1,13 +1,12 @@
 """The raw files of a configuration: which there are, in which order, and their checksums."""
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError
-from common.files import file_hash
+from data_prep.checksums import md5s
 from data_prep.config import SOURCE_OF_KEY, DataPrep
 from data_prep.document import InputError
 from data_prep.pubmed import in_order
@@ -57,8 +56,8 @@ def find_inputs(config: DataPrep) -> list[Input]:
         for key, patterns in config.sources.patterns().items()
         for path in _files(raw_dir, key, patterns)
     ]
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(_md5, [path for _, path in found]))
+    # Once for all inputs: it keeps what it found in out_dir.
+    hashes = md5s([path for _, path in found], config.out_dir / "md5.json")
     inputs = []
     numbers: Counter[str] = Counter()
     for (key, path), md5 in zip(found, hashes, strict=True):
@@ -84,10 +83,3 @@ def _files(raw_dir: Path, key: str, patterns: list[str]) -> list[Path]:
             )
         files |= matches
     return in_order(files) if key == "pubmed" else sorted(files)
-
-
-def _md5(path: Path) -> str:
-    try:
-        return file_hash(path, "md5")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
