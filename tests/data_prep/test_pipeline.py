@@ -429,6 +429,8 @@ def test_a_bad_input_gives_one_line_that_names_it_and_no_data_set(
         (["raw_dir=absent"], "make demo"),
         (["row_token=64"], "did you mean 'row_tokens'?"),
         (["max_lengths=[1024]"], "max_lengths has 1024; a document must fit into a row"),
+        (["row_tokens=70000000000"], "row_tokens is 70000000000; it must be at most 1048576"),
+        (["rows_per_shard=10000000"], "rows_per_shard is 10000000: shards of 5120000000 tokens"),
         (["max_lengths=[]"], "max_lengths is empty"),
         (["max_lengths=[128,128]"], "names a length twice"),
         (["max_documents=0"], "max_documents is 0; it must be positive"),
