@@ -1,17 +1,20 @@
 """The raw files of a configuration: which there are, in which order, and their checksums."""
 
+import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError
-from common.files import file_hash
+from data_prep.checksums import md5s
 from data_prep.codes.rxnorm import companion
 from data_prep.config import DataPrep, source_of
 from data_prep.document import InputError
 from data_prep.pubmed import in_order
+
+# In out_dir, so that a second run does not read all raw files again.
+MD5_MEMORY = "md5.json"
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,25 @@ class EvaluationInput:
 
 def find_evaluation_inputs(config: DataPrep) -> list[EvaluationInput]:
     """The files of the evaluation sets of `config`, set by set; errors as in `find_inputs`."""
-    found = []
-    for number, part in enumerate(config.decontaminate.sets):
-        for path in _files(config.raw_dir, f"decontaminate {part.name}", part.files):
-            name = path.relative_to(config.raw_dir).as_posix()
-            found.append(EvaluationInput(number, path, name, _md5(path)))
-    return found
+    raw_dir = config.raw_dir
+    found = [
+        (number, path)
+        for number, part in enumerate(config.decontaminate.sets)
+        for path in _files(raw_dir, f"decontaminate.sets {part.name}", part.files)
+    ]
+    hashes = md5s([path for _, path in found], config.out_dir / MD5_MEMORY)
+    return [
+        EvaluationInput(number, path, path.relative_to(raw_dir).as_posix(), md5)
+        for (number, path), md5 in zip(found, hashes, strict=True)
+    ]
 
 
 def find_inputs(config: DataPrep) -> list[Input]:
     """The inputs of `config`: sources in the order of the keys, PubMed in NLM's, others by path.
 
-    Raises ConfigError for a pattern that no file matches, InputError for a folder or file that is
-    not there or cannot be read.
+    A pattern that no file matches is named on stderr. Raises ConfigError for a key of `sources`
+    none of whose patterns does, InputError for a folder or file that is not there or cannot be
+    read.
     """
     raw_dir = config.raw_dir
     if not raw_dir.is_dir():
@@ -83,8 +92,7 @@ def find_inputs(config: DataPrep) -> list[Input]:
         for key, patterns in config.sources.patterns().items()
         for path in _files(raw_dir, f"sources.{key}", patterns)
     ]
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(_md5, [path for _, path in found]))
+    hashes = md5s([path for _, path in found], config.out_dir / MD5_MEMORY)
     inputs = []
     numbers: Counter[str] = Counter()
     for (key, path), md5 in zip(found, hashes, strict=True):
@@ -110,22 +118,17 @@ def _check_companions(inputs: list[Input]) -> None:
 
 def _files(raw_dir: Path, where: str, patterns: list[str]) -> list[Path]:
     files: set[Path] = set()
+    unmatched = []
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts or not pattern:
             raise ConfigError(f"{where}: {pattern!r} is not a pattern relative to raw_dir")
         matches = {path for path in raw_dir.glob(pattern) if path.is_file()}
         matches = {p for p in matches if p.suffix != ".md5" and not p.name.startswith(".")}
         if not matches:
-            raise ConfigError(
-                f"{where}: no file below raw_dir = {raw_dir} matches {pattern!r}; correct it "
-                "or take it out"
-            )
+            unmatched.append(f"{where}: no file below raw_dir = {raw_dir} matches {pattern!r}")
         files |= matches
+    if patterns and not files:
+        raise ConfigError(f"{'; '.join(unmatched)}; correct a pattern, or take {where} out")
+    for warning in unmatched:
+        print(f"data_prep: warning: {warning}", file=sys.stderr)
     return in_order(files) if where == "sources.pubmed" else sorted(files)
-
-
-def _md5(path: Path) -> str:
-    try:
-        return file_hash(path, "md5")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None

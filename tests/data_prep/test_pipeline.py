@@ -21,6 +21,7 @@ from common.files import only_user_of
 from data_prep import cleaning_tasks, near_duplicates, pipeline
 from data_prep.config import DataPrep, Sources, Tokenizer
 from data_prep.document import read_documents
+from data_prep.inputs import find_inputs
 from data_prep.shards import DataError, DataSet
 from data_prep.split import SPLITS
 from data_prep.synthetic.corpus import write_corpus
@@ -441,6 +442,8 @@ def test_a_bad_input_gives_one_line_that_names_it_and_no_data_set(
         (["raw_dir=absent"], "make demo"),
         (["row_token=64"], "did you mean 'row_tokens'?"),
         (["max_lengths=[1024]"], "max_lengths has 1024; a document must fit into a row"),
+        (["row_tokens=70000000000"], "row_tokens is 70000000000; it must be at most 1048576"),
+        (["rows_per_shard=10000000"], "rows_per_shard is 10000000: shards of 5120000000 tokens"),
         (["max_lengths=[]"], "max_lengths is empty"),
         (["max_lengths=[128,128]"], "names a length twice"),
         (["max_documents=0"], "max_documents is 0; it must be positive"),
@@ -477,6 +480,46 @@ def test_the_configurations_that_come_with_the_project_are_valid() -> None:
         run = load_config(DataPrep, "data_prep", ROOT / "configs" / f"{name}.yaml")
         assert run.out_dir.parts[0] in ("data", "demo")
         assert any(run.sources.patterns().values())
+
+
+@pytest.mark.parametrize("name", ["base", "sample"])
+def test_the_configurations_find_every_source_in_either_layout(
+    raw: Path, shared_data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Code tables lie as text in the one, in CMS's zips in the other."""
+    for folder, codes in (
+        (
+            raw,
+            {
+                "codes/icd10cm_order_demo.txt",
+                "codes/CMS32_DESC_LONG_DX.txt",
+                "codes/CMS32_DESC_LONG_SG.txt",
+            },
+        ),
+        (shared_data, {"codes/cms_2026_dx.zip", "codes/cms_v32_icd9.zip"}),
+    ):
+        words = [f"raw_dir={folder}", f"out_dir={tmp_path}"]
+        run = load_config(DataPrep, "data_prep", ROOT / "configs" / f"{name}.yaml", words)
+        inputs = find_inputs(run)
+        kinds = {key.replace("_", "-") for key, found in run.sources.patterns().items() if found}
+        assert {found.kind for found in inputs} == kinds
+        assert {found.name for found in inputs if found.name.startswith("codes/")} == codes
+        assert "nonconforming" not in " ".join(found.name for found in inputs)
+        # What lies as text does not lie in a zip, and the other way about.
+        warnings = capsys.readouterr().err
+        for pattern in run.sources.icd9cm_sg:
+            hit = any(found.path.match(pattern) for found in inputs)
+            line = f"warning: sources.icd9cm_sg: no file below raw_dir = {folder} matches"
+            assert (f"{line} {pattern!r}\n" in warnings) != hit
+
+
+def test_the_sample_configuration_prepares_the_made_up_corpus(raw: Path, tmp_path: Path) -> None:
+    words = [f"raw_dir={raw}", f"out_dir={tmp_path}", "tokenizer.vocab_size=768"]
+    words += ["row_tokens=512", "max_lengths=[128]"]
+    run = load_config(DataPrep, "data_prep", ROOT / "configs" / "sample.yaml", words)
+    pipeline.run(run)
+    sources = {"pubmed", "discharge", "radiology", "icd10cm", "icd9cm"}
+    assert set(DataSet(tmp_path / "rows-128").sources("train")) == sources
 
 
 def test_the_two_files_that_are_not_pubmed_are_named(
