@@ -86,11 +86,11 @@ def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
 class Pipeline:
     """The stages of one configuration; the tasks of a stage are known once those before are done.
 
-    config: one that passes `check`. Raises ConfigError and InputError for inputs that cannot be
-    used.
+    Raises ConfigError and InputError for a configuration and inputs that cannot be used.
     """
 
     def __init__(self, config: DataPrep) -> None:
+        check(config)
         self.config = config
         self.out = config.out_dir
         self.inputs = find_inputs(config)

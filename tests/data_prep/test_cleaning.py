@@ -251,7 +251,7 @@ def test_a_changed_key_redoes_what_it_decides(
         (["decontaminate.words=65"], "decontaminate.words is 65; it must be 64 at most"),
         (
             ["decontaminate.sets=[{name: QA, files: [qa/*.json], format: lines}]"],
-            "decontaminate QA: no file below raw_dir =",
+            "decontaminate.sets QA: no file below raw_dir =",
         ),
         (
             ["decontaminate.sets=[{name: QA, files: [], format: csv}]"],

@@ -515,7 +515,7 @@ def test_the_configurations_find_every_source_in_either_layout(
 
 def test_the_sample_configuration_prepares_the_made_up_corpus(raw: Path, tmp_path: Path) -> None:
     words = [f"raw_dir={raw}", f"out_dir={tmp_path}", "tokenizer.vocab_size=768"]
-    words += ["row_tokens=512", "max_lengths=[128]"]
+    words += ["row_tokens=512", "max_lengths=[128]", "decontaminate.sets=[]"]
     run = load_config(DataPrep, "data_prep", ROOT / "configs" / "sample.yaml", words)
     pipeline.run(run)
     sources = {"pubmed", "discharge", "radiology", "icd10cm", "icd9cm"}
