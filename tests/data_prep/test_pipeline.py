@@ -17,12 +17,10 @@ import pytest
 import webdataset
 
 from common.config import config_to_yaml, load_config
-from common.files import only_user_of
 from data_prep import cleaning_tasks, near_duplicates, pipeline
 from data_prep.config import DataPrep, Sources, Tokenizer
 from data_prep.document import read_documents
-from data_prep.inputs import find_inputs
-from data_prep.shards import DataError, DataSet
+from data_prep.shards import DataSet
 from data_prep.split import SPLITS
 from data_prep.synthetic.corpus import write_corpus
 from data_prep.tokenizer import encode, load_tokenizer
@@ -327,45 +325,6 @@ def test_a_changed_input_takes_the_old_manifests_away_first(
     assert_no_data_set(copy)
 
 
-def test_another_tokenizer_takes_every_manifest_away_whatever_the_length(
-    copy: Path, raw: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Rows of 128 and 512 share the folder's tokenizer with those of 256 that replace it."""
-    pipeline.run(configuration(raw, copy, max_lengths=[256], rows_per_shard=40))
-    assert "data_prep: " not in capsys.readouterr().err
-    assert len(list(copy.glob("rows-*/manifest.json"))) == 3
-    changed = Tokenizer(vocab_size=832)
-    pipeline.run(configuration(raw, copy, max_lengths=[256], tokenizer=changed))
-    assert [path.parent.name for path in copy.glob("rows-*/manifest.json")] == ["rows-256"]
-    error = capsys.readouterr().err
-    assert error.count("data_prep: ") == 1
-    assert (
-        f"data_prep: {copy}: other vocab_size than before; made again: tokenizer, tokens, "
-        "plan-256, rows-256; no data set any more: rows-128, rows-512\n"
-    ) in error
-
-
-def test_the_reader_knows_the_tokenizer_of_its_rows(made: Path, tmp_path: Path) -> None:
-    data = DataSet(made / "rows-128")
-    data.check_tokenizer(made / "tokenizer")
-    other = Path(shutil.copytree(made / "tokenizer", tmp_path / "other"))
-    other.joinpath("tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"other/tokenizer\.json is not the tokenizer"):
-        data.check_tokenizer(other)
-    with pytest.raises(DataError, match=r"absent/tokenizer\.json cannot be read"):
-        data.check_tokenizer(tmp_path / "absent")
-
-
-def test_two_runs_in_one_folder_are_refused(
-    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with only_user_of(tmp_path / "out"):
-        assert run_main(raw, tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert f"error: {tmp_path / 'out'} is in use by process {os.getpid()} on" in error
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
-
-
 def run_main(raw: Path, out: Path, *words: str) -> int:
     from data_prep.__main__ import main
 
@@ -480,46 +439,6 @@ def test_the_configurations_that_come_with_the_project_are_valid() -> None:
         run = load_config(DataPrep, "data_prep", ROOT / "configs" / f"{name}.yaml")
         assert run.out_dir.parts[0] in ("data", "demo")
         assert any(run.sources.patterns().values())
-
-
-@pytest.mark.parametrize("name", ["base", "sample"])
-def test_the_configurations_find_every_source_in_either_layout(
-    raw: Path, shared_data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Code tables lie as text in the one, in CMS's zips in the other."""
-    for folder, codes in (
-        (
-            raw,
-            {
-                "codes/icd10cm_order_demo.txt",
-                "codes/CMS32_DESC_LONG_DX.txt",
-                "codes/CMS32_DESC_LONG_SG.txt",
-            },
-        ),
-        (shared_data, {"codes/cms_2026_dx.zip", "codes/cms_v32_icd9.zip"}),
-    ):
-        words = [f"raw_dir={folder}", f"out_dir={tmp_path}"]
-        run = load_config(DataPrep, "data_prep", ROOT / "configs" / f"{name}.yaml", words)
-        inputs = find_inputs(run)
-        kinds = {key.replace("_", "-") for key, found in run.sources.patterns().items() if found}
-        assert {found.kind for found in inputs} == kinds
-        assert {found.name for found in inputs if found.name.startswith("codes/")} == codes
-        assert "nonconforming" not in " ".join(found.name for found in inputs)
-        # What lies as text does not lie in a zip, and the other way about.
-        warnings = capsys.readouterr().err
-        for pattern in run.sources.icd9cm_sg:
-            hit = any(found.path.match(pattern) for found in inputs)
-            line = f"warning: sources.icd9cm_sg: no file below raw_dir = {folder} matches"
-            assert (f"{line} {pattern!r}\n" in warnings) != hit
-
-
-def test_the_sample_configuration_prepares_the_made_up_corpus(raw: Path, tmp_path: Path) -> None:
-    words = [f"raw_dir={raw}", f"out_dir={tmp_path}", "tokenizer.vocab_size=768"]
-    words += ["row_tokens=512", "max_lengths=[128]", "decontaminate.sets=[]"]
-    run = load_config(DataPrep, "data_prep", ROOT / "configs" / "sample.yaml", words)
-    pipeline.run(run)
-    sources = {"pubmed", "discharge", "radiology", "icd10cm", "icd9cm"}
-    assert set(DataSet(tmp_path / "rows-128").sources("train")) == sources
 
 
 def test_the_two_files_that_are_not_pubmed_are_named(
