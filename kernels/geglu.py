@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.nn import functional as F
 
-# Rows and columns of a program's tile, and its warps. Measured on one H200 (docs/kernels.md).
-_FORWARD_TILE = (8, 256, 4)
-_BACKWARD_TILE = (8, 256, 4)
+# Rows and at most as many columns of a program's tile, and its warps: a whole row of the usual
+# widths. Measured on one H200 (docs/kernels.md).
+_TILE = (1, 4096, 8)
 
 
 def geglu_reference(x_TI2: Tensor) -> Tensor:
@@ -104,11 +104,12 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_x + offset + WIDTH, grad_b.to(dtype), mask=inside)
 
 
-def _grid(rows: int, width: int, tile: tuple[int, int, int]) -> tuple[tuple[int, int], int, int]:
-    """Grid, rows and columns of a tile, for rows as wide as these."""
-    block_w = min(tile[1], triton.next_power_of_2(width))
-    block_r = tile[0]
-    return (triton.cdiv(rows, block_r), triton.cdiv(width, block_w)), block_r, block_w
+def _grid(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid, and what both kernels are compiled for."""
+    block_r, most, warps = _TILE
+    block_w = min(most, triton.next_power_of_2(width))
+    sizes = {"WIDTH": width, "BLOCK_R": block_r, "BLOCK_W": block_w, "num_warps": warps}
+    return (triton.cdiv(rows, block_r), triton.cdiv(width, block_w)), sizes
 
 
 @triton_op("clinical_modernbert::geglu", mutates_args={})
@@ -117,10 +118,8 @@ def _geglu(x: Tensor) -> Tensor:
     out = x.new_empty((rows, width))
     if out.numel() == 0:
         return out
-    grid, block_r, block_w = _grid(rows, width, _FORWARD_TILE)
-    wrap_triton(_forward_kernel)[grid](
-        x, out, rows, WIDTH=width, BLOCK_R=block_r, BLOCK_W=block_w, num_warps=_FORWARD_TILE[2]
-    )
+    grid, sizes = _grid(rows, width)
+    wrap_triton(_forward_kernel)[grid](x, out, rows, **sizes)
     return out
 
 
@@ -135,17 +134,8 @@ def _geglu_backward(x: Tensor, grad: Tensor) -> Tensor:
     rows, width = grad.shape
     if grad.numel() == 0:
         return grad_x
-    grid, block_r, block_w = _grid(rows, width, _BACKWARD_TILE)
-    wrap_triton(_backward_kernel)[grid](
-        x,
-        grad,
-        grad_x,
-        rows,
-        WIDTH=width,
-        BLOCK_R=block_r,
-        BLOCK_W=block_w,
-        num_warps=_BACKWARD_TILE[2],
-    )
+    grid, sizes = _grid(rows, width)
+    wrap_triton(_backward_kernel)[grid](x, grad, grad_x, rows, **sizes)
     return grad_x
 
 

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 # Measured on one H200 (docs/kernels.md): rows of a tile and warps; backward also how many programs
 # walk over the rows on each multiprocessor.
 _FORWARD_TILE = (4, 4)
-_BACKWARD_TILE = (4, 4)
-_PROGRAMS_A_MULTIPROCESSOR = 4
+_BACKWARD_TILE = (1, 1)
+_PROGRAMS_A_MULTIPROCESSOR = 16
 # Without a GPU, where Triton interprets.
 _PROGRAMS_INTERPRETED = 3
 
@@ -122,10 +122,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         s = rounded.to(tl.float32)
     mu = tl.sum(s, 1) / WIDTH
     centred = tl.where(filled, s - mu[:, None], 0.0)
+    # Once more, because the mean of large numbers has lost digits.
+    rest = tl.sum(centred, 1) / WIDTH
+    centred = tl.where(filled, centred - rest[:, None], 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
     result = centred * inverse[:, None] * w[None, :]
     tl.store(normed + offset, result.to(normed.dtype.element_ty), mask=inside)
-    tl.store(mean + row, mu, mask=row < rows)
+    tl.store(mean + row, mu + rest, mask=row < rows)
     tl.store(rstd + row, inverse, mask=row < rows)
 
 
