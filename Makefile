@@ -30,7 +30,10 @@ demo: install
 	@echo "== 4/6 the newest checkpoint to a Hugging Face folder"
 	python -m model.export "$$(ls -d demo/run/checkpoints/step_* | tail -n 1)" demo/model
 	@echo "== 5/6 filling masks with it"
-	python -m evaluation.fill_mask demo/model $(DEMO_SENTENCES)
+	python -m evaluation.fill_mask demo/model \
+	  "In the ED, initial vitals were T 101.0 BP 106/58 [MASK] 115 RR 24 O2 92% RA." \
+	  "Hemoglobin was 7.9 g/dL. He was given [MASK] and admitted to MEDICINE." \
+	  "ICD 10 code for E03: [MASK]"
 	@echo "== 6/6 the report"
 	python -m train.report demo/run
 	@echo "model: demo/model"

@@ -1,15 +1,18 @@
 """Files and folders that exist whole or not at all, for their owner alone, and their hashes."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 _OWNER_ONLY_UMASK = 0o077
+_LOCK_NAME = ".lock"
 
 
 def make_private() -> None:
@@ -49,8 +52,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True, mode=0o700)
     try:
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            sync_folder(file) if file.is_dir() else sync_file(file)
+        for path_in_it in sorted(temporary.rglob("*")):
+            if path_in_it.is_dir():
+                sync_folder(path_in_it)
+            else:
+                path_in_it.chmod(0o600)
+                sync_file(path_in_it)
         sync_folder(temporary)
         if path.exists():
             shutil.rmtree(path)
@@ -59,6 +66,38 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+class FolderInUse(OSError):
+    """Another process works in the folder; the message names both."""
+
+
+@contextlib.contextmanager
+def only_user_of(folder: Path) -> Iterator[None]:
+    """Make `folder` and keep it for this process until the block ends.
+
+    Raises FolderInUse while another process, also one of another machine where the file system
+    shares its locks, does the same. A process that dies lets go; the file `.lock` stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _LOCK_NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            # A lock of the open file, not of the process: it also holds between two threads.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = path.read_text(encoding="utf-8").strip() or "another process"
+            raise FolderInUse(
+                f"{folder} is in use by {holder}; wait for its end, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise OSError(error.errno, f"cannot lock ({error.strerror})", str(path)) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

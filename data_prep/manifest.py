@@ -31,9 +31,10 @@ def write_manifest(
 ) -> dict[str, Any]:
     """Write the manifest of the data set in `folder`, and return it.
 
-    tokenizer: `data_prep.tokenizer.describe`; shards: the entries of every split and source, in
-    order; files: the tokens they were made from. What the shards hold is compared with these:
-    RuntimeError when a token or a document is lost or there twice.
+    tokenizer: `data_prep.tokenizer.describe`, and `file_sha256` of its tokenizer.json; shards: the
+    entries of every split and source, in order; files: the tokens they were made from. What the
+    shards hold is compared with these: RuntimeError when a token or a document is lost or there
+    twice.
     """
     excluded = [*tokenizer["special_ids"].values(), *tokenizer["excluded_ids"]]
     manifest = {

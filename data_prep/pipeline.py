@@ -25,7 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from common.counter_random import derive_key
-from common.files import whole_file
+from common.files import file_hash, only_user_of, whole_file
 from data_prep import codes, dedup, mimic, pubmed
 from data_prep import tokenizer as tokenizers
 from data_prep.config import DataPrep, check
@@ -34,7 +34,7 @@ from data_prep.inputs import Input, find_inputs
 from data_prep.manifest import write_manifest
 from data_prep.rows import PLAN_FILES, Part, RowShape, RowTokens, write_plan, write_planned_shard
 from data_prep.shard_writer import shard_name, token_dtype
-from data_prep.shards import FORMAT_VERSION, index_path_of
+from data_prep.shards import FORMAT_VERSION, TOKENIZER_FILE, index_path_of
 from data_prep.split import SPLITS, TRAIN, split_of
 from data_prep.stages import Counts, Stage, Task, stage_key
 from data_prep.token_files import FILES, TokenFile, write_tokens
@@ -47,8 +47,15 @@ def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     """Do everything that is not done yet; returns the manifest of each data set by its folder.
 
     Raises ConfigError for a key and InputError for an input. From the start on, no data set in
-    `out_dir` has a manifest unless it is what `config` and the inputs say.
+    `out_dir` has a manifest unless it is what `config` and the inputs say. FolderInUse, an OSError,
+    while another process works in `out_dir`.
     """
+    check(config)
+    with only_user_of(config.out_dir):
+        return _run(config)
+
+
+def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     pipeline = Pipeline(config)
     pipeline.withdraw_stale_manifests()
     pipeline.scan().run()
@@ -72,11 +79,11 @@ def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
 class Pipeline:
     """The stages of one configuration; the tasks of a stage are known once those before are done.
 
-    Raises ConfigError and InputError for a configuration and inputs that cannot be used.
+    config: one that passes `check`. Raises ConfigError and InputError for inputs that cannot be
+    used.
     """
 
     def __init__(self, config: DataPrep) -> None:
-        check(config)
         self.config = config
         self.out = config.out_dir
         self.inputs = find_inputs(config)
@@ -218,13 +225,15 @@ class Pipeline:
             split, source = task.group.split("/")
             entries[split, source].append(entry)
         inputs = [source.description() for source in self.inputs]
+        file_sha256 = file_hash(self._tokenizer_folder / TOKENIZER_FILE)
+        tokenizer = self._description | {"file_sha256": file_sha256}
         return write_manifest(
-            stage.folder, self.config, length, self._description, inputs, entries, self._parts
+            stage.folder, self.config, length, tokenizer, inputs, entries, self._parts
         )
 
     def withdraw_stale_manifests(self) -> None:
-        """Take the manifest from every data set that would be made otherwise now."""
-        for length in self.config.max_lengths:
+        """Take the manifest from every data set of `out_dir` that would be made otherwise now."""
+        for length in self._lengths:
             stage = self._stage(f"rows-{length}", [])
             if stage.is_stale():
                 stage.withdraw_manifest()
@@ -255,12 +264,19 @@ class Pipeline:
             sample = {"sample_bytes": trained.sample_bytes, "shares": trained.shares}
             add("tokenizer", "kept", seed=config.seed, vocab_size=trained.vocab_size, **sample)
         add("tokens", "kept", "tokenizer")
-        for length in config.max_lengths:
+        for length in self._lengths:
             shape = {"row_tokens": config.row_tokens, "max_documents": config.max_documents}
             add(f"plan-{length}", "tokens", seed=config.seed, max_length=length, **shape)
             size = {"rows_per_shard": config.rows_per_shard, "format": FORMAT_VERSION}
             add(f"rows-{length}", f"plan-{length}", **size)
         return keys
+
+    @property
+    def _lengths(self) -> list[int]:
+        """The lengths asked for, then those made by earlier runs: they share the tokenizer."""
+        folders = (self.out / "completions").glob("rows-*")
+        made = {int(folder.name.removeprefix("rows-")) for folder in folders}
+        return [*self.config.max_lengths, *sorted(made - set(self.config.max_lengths))]
 
     @property
     def _pubmed(self) -> list[Input]:

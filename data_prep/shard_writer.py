@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.files import whole_file
-from data_prep.shards import INDEX_DTYPE, MEMBERS, Row, index_path_of
+from data_prep.shards import INDEX_DTYPE, MEMBERS, Row, checksum, index_path_of
 
 PIECE_MARK = "#"
 _BLOCK = tarfile.BLOCKSIZE
@@ -61,17 +61,19 @@ def write_shard(path: Path, rows: Iterable[Row]) -> ShardEntry:
     Rows are taken one at a time. The index appears only once the shard is on disk, so that it never
     describes a shard that is not there.
     """
-    records: list[tuple[list[int], list[int], int, int]] = []
+    records: list[tuple[list[int], list[int], int, int, int]] = []
     documents = 0
     with whole_file(path) as file:
         tar = _HashingTar(file)
         for row in rows:
             offsets, sizes = [], []
-            for member, content in zip(MEMBERS, _encode(row), strict=True):
+            members = _encode(row)
+            for member, content in zip(MEMBERS, members, strict=True):
                 offsets.append(tar.add(f"{row.key}.{member}", content))
                 sizes.append(len(content))
             count = len(row.documents)
-            records.append((offsets, sizes, int(row.cu_seqlens[count]), count))
+            tokens = int(row.cu_seqlens[count])
+            records.append((offsets, sizes, tokens, count, checksum(members)))
             documents += sum(_begins_document(name) for name in row.documents)
         tar.finish()
     index = np.array(records, dtype=INDEX_DTYPE)

@@ -13,6 +13,8 @@ import io
 import json
 import os
 import weakref
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 # The parts of a sample, in the order in which they lie in the tar.
 MEMBERS = ("input_ids.npy", "cu_seqlens.npy", "documents.json")
 
 # One record a row: where each member's data begins in the tar and how many bytes it has, then how
-# many tokens of the row are not padding and how many documents (or pieces of one) it holds.
+# many tokens of the row are not padding, how many documents (or pieces of one) it holds, and the
+# checksum of its members.
 INDEX_DTYPE = np.dtype(
     [
         ("offset", "<u8", (len(MEMBERS),)),
         ("size", "<u4", (len(MEMBERS),)),
         ("tokens", "<u4"),
         ("documents", "<u4"),
+        ("crc32", "<u4"),
     ]
 )
 
@@ -58,6 +63,14 @@ class Row:
     documents: list[str]
     source: str
     key: str
+
+
+def checksum(members: Iterable[bytes]) -> int:
+    """The crc32 of a row's members one after another."""
+    crc = 0
+    for member in members:
+        crc = zlib.crc32(member, crc)
+    return crc
 
 
 def row_key(source: str, split: str, row: int) -> str:
@@ -105,6 +118,7 @@ class DataSet:
             self.max_length: int = self.manifest["max_length"]
             self.max_documents: int = self.manifest["max_documents"]
             self.tokenizer: dict[str, Any] = self.manifest["tokenizer"]
+            _check_sizes(self.folder, self.manifest)
             self._splits = {
                 split: {
                     source: _open_source(self.folder, entry["shards"])
@@ -186,6 +200,22 @@ class DataSet:
                             f"{shard['sha256']}; {_REMEDY}"
                         )
 
+    def check_tokenizer(self, folder: Path) -> None:
+        """Raise DataError unless `folder` holds the tokenizer.json that the rows were made with."""
+        path = folder / TOKENIZER_FILE
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror}): checkpoints hold the data set's "
+                "tokenizer; copy it from where the data set was made"
+            ) from None
+        if found != self.tokenizer["file_sha256"]:
+            raise DataError(
+                f"{path} is not the tokenizer that the rows of {self.folder} were made with; copy "
+                "that one from where the data set was made, or make the data set again"
+            )
+
     def _members(
         self, path: Path, record: np.void
     ) -> tuple[NDArray[Any], NDArray[np.int32], list[str]]:
@@ -199,6 +229,8 @@ class DataSet:
             content[offset - begin : offset - begin + size]
             for offset, size in zip(offsets, sizes, strict=True)
         ]
+        if checksum(parts) != record["crc32"]:
+            raise ValueError("its bytes are not those that were written, by their checksum")
         return _load_array(parts[0]), _load_array(parts[1]), json.loads(parts[2])
 
     def _check(
@@ -216,8 +248,13 @@ class DataSet:
             raise ValueError(f"cu_seqlens is {cu_seqlens.shape} {cu_seqlens.dtype}")
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != self.row_tokens:
             raise ValueError(f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}")
-        if (np.diff(cu_seqlens) <= 0).any():
+        lengths = np.diff(cu_seqlens)
+        if (lengths <= 0).any():
             raise ValueError("cu_seqlens does not increase")
+        if input_ids.max() >= self.tokenizer["vocab_size"]:
+            raise ValueError(
+                f"it has the token {input_ids.max()}, vocab_size is {self.tokenizer['vocab_size']}"
+            )
         tokens, count = int(record["tokens"]), int(record["documents"])
         segments = count + (tokens < self.row_tokens)
         if (
@@ -228,6 +265,12 @@ class DataSet:
             raise ValueError(
                 f"{len(documents)} documents in {len(cu_seqlens) - 1} segments, its index says "
                 f"{count} documents of {tokens} tokens"
+            )
+        # What follows the documents is padding, which may be longer.
+        if (lengths[:count] > self.max_length).any():
+            raise ValueError(
+                f"it has a document of {lengths[:count].max()} tokens, max_length is "
+                f"{self.max_length}"
             )
 
     def _descriptor(self, path: Path) -> int:
@@ -273,6 +316,29 @@ def _parse_manifest(folder: Path, content: bytes) -> dict[str, Any]:
         )
     assert isinstance(manifest, dict)
     return manifest
+
+
+def _check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise DataError for numbers that would fail, or silently go wrong, in training only."""
+    tokenizer = manifest["tokenizer"]
+    vocab_size, special = tokenizer["vocab_size"], tokenizer["special_ids"]
+    sizes = {name: manifest[name] for name in ("row_tokens", "max_length", "max_documents")}
+    sizes |= {name: tokenizer[name] for name in ("vocab_size", "real_vocab_size")}
+    ids = {f"special_ids.{name}": special[name] for name in ("cls", "sep", "pad", "mask", "unk")}
+    ids |= {"real_vocab_size - 1": tokenizer["real_vocab_size"] - 1}
+    wrong = [name for name, size in sizes.items() if type(size) is not int or size < 1]
+    wrong += [n for n, i in ids.items() if type(i) is not int or not 0 <= i < vocab_size]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in tokenizer["excluded_ids"]):
+        wrong.append("excluded_ids")
+    if not isinstance(tokenizer["file_sha256"], str):
+        wrong.append("file_sha256")
+    if not wrong and sizes["max_length"] > sizes["row_tokens"]:
+        wrong.append("max_length")
+    if wrong:
+        raise DataError(
+            f"{folder / MANIFEST_NAME}: {', '.join(wrong)} cannot be right (vocab_size is "
+            f"{vocab_size}, row_tokens {sizes['row_tokens']}); {_REMEDY}"
+        )
 
 
 def _open_source(folder: Path, entries: list[dict[str, Any]]) -> _Source:

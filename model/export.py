@@ -9,9 +9,7 @@ weights, those the model computed with: DeepSpeed saves the fp32 ones there with
 
 import argparse
 import contextlib
-import hashlib
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.files import file_hash, make_private
 from model.config import ModernBertConfig
 from model.huggingface import ModelError, load_weights, save_pretrained
 from model.modernbert import ModernBertForMaskedLM
@@ -63,12 +62,11 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
         file = checkpoint / name
         if not file.is_file():
             raise ModelError(f"{file} is missing; take another checkpoint of the run")
-        with file.open("rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != expected:
-                raise ModelError(
-                    f"{file} is damaged: its sha256 is not the manifest's; take another "
-                    "checkpoint of the run"
-                )
+        if file_hash(file) != expected:
+            raise ModelError(
+                f"{file} is damaged: its sha256 is not the manifest's; take another checkpoint of "
+                "the run"
+            )
     return manifest
 
 
@@ -138,7 +136,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step_…")
     parser.add_argument("out", type=Path, help="the Hugging Face folder to write")
     arguments = parser.parse_args(words)
-    os.umask(0o077)
+    make_private()
     try:
         export(arguments.checkpoint, arguments.out)
     except ModelError as error:

@@ -4,11 +4,8 @@ What is written here loads with `AutoModelForMaskedLM.from_pretrained` and `Auto
 missing or unexpected key and the same logits; what is read here is used to the last key.
 """
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.files import whole_folder
 from model.config import ModernBertConfig, from_hugging_face, to_hugging_face
 from model.modernbert import ModernBertForMaskedLM
 
@@ -31,6 +29,7 @@ _TOKENIZER_FILES = (
     "sentencepiece.model",
     "vocab.txt",
 )
+_WRITTEN = {"config.json", _WEIGHTS, *_TOKENIZER_FILES}
 # A vocabulary is padded to a round number of rows; by more than this it is another tokenizer's.
 _MOST_VOCABULARY_PADDING = 511
 
@@ -98,8 +97,7 @@ def save_pretrained(model: ModernBertForMaskedLM, *, tokenizer_folder: Path, out
     `out` is replaced. Raises ModelError if the tokenizer does not fit the model, or if `out` holds
     something else.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ModelError(f"{out} exists and is not a model folder; choose another, or remove it")
+    _check_replaceable(out)
     config = replace(model.config, **_special_ids(tokenizer_folder, model.config.vocab_size))
     dtype = str(model.decoder.weight.dtype).removeprefix("torch.")
     description = {**to_hugging_face(config), "dtype": dtype}
@@ -108,13 +106,26 @@ def save_pretrained(model: ModernBertForMaskedLM, *, tokenizer_folder: Path, out
         for name, tensor in model.state_dict().items()
         if name != _TIED
     }
-    with _whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
         for name in _TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, folder / name)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise ModelError unless `out` is absent, empty or an earlier export and nothing more."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise ModelError(f"{out} is not a folder; choose another name, or remove it")
+    foreign = sorted({path.name for path in out.iterdir()} - _WRITTEN)
+    if foreign:
+        raise ModelError(
+            f"{out} holds {foreign[0]}, which no export writes; choose another folder, or remove it"
+        )
 
 
 def _special_ids(tokenizer_folder: Path, vocab_size: int) -> dict[str, int]:
@@ -174,23 +185,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no JSON object; the folder is damaged, get it again")
     return values
-
-
-@contextlib.contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill, its owner's alone; it becomes `path` at the end."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True, mode=0o700)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(0o600)
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -11,7 +11,7 @@ ALLOWED = {
     "common": (),
     "data_prep": ("common",),
     "kernels": (),
-    "model": ("kernels",),
+    "model": ("common", "kernels"),
     "train": ("common", "model", "kernels", "data_prep.shards"),
     "evaluation": ("common", "model", "data_prep.shards", "train.masking"),
 }

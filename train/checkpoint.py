@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from common.config import config_to_dict
 from common.files import file_hash, sync_file, sync_folder, write_json
-from train.engine import Engine
+from train.engine import Engine, quiet
 from train.ranks import Ranks, from_first, gather
-from train.resolve import Run
+from train.resolve import Run, tokenizer_folder
 from train.schedule import Progress
 
 FORMAT_VERSION = 1
@@ -36,10 +36,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """What is at hand to continue from: the checkpoint to take, and the newer ones passed over."""
+    """What is at hand to continue from: the checkpoint to take, and the newer ones passed over.
+
+    changed: the keys whose value is another one than when the checkpoint was written, as text.
+    """
 
     path: Path | None
     skipped: list[str]
+    changed: list[str]
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -67,16 +71,22 @@ def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
     hashes: dict[str, str] = {}
     for part in gather({_relative(path, temporary): _flush(path) for path in mine}):
         hashes |= part
+    problem = ""
     if ranks.is_first:
-        _complete(temporary, run, progress, hashes)
-        if final.exists():
-            _remove(final)
-        temporary.rename(final)
-        sync_folder(folder)
-        for old in checkpoints(folder)[run.config.checkpoint.keep :]:
-            _remove(old)
-    # A rank that went on and ended the run would end rank 0 too, before the rename.
-    dist.barrier()
+        try:
+            _complete(temporary, run, progress, hashes)
+            if final.exists():
+                _remove(final)
+            temporary.rename(final)
+            sync_folder(folder)
+            for old in checkpoints(folder)[run.config.checkpoint.keep :]:
+                _remove(old)
+        except OSError as error:
+            problem = f"{final} cannot be written: {error}"
+    # Also a barrier: a rank that went on and ended the run would end rank 0 too, before the rename.
+    problem = from_first(problem)
+    if problem:
+        raise CheckpointError(problem)
     return final
 
 
@@ -98,6 +108,8 @@ def find(run: Run, ranks: Ranks) -> Found:
             result = _find(run)
         except CheckpointError as error:
             result = error
+        except OSError as error:
+            result = CheckpointError(f"the checkpoints of {run.config.run_dir}: {error}")
     result = from_first(result)
     if isinstance(result, CheckpointError):
         raise result
@@ -107,7 +119,8 @@ def find(run: Run, ranks: Ranks) -> Found:
 
 def load(engine: Engine, path: Path) -> Progress:
     """Give `engine` the weights and optimizer of a checkpoint; returns the counters."""
-    loaded, _ = engine.load_checkpoint(str(path / "deepspeed"), tag=TAG)
+    with quiet():
+        loaded, _ = engine.load_checkpoint(str(path / "deepspeed"), tag=TAG)
     if loaded is None:
         raise CheckpointError(f"{path} cannot be loaded by DeepSpeed; move it away to go on")
     manifest = _read_manifest(path)
@@ -146,13 +159,26 @@ def _find(run: Run) -> Found:
             skipped.append(str(error))
             continue
         _check_same_run(path, manifest, run)
-        return Found(path, skipped)
+        changed = _differences(manifest["config"], config_to_dict(run.config))
+        return Found(path, skipped, changed)
     if paths:
         raise CheckpointError(
             f"none of the checkpoints in {folder} verifies: {'; '.join(skipped)}. Move the folder "
             "away to start the run anew"
         )
-    return Found(None, [])
+    return Found(None, [], [])
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every key of two configurations whose values differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
 
 
 def _check_same_run(path: Path, manifest: dict[str, Any], run: Run) -> None:
@@ -178,12 +204,15 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, str]) -> None:
     """Add the tokenizer and, last, the manifest; all of it on disk when this returns."""
-    shutil.copytree(tokenizer_of(run), temporary / "tokenizer")
-    for path in _files(temporary / "tokenizer"):
-        hashes[_relative(path, temporary)] = _flush(path)
-    missing = {_relative(path, temporary) for path in _files(temporary)} ^ set(hashes)
-    if missing:
-        raise CheckpointError(f"{temporary}: the ranks disagree about the file {min(missing)}")
+    for path in _files(source := tokenizer_folder(run.data)):
+        copy = temporary / "tokenizer" / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        # The content alone: the copy is its owner's, whoever may read the original.
+        shutil.copyfile(path, copy)
+        hashes[_relative(copy, temporary)] = _flush(copy)
+    for name in hashes:
+        # Asked for by name: a listing may be late with what another machine has written.
+        (temporary / name).stat()
     manifest = {
         "format": FORMAT_VERSION,
         **asdict(progress),
@@ -197,11 +226,6 @@ def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, s
             sync_folder(path)
 
 
-def tokenizer_of(run: Run) -> Path:
-    """The tokenizer's folder, which lies beside the data set's."""
-    return run.data.folder.resolve().parent / "tokenizer"
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
@@ -209,12 +233,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST_NAME}: {error.strerror}") from None
     except ValueError:
         raise CheckpointError(f"{path / MANIFEST_NAME} is damaged: it is no JSON") from None
-    if manifest.get("format") != FORMAT_VERSION:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path / MANIFEST_NAME} has the format {manifest.get('format')}, this program reads "
-            f"{FORMAT_VERSION}"
+            f"{path / MANIFEST_NAME} has the format {found}, this program reads {FORMAT_VERSION}"
         )
-    return manifest
+    absent = {"files", "config", *asdict(Progress())} - set(manifest)
+    if absent:
+        raise CheckpointError(f"{path / MANIFEST_NAME} is damaged: it lacks {min(absent)!r}")
+    return dict(manifest)
 
 
 def _owner(path: Path, ranks: int) -> int:

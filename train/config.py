@@ -140,10 +140,20 @@ class Train:
             "validation.every_steps": self.validation.every_steps,
             "checkpoint.every_steps": self.checkpoint.every_steps,
             "log.every_steps": self.log.every_steps,
+            "validation.rows": self.validation.rows,
             "optimizer.lr": self.optimizer.lr,
+            "optimizer.eps": self.optimizer.eps,
         }
         for key, value in positive.items():
             _require(value > 0, f"{key} is {value}, it must be above 0")
+        not_negative = {
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "optimizer.gradient_clipping": self.optimizer.gradient_clipping,
+        }
+        for key, value in not_negative.items():
+            _require(value >= 0, f"{key} is {value}, it must not be negative")
+        for beta in self.optimizer.betas:
+            _require(0 <= beta < 1, f"optimizer.betas has {beta}, it must be at least 0, below 1")
         for key, rate in {"masking": self.masking.rate, "validation": self.validation.rate}.items():
             _require(0 < rate < 1, f"{key}.rate is {rate}, it must lie between 0 and 1")
         shares = (self.masking.mask_share, self.masking.random_share)
@@ -159,9 +169,13 @@ class Train:
             f"schedule.total_tokens = {self.schedule.total_tokens}",
         )
         _require(self.checkpoint.keep >= 2, "checkpoint.keep must be at least 2")
-        for name, weight in (self.data.weights or {"": 1.0}).items():
+        weights = self.data.weights
+        _require(weights is None or bool(weights), "data.weights names no source; leave it out")
+        for name, weight in (weights or {}).items():
             _require(weight > 0, f"data.weights.{name} is {weight}, it must be above 0")
         owned = sorted(set(self.deepspeed) & OWNED_DEEPSPEED_KEYS)
+        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
+            owned.append("zero_optimization.stage")
         _require(
             not owned, f"deepspeed.{', deepspeed.'.join(owned)}: set the run's own key instead"
         )

@@ -5,7 +5,11 @@ and multiplied by the number of ranks, since DeepSpeed averages gradients over r
 division by the number of micro-steps is off. The learning rate is set by the run's schedule.
 """
 
+import contextlib
+import os
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,10 +50,22 @@ def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> E
     """Wrap `model` with its optimizer; every rank calls this once they have joined."""
     deepspeed = _import_deepspeed()
     optimizer = make_optimizer(model, config.optimizer)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings, dist_init_required=False
-    )
+    with quiet():
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+    # The step that ZeRO 0 takes in bf16 to allocate the moments is none of the run's, and AdamW's
+    # bias correction must not count it.
+    for state in optimizer.state.values():
+        state["step"].zero_()
     return engine
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what DeepSpeed prints about its memory; its warnings are logged and still shown."""
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def backward(

@@ -5,6 +5,7 @@ at its newest checkpoint goes on as if nothing had happened.
 """
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ from train.schedule import Progress
 from train.validation import Validation
 
 
+class TrainingError(RuntimeError):
+    """Training that must not go on; the message says at which step, and what to do."""
+
+
 def train(run: Run, ranks: Ranks, device: torch.device) -> None:
     """Train `run` from its newest checkpoint, or from the start, to its end."""
     found = checkpoint.find(run, ranks)
@@ -32,23 +37,27 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
     if found.path is not None:
         progress = checkpoint.load(engine, found.path)
     if ranks.is_first:
-        _begin(run, found, device)
+        _begin(run, found, progress, device)
 
-    config, steps = run.config, run.steps
+    config = run.config
     maker = StepMaker(run.data, run.order, run.masker, run.shape, ranks.rank, ranks.size)
     validate = Validation(run, ranks, device)
     with contextlib.ExitStack() as stack:
         metrics = None
         if ranks.is_first:
-            metrics = stack.enter_context(Metrics(config.run_dir, progress.step, steps))
+            metrics = stack.enter_context(
+                Metrics(config.run_dir, progress.step, run.last_step(progress))
+            )
         loader = stack.enter_context(Loader(maker, run.plans(progress), device.type == "cuda"))
         interval = Interval(loader, device)
         for loaded in loader:
             plan = loaded.plan
-            saves = plan.step % config.checkpoint.every_steps == 0 or plan.step == steps
+            saves = plan.step % config.checkpoint.every_steps == 0 or plan.is_last
+            validates = plan.step % config.validation.every_steps == 0 or plan.is_last
             # An interval of the log ends with every checkpoint, so that the lines of a run that
-            # continues from one are those of a run that never stopped.
-            logs = plan.step == 1 or plan.step % config.log.every_steps == 0 or saves
+            # continues from one are those of a run that never stopped; and with every validation,
+            # whose time is none of training's.
+            logs = plan.step % config.log.every_steps == 0 or plan.step == 1 or saves or validates
 
             loss_sum = accumulate(engine, loaded, ranks, device)
             norm = step(engine, plan.lr, want_norm=logs)
@@ -61,6 +70,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
             interval.add(loss_sum, loaded.counts)
             if logs:
                 record = interval.close()
+                _check_finite(engine, plan.step, record["loss"], norm)
                 if metrics is not None:
                     metrics.train(
                         {
@@ -74,7 +84,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                             **record,
                         }
                     )
-            if plan.step % config.validation.every_steps == 0 or plan.step == steps:
+            if validates:
                 figures = validate(engine)
                 if metrics is not None:
                     metrics.validation({"step": plan.step, **figures})
@@ -84,6 +94,21 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                     print(f"checkpoint: {path}", flush=True)
             if logs:
                 interval.restart()
+
+
+def _check_finite(engine: Engine, step_number: int, loss: float, norm: float | None) -> None:
+    """Raise TrainingError, on every rank alike, where the weights are spoilt or about to be.
+
+    Called before every checkpoint, so that none is written of such weights. A step that DeepSpeed
+    skipped, because a gradient overflowed, spoils nothing.
+    """
+    norm_is_fine = norm is None or math.isfinite(norm) or not engine.was_step_applied()
+    if not (math.isfinite(loss) and norm_is_fine):
+        raise TrainingError(
+            f"at step {step_number} the loss is {loss} and the gradient norm {norm}: lower "
+            "optimizer.lr or lengthen schedule.warmup_tokens; the same command continues from the "
+            "newest checkpoint"
+        )
 
 
 def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:
@@ -119,10 +144,12 @@ def make_model(run: Run) -> nn.Module:
     return ModernBertForMaskedLM(run.model_config, torch.Generator().manual_seed(seed))
 
 
-def _begin(run: Run, found: checkpoint.Found, device: torch.device) -> None:
+def _begin(run: Run, found: checkpoint.Found, progress: Progress, device: torch.device) -> None:
     """Say what is about to run, and put what the report needs into the run's folder."""
     for reason in found.skipped:
         print(f"warning: a checkpoint is passed over: {reason}", flush=True)
+    for change in found.changed:
+        print(f"warning: since {found.path} was written, {change}", flush=True)
     run_dir = run.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(run_dir / "config.yaml") as file:
@@ -133,7 +160,7 @@ def _begin(run: Run, found: checkpoint.Found, device: torch.device) -> None:
     print(
         f"{run_dir}: {parameter_count(run.model_config):,} parameters, {run.ranks} ranks on "
         f"{device.type}, {run.precision}, ZeRO {run.config.zero_stage}, attention "
-        f"{choose_attention(device, dtype)}; {run.steps:,} steps of {run.slots_per_step:,} "
-        f"token slots; {start}",
+        f"{choose_attention(device, dtype)}; {run.last_step(progress):,} steps of "
+        f"{run.slots_per_step:,} token slots; {start}",
         flush=True,
     )

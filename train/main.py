@@ -69,11 +69,11 @@ def _run(asked: argparse.Namespace, ranks: Ranks, device: torch.device) -> int:
 
     # Imported late, for DeepSpeed takes seconds to import and reads what `join` set.
     from train.checkpoint import CheckpointError
-    from train.loop import train
+    from train.loop import TrainingError, train
 
     try:
         train(run, ranks, device)
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, TrainingError) as error:
         # Raised on every rank alike.
         return _fail(str(error)) if ranks.is_first else 2
     except DataError as error:

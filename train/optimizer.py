@@ -21,10 +21,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def make_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019).
 
-    `fused` is one kernel over all parameters, on GPU and CPU.
+    Its learning rate is 0 until `set_lr`: DeepSpeed may take a step, without gradients, as it
+    starts, and that must not decay the weights. `fused` is one kernel over all parameters.
     """
     groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
+    return torch.optim.AdamW(groups, 0.0, config.betas, config.eps, fused=True)
 
 
 def set_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:

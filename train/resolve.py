@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError, config_to_yaml
@@ -14,7 +15,7 @@ from train.config import Train, micro_steps
 from train.engine import deepspeed_config
 from train.masking import Masker, Vocabulary
 from train.row_order import RowOrder
-from train.schedule import Progress, StepPlan, plan_steps, total_steps
+from train.schedule import Progress, StepPlan, last_step, plan_steps
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class Run:
         """Token slots of an optimizer step."""
         return self.config.batch.rows * self.data.row_tokens
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return total_steps(self.config.schedule, self.slots_per_step)
+    def last_step(self, start: Progress) -> int:
+        """The number of the run's last step when it continues from `start`."""
+        return last_step(self.config.schedule, self.slots_per_step, start)
 
     @property
     def deepspeed(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Run:
 def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
     """Work out a run; raises ConfigError or DataError for whatever does not fit together."""
     steps = micro_steps(config.batch, ranks)
-    data = DataSet(config.data.dir)
+    data = _open_data(config)
     return Run(
         config=config,
         data=data,
@@ -91,7 +91,8 @@ def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
 def describe(run: Run) -> str:
     """The resolved run as text, for `--dry-run`."""
     model = run.model_config
-    rows = run.steps * run.config.batch.rows
+    steps = run.last_step(Progress())
+    rows = steps * run.config.batch.rows
     weights = run.order.quotas
     lines = [
         config_to_yaml(run.config).rstrip(),
@@ -102,7 +103,7 @@ def describe(run: Run) -> str:
         f"{run.data.max_length:,}",
         f"batch: {run.config.batch.rows} rows a step = {run.ranks} ranks × {run.micro_steps} "
         f"micro-steps × {run.config.batch.micro_rows} rows",
-        f"run: {run.steps:,} steps, {rows:,} rows, {rows * run.data.row_tokens:,} token slots",
+        f"run: {steps:,} steps, {rows:,} rows, {rows * run.data.row_tokens:,} token slots",
     ]
     epochs = run.order.epochs(rows)
     lines += [
@@ -130,6 +131,17 @@ def parameter_count(model: ModernBertConfig) -> int:
     return encoder + head
 
 
+def _open_data(config: Train) -> DataSet:
+    data = DataSet(config.data.dir)
+    data.check_tokenizer(tokenizer_folder(data))
+    return data
+
+
+def tokenizer_folder(data: DataSet) -> Path:
+    """The tokenizer's folder, which lies beside the data set's."""
+    return data.folder.resolve().parent / "tokenizer"
+
+
 def _model_config(config: Train, data: DataSet) -> ModernBertConfig:
     tokenizer = data.tokenizer
     special = tokenizer["special_ids"]
@@ -140,6 +152,12 @@ def _model_config(config: Train, data: DataSet) -> ModernBertConfig:
                 f"init_from = {config.init_from} has a vocabulary of {start.vocab_size}, the "
                 f"tokenizer of data.dir = {data.folder} one of {tokenizer['vocab_size']}; make "
                 "the data set with the tokenizer of that model"
+            )
+        if start.max_position_embeddings < data.max_length:
+            raise ConfigError(
+                f"init_from = {config.init_from} has {start.max_position_embeddings} positions, "
+                f"data.dir = {data.folder} documents of {data.max_length} tokens; use a data set "
+                "of a smaller max_length"
             )
         for token in ("cls", "sep", "pad"):
             if getattr(start, f"{token}_token_id") != special[token]:

@@ -33,6 +33,7 @@ class StepPlan:
     """slots taken once the step is"""
     lr: float
     mask_rate: float
+    is_last: bool
 
 
 def lr_factor(schedule: Schedule, slots: float) -> float:
@@ -50,9 +51,12 @@ def lr_factor(schedule: Schedule, slots: float) -> float:
     return max(0.0, 1.0 - math.sqrt((slots - decay_start) / schedule.decay_tokens))
 
 
-def total_steps(schedule: Schedule, slots_per_step: int) -> int:
-    """The number of steps whose slots reach `total_tokens`."""
-    return math.ceil(schedule.total_tokens / slots_per_step)
+def last_step(schedule: Schedule, slots_per_step: int, start: Progress) -> int:
+    """The number of the step that reaches `total_tokens`, counted on from `start`.
+
+    Steps before `start` may have had another size.
+    """
+    return start.step + math.ceil(max(0, schedule.total_tokens - start.slots) / slots_per_step)
 
 
 def plan_steps(
@@ -65,20 +69,21 @@ def plan_steps(
 ) -> Iterator[StepPlan]:
     """Every step from `start` to the end of the run, in order: a pure function of its arguments.
 
-    A step is taken at the learning rate of its middle slot, so that neither the first step of a
-    warm-up nor the last one of a decay is taken at a rate of 0.
+    A step is taken at the learning rate of its middle slot (of its part up to `total_tokens`), so
+    that neither the first step of a warm-up nor the last one of a decay is taken at a rate of 0.
     """
     slots_per_step = rows_per_step * row_tokens
     progress = start
     while progress.slots < schedule.total_tokens:
-        middle = progress.slots + slots_per_step / 2
+        end = min(progress.slots + slots_per_step, schedule.total_tokens)
         yield StepPlan(
             step=progress.step + 1,
             first_row=progress.next_row,
             rows=rows_per_step,
             slots=progress.slots + slots_per_step,
-            lr=peak_lr * lr_factor(schedule, min(middle, schedule.total_tokens)),
+            lr=peak_lr * lr_factor(schedule, (progress.slots + end) / 2),
             mask_rate=mask_rate,
+            is_last=end == schedule.total_tokens,
         )
         progress = Progress(
             step=progress.step + 1,

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +17,18 @@ import pytest
 import webdataset
 
 from data_prep.shard_writer import shard_name, write_shard
-from data_prep.shards import DataError, DataSet, Row, row_key
+from data_prep.shards import FORMAT_VERSION, DataError, DataSet, Row, row_key
 
 ROW_TOKENS = 16
 ROWS = 7
 ROWS_PER_SHARD = 3
+TOKENIZER = {
+    "file_sha256": "0" * 64,
+    "vocab_size": 1024,
+    "real_vocab_size": 1000,
+    "special_ids": {"cls": 2, "sep": 3, "pad": 0, "mask": 4, "unk": 1},
+    "excluded_ids": [0, 1, 2, 3, 4],
+}
 
 
 def make_row(number: int) -> Row:
@@ -43,11 +51,11 @@ def write_data_set(folder: Path) -> list[Row]:
         path = folder / shard_name("pubmed", "train", number)
         entries.append(write_shard(path, iter(rows[begin : begin + ROWS_PER_SHARD])).to_dict())
     manifest = {
-        "format": 1,
+        "format": FORMAT_VERSION,
         "row_tokens": ROW_TOKENS,
         "max_length": ROW_TOKENS,
         "max_documents": 4,
-        "tokenizer": {"vocab_size": 1024},
+        "tokenizer": TOKENIZER,
         "splits": {"train": {"sources": {"pubmed": {"shards": entries}}}},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -170,6 +178,10 @@ def test_importing_the_reader_needs_numpy_and_the_standard_library_only() -> Non
     assert found.stdout.strip() == "['data_prep', 'data_prep.shards']"
 
 
+def edit_tokenizer(folder: Path, **changes: Any) -> None:
+    edit_manifest(folder, tokenizer=TOKENIZER | changes)
+
+
 def edit_manifest(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -200,6 +212,21 @@ SECOND = "pubmed-train-000001"
         ),
         (lambda f: edit_shard(f, rows=2), rf"{SECOND}\.index\.npy holds \(3,\).* 2 rows"),
         (lambda f: edit_manifest(f, row_tokens=32), r"train-000000\.tar.*row_tokens is 32"),
+        # Row 0 has a document of 9 tokens and ids from 0 to 15.
+        (lambda f: edit_manifest(f, max_length=7), r"row pubmed-train-000000000 .*max_length is 7"),
+        (lambda f: edit_tokenizer(f, vocab_size=5, real_vocab_size=5), r"vocab_size is 5"),
+        (lambda f: edit_manifest(f, max_length=17), r"manifest\.json: max_length cannot be right"),
+        (lambda f: edit_manifest(f, row_tokens="16"), r"manifest\.json: row_tokens cannot be"),
+        (lambda f: edit_tokenizer(f, real_vocab_size=1025), r"real_vocab_size - 1 cannot be right"),
+        (lambda f: edit_tokenizer(f, excluded_ids=[0, 1024]), r"excluded_ids cannot be right"),
+        (lambda f: edit_tokenizer(f, excluded_ids=None), r"manifest\.json is not a manifest"),
+        (lambda f: edit_tokenizer(f, special_ids={}), r"not a manifest .*KeyError: 'cls'"),
+        (
+            lambda f: edit_tokenizer(f, special_ids=TOKENIZER["special_ids"] | {"mask": 9999}),
+            r"manifest\.json: special_ids\.mask cannot be right",
+        ),
+        (lambda f: edit_tokenizer(f, file_sha256=None), r"file_sha256 cannot be right"),
+        (lambda f: edit_manifest(f, tokenizer=[]), r"manifest\.json is not a manifest"),
         (lambda f: edit_manifest(f, format=99), r"manifest\.json has the format 99"),
         (lambda f: edit_manifest(f, splits=[]), r"manifest\.json is not a manifest"),
         (lambda f: (f / "manifest.json").write_text("[1]"), r"manifest\.json is not a manifest"),
@@ -233,6 +260,24 @@ def test_a_row_whose_bytes_changed_is_refused(folder: Path) -> None:
     path.write_bytes(content.replace(b"\x93NUMPY", b"\x93NUMPX"))
     with pytest.raises(DataError, match=rf"{SECOND}\.tar: row pubmed-train-000000003 cannot be"):
         DataSet(folder).read("train", "pubmed", 3)
+
+
+@pytest.mark.parametrize("member", ["input_ids.npy", "cu_seqlens.npy", "documents.json"])
+def test_a_row_with_one_changed_bit_is_refused_before_it_is_trained_on(
+    folder: Path, member: str
+) -> None:
+    """Ids in the vocabulary, bounds in order: nothing but the checksum can tell."""
+    path = folder / f"{SECOND}.tar"
+    with tarfile.open(path) as tar:
+        found = next(m for m in tar.getmembers() if m.name == f"pubmed-train-000000004.{member}")
+    content = bytearray(path.read_bytes())
+    # The last digit of a document's number, the last id, the high byte of the last bound.
+    content[found.offset_data + found.size - (3 if member == "documents.json" else 2)] ^= 1
+    path.write_bytes(content)
+    data = DataSet(folder)
+    assert_equal(data.read("train", "pubmed", 3), make_row(3))
+    with pytest.raises(DataError, match=rf"{SECOND}\.tar: row pubmed-train-000000004 .*checksum"):
+        data.read("train", "pubmed", 4)
 
 
 @pytest.mark.parametrize("row", [-1, ROWS])

@@ -150,10 +150,16 @@ def test_nothing_half_written_stays_and_nothing_foreign_is_replaced(
 ) -> None:
     model, out = ModernBertForMaskedLM(small), tmp_path / "out"
     out.mkdir()
+    (out / "config.json").write_text("{}")
     (out / "precious").write_text("x")
-    with pytest.raises(ModelError, match="not a model folder"):
+    with pytest.raises(ModelError, match="holds precious, which no export writes"):
         save_pretrained(model, tokenizer_folder=tokenizer_folder, out=out)
     assert (out / "precious").exists()
+    for name in ("file", "link"):
+        place = tmp_path / name
+        place.write_text("x") if name == "file" else place.symlink_to(out)
+        with pytest.raises(ModelError, match=f"{name} is not a folder"):
+            save_pretrained(model, tokenizer_folder=tokenizer_folder, out=place)
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
@@ -161,14 +167,14 @@ def test_nothing_half_written_stays_and_nothing_foreign_is_replaced(
     monkeypatch.setattr("model.huggingface.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         save_pretrained(model, tokenizer_folder=tokenizer_folder, out=tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tokenizer"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "out", "tokenizer"]
 
 
 def test_an_earlier_export_is_replaced(
     exported: tuple[ModernBertForMaskedLM, Path], tokenizer_folder: Path, small: ModernBertConfig
 ) -> None:
-    (exported[1] / "leftover").write_text("x")
+    (exported[1] / "vocab.txt").write_text("of another tokenizer")
     other = ModernBertForMaskedLM(small)
     save_pretrained(other, tokenizer_folder=tokenizer_folder, out=exported[1])
     assert torch.equal(load_pretrained(exported[1]).head.dense.weight, other.head.dense.weight)
-    assert not (exported[1] / "leftover").exists()
+    assert not (exported[1] / "vocab.txt").exists()

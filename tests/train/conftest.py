@@ -1,5 +1,6 @@
 """Small data sets of learnable structure, and launches of real runs on them."""
 
+import hashlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ from pydantic import TypeAdapter
 
 from common.files import write_json
 from data_prep.shard_writer import shard_name, write_shard
-from data_prep.shards import Row, row_key
+from data_prep.shards import FORMAT_VERSION, Row, row_key
 from train.config import Train
 from train.resolve import Run, resolve
 
@@ -26,8 +27,10 @@ CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
 UNUSED = 9
 """an ordinary-looking id that the tokenizer excludes from random replacement"""
 REAL_VOCABULARY, VOCABULARY = 61, 64
+TOKENIZER_JSON = b"{}"
 TOKENIZER = {
     "sha256": "0" * 64,
+    "file_sha256": hashlib.sha256(TOKENIZER_JSON).hexdigest(),
     "vocab_size": VOCABULARY,
     "real_vocab_size": REAL_VOCABULARY,
     "special_ids": {"cls": CLS, "sep": SEP, "pad": PAD, "mask": MASK, "unk": UNK},
@@ -69,7 +72,7 @@ def make_data(
     out = folder / f"rows-{max_length}"
     out.mkdir(parents=True)
     (folder / "tokenizer").mkdir(exist_ok=True)
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER_JSON)
     random = np.random.default_rng(seed)
     splits: dict[str, Any] = {}
     for split, sources in rows.items():
@@ -96,7 +99,7 @@ def make_data(
             }
         splits[split] = {"unigram_entropy": float(np.log(50)), "sources": entries}
     manifest = {
-        "format": 1,
+        "format": FORMAT_VERSION,
         "row_tokens": row_tokens,
         "max_length": max_length,
         "max_documents": 16,
@@ -168,6 +171,7 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.accelerator = "cpu"
 
     def write(self, name: str, data: Path, **changes: Any) -> Path:
         """A configuration file of a run in `folder/name`; `changes` replace whole sections."""
@@ -177,7 +181,7 @@ class Launcher:
         return path
 
     def command(self, ranks: int, script: Path, *words: str) -> list[str]:
-        """What starts `script` with so many processes on CPU."""
+        """What starts `script` with so many processes."""
         if ranks == 1:
             return [sys.executable, str(script), *words]
         launcher = Path(sys.executable).parent / "deepspeed"
@@ -186,7 +190,7 @@ class Launcher:
 
     def start(self, ranks: int, *words: str, script: Path | None = None) -> subprocess.Popen[str]:
         """Start it; stdout and stderr are pipes, and the process leads a group of its own."""
-        environment = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+        environment = dict(os.environ, DS_ACCELERATOR=self.accelerator, OMP_NUM_THREADS="1")
         return subprocess.Popen(
             self.command(ranks, script or ROOT / "train" / "main.py", *words),
             cwd=self.folder,

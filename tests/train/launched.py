@@ -28,7 +28,7 @@ def main() -> None:
 
     for task in (word for word in sys.argv[1:] if not word.startswith("--local_rank")):
         kind, config, *out = task.split(":")
-        run = resolve(load_config(Train, "train", Path(config)), ranks.size, on_gpu=False)
+        run = resolve(load_config(Train, "train", Path(config)), ranks.size, device.type == "cuda")
         if kind == "train":
             train(run, ranks, device)
         else:

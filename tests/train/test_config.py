@@ -21,7 +21,12 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
         ("schedule.warmup_tokens=20_000_000_000", r"schedule\.total_tokens"),
         ("checkpoint.keep=1", "at least 2"),
         ("data.weights={notes: -1}", r"data\.weights\.notes"),
+        ("data.weights={}", r"data\.weights names no source"),
+        ("validation.rows=0", r"validation\.rows is 0"),
+        ("optimizer.betas=[1.5, 0.9]", r"optimizer\.betas has 1.5"),
+        ("optimizer.weight_decay=-1", r"optimizer\.weight_decay is -1"),
         ("deepspeed={train_batch_size: 3}", r"deepspeed\.train_batch_size"),
+        ("deepspeed={zero_optimization: {stage: 3}}", r"deepspeed\.zero_optimization\.stage"),
         ("model.geometry=huge", "'base' or 'large'"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parent / "launched.py"
 
@@ -43,6 +44,10 @@ def two_ranks(launcher_in: Callable[[Path], Any], tmp_path_factory: Any, data_fo
     tasks = [
         f"train:{launcher.write(f'zero{stage}', data_folder, zero_stage=stage, deepspeed=settings)}"
         for stage in range(4)
+    ]
+    tasks += [
+        f"train:{launcher.write(name, data_folder, zero_stage=stage, precision='bf16')}"
+        for stage, name in enumerate(("half0", "half1"))
     ]
     tasks.append(f"train:{launcher.write('whole', data_folder, **LONG)}")
     split = launcher.write("split", data_folder, zero_stage=0)
@@ -87,12 +92,18 @@ def test_zero_stages_follow_the_same_curve(two_ranks: Any) -> None:
             assert record["masked_tokens"] == expected["masked_tokens"]
 
 
+@pytest.mark.parametrize("name", ["half0", "half1"])
+def test_bf16_follows_the_curve_of_fp32_from_the_first_step(two_ranks: Any, name: str) -> None:
+    """DeepSpeed's wrappers of bf16 take steps of their own as they start, which must not count."""
+    np.testing.assert_allclose(two_ranks.losses(name), two_ranks.losses("zero0"), rtol=5e-4)
+
+
 def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_folder: Path) -> None:
     config = launcher.write("killed", data_folder, **LONG)
     run_dir = launcher.folder / "killed"
     with launcher.start(2, "--config", str(config)) as process:
-        # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 9 and 10.
-        wait_until(lambda: steps_logged(run_dir) >= 7, process)
+        # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 7, 9 and 10.
+        wait_until(lambda: steps_logged(run_dir) >= 8, process)
         os.killpg(process.pid, signal.SIGKILL)
     assert (run_dir / "checkpoints" / "step_00000010").is_dir()
     assert not (run_dir / "checkpoints" / "step_00000040").exists()
@@ -121,3 +132,31 @@ def test_other_zero_stages_go_on_bit_for_bit(launcher: Any, data_folder: Path, s
     assert launcher.run(2, "--config", str(broken)).code == 0
     for kind in ("train", "validation"):
         assert launcher.records("broken", kind) == launcher.records("whole", kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_zero_stage_follows_the_curve_of_the_cpu(
+    launcher: Any, data_folder: Path
+) -> None:
+    """bf16 and the GPU's attention against fp32 and the reference; then one goes on."""
+    changes = {"model": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 1}}
+    cpu = launcher.write("cpu", data_folder, **changes)
+    assert launcher.run(1, "--config", str(cpu)).code == 0
+    launcher.accelerator = "cuda"
+    configs = [
+        launcher.write(f"zero{stage}", data_folder, zero_stage=stage, **changes)
+        for stage in range(4)
+    ]
+    done = launcher.run(1, *(f"train:{config}" for config in configs), script=SCRIPT)
+    assert done.code == 0, done.out + done.err
+    assert done.out.count("on cuda, bf16") == 4
+    for stage in range(4):
+        np.testing.assert_allclose(
+            launcher.losses(f"zero{stage}"), launcher.losses("cpu"), rtol=5e-3
+        )
+    last = launcher.folder / "zero1" / "checkpoints" / "step_00000012"
+    before = launcher.losses("zero1")
+    last.rename(launcher.folder / "away")
+    assert launcher.run(1, "--config", str(configs[1])).code == 0
+    np.testing.assert_allclose(launcher.losses("zero1"), before, rtol=1e-3)

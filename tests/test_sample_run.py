@@ -1,0 +1,43 @@
+"""The main job on real input: from raw files to a model that has learned, and its report."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 20 * 60
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_from_the_real_sample(shared_data: Path, tmp_path: Path) -> None:
+    """At least 1 nat below the unigram entropy of the validation tokens, in 20 minutes."""
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    config = ["--config", "configs/sample.yaml"]
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+    def call(*words: str) -> None:
+        subprocess.run(words, check=True, cwd=ROOT, env=environment)
+
+    call(sys.executable, "-m", "data_prep", *config, f"raw_dir={shared_data}", f"out_dir={data}")
+    start = time.monotonic()
+    launch = ("deepspeed", "--num_accelerators", "2", "train/main.py", *config)
+    call(*launch, f"data.dir={data / 'rows-1024'}", f"run_dir={run_dir}")
+    assert time.monotonic() - start < LIMIT_S
+    call(sys.executable, "-m", "train.report", str(run_dir))
+
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    loss = [record["loss"] for record in records if record["kind"] == "validation"][-1]
+    manifest = json.loads((data / "rows-1024" / "manifest.json").read_text())
+    entropy = manifest["splits"]["validation"]["unigram_entropy"]
+    assert loss < entropy - 1
+    page = (run_dir / "report.html").read_text()
+    for figure in (loss, entropy, entropy - loss):
+        assert f"{figure:.4f}" in page

@@ -1,0 +1,212 @@
+"""Checkpoints are whole or absent, and only one that verifies and fits is taken up."""
+
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from train import checkpoint
+from train.checkpoint import CheckpointError
+from train.ranks import Ranks, join
+from train.schedule import Progress
+
+
+class FakeEngine:
+    """Saves and loads as DeepSpeed does with ZeRO, a few bytes instead of weights."""
+
+    def __init__(self) -> None:
+        self.loaded = ""
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        assert not save_latest
+        state = Path(folder) / tag
+        state.mkdir(parents=True)
+        (state / "mp_rank_00_model_states.pt").write_bytes(b"weights")
+        (state / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"moments")
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, None]:
+        self.loaded = folder
+        return folder, None
+
+
+@pytest.fixture(autouse=True)
+def _joined() -> Iterator[None]:
+    before = dict(os.environ)
+    join(Ranks(), torch.device("cpu"))
+    yield
+    dist.destroy_process_group()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def save(run: Any, step: int) -> Path:
+    progress = Progress(step=step, next_row=8 * step, slots=512 * step, tokens=500 * step)
+    return checkpoint.save(FakeEngine(), run, Ranks(), progress)
+
+
+def names(run: Any) -> list[str]:
+    return sorted(path.name for path in (run.config.run_dir / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_names_and_hashes_every_file(resolved: Callable[..., Any]) -> None:
+    run = resolved()
+    path = save(run, 4)
+    manifest = checkpoint.verify(path)
+    files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    assert files == {*manifest["files"], "manifest.json"}
+    assert "tokenizer/tokenizer.json" in files
+    assert manifest["step"] == 4
+    assert manifest["next_row"] == 32
+    assert manifest["slots"] == 2048
+    assert manifest["model"] == dataclasses.asdict(run.model_config)
+    assert manifest["config"]["batch"] == {"rows": 8, "micro_rows": 2}
+    assert manifest["data_manifest_sha256"] == run.data.manifest_sha256
+    assert (manifest["world_size"], manifest["zero_stage"], manifest["dtype"]) == (1, 1, "fp32")
+    assert all((path / name).stat().st_mode & 0o077 == 0 for name in ("manifest.json", "."))
+
+
+def test_the_newest_is_found_and_brings_the_counters_back(resolved: Callable[..., Any]) -> None:
+    run = resolved()
+    assert checkpoint.find(run, Ranks()) == checkpoint.Found(None, [], [])
+    save(run, 4)
+    newest = save(run, 8)
+    assert checkpoint.find(run, Ranks()) == checkpoint.Found(newest, [], [])
+    engine = FakeEngine()
+    assert checkpoint.load(engine, newest) == Progress(step=8, next_row=64, slots=4096, tokens=4000)
+    assert engine.loaded == str(newest / "deepspeed")
+
+
+def test_only_the_newest_stay(resolved: Callable[..., Any]) -> None:
+    run = resolved(checkpoint={"every_steps": 4, "keep": 2})
+    for step in (4, 8, 12):
+        save(run, step)
+    assert names(run) == ["step_00000008", "step_00000012"]
+
+
+@pytest.mark.parametrize(
+    "file", ["deepspeed/state/mp_rank_00_model_states.pt", "tokenizer/tokenizer.json"]
+)
+def test_a_damaged_checkpoint_is_passed_over_with_its_name(
+    resolved: Callable[..., Any], file: str
+) -> None:
+    run = resolved()
+    older, newest = save(run, 4), save(run, 8)
+    (newest / file).write_bytes(b"wrong")
+    found = checkpoint.find(run, Ranks())
+    assert found.path == older
+    assert found.skipped == [f"{newest / file} is damaged: its sha256 is not the manifest's"]
+    (older / file).unlink()
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        checkpoint.find(run, Ranks())
+
+
+def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
+    resolved: Callable[..., Any],
+) -> None:
+    run = resolved()
+    older, newest = save(run, 4), save(run, 8)
+    content = (newest / "manifest.json").read_text()
+    without_files = {key: value for key, value in json.loads(content).items() if key != "files"}
+    unusable = ([], json.loads(content) | {"format": 99}, without_files)
+    for broken in (content[:-20], *map(json.dumps, unusable)):
+        (newest / "manifest.json").write_text(broken)
+        found = checkpoint.find(run, Ranks())
+        assert found.path == older
+        assert str(newest / "manifest.json") in found.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"model": {"hidden_size": 64, "num_attention_heads": 2}}, "model"),
+        ({"data": {"weights": {"notes": 1.0}}}, "row_order"),
+        ({"seed": 18}, "row_order"),
+        ({"zero_stage": 2}, "zero_stage"),
+        ({"precision": "bf16"}, "dtype"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    resolved: Callable[..., Any], changes: dict[str, Any], key: str
+) -> None:
+    run = resolved()
+    path = save(run, 4)
+    if "data" in changes:
+        changes["data"]["dir"] = str(run.data.folder)
+    with pytest.raises(CheckpointError, match=f"{path} is of another run: its {key} is"):
+        checkpoint.find(resolved(**changes), Ranks())
+
+
+def test_a_checkpoint_of_other_data_is_refused(
+    resolved: Callable[..., Any], data_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = resolved()
+    save(run, 4)
+    rows = {split: run.data.sources(split) for split in ("train", "validation")}
+    other = resolved(data={"dir": str(data_maker(tmp_path / "other", rows, seed=1))})
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.find(other, Ranks())
+    assert run.data.manifest_sha256 in str(error.value)
+    assert other.data.manifest_sha256 in str(error.value)
+
+
+def test_resume_never_refuses_a_folder_with_checkpoints(resolved: Callable[..., Any]) -> None:
+    save(resolved(), 4)
+    with pytest.raises(CheckpointError, match="resume is never"):
+        checkpoint.find(resolved(resume="never"), Ranks())
+
+
+def test_stopped_before_the_rename_nothing_is_seen(
+    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a save that gets no further is not taken up, and the next clears it away."""
+    run = resolved()
+    older = save(run, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            save(run, 8)
+    assert names(run) == [".step_00000008.tmp", older.name]
+    assert checkpoint.find(run, Ranks()).path == older
+    save(run, 12)
+    assert names(run) == [older.name, "step_00000012"]
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_missing_tokenizer_is_said_before_training(
+    resolved: Callable[..., Any], data_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = {"train": {"notes": 9}, "validation": {"notes": 2}}
+    data = data_maker(tmp_path / "alone", rows)
+    (data.parent / "tokenizer" / "tokenizer.json").unlink()
+    (data.parent / "tokenizer").rmdir()
+    with pytest.raises(ValueError, match="tokenizer"):
+        resolved(data={"dir": str(data)})
+
+
+def test_what_was_changed_since_a_checkpoint_is_said(resolved: Callable[..., Any]) -> None:
+    path = save(resolved(), 4)
+    found = checkpoint.find(resolved(masking={"rate": 0.2}), Ranks())
+    assert found == checkpoint.Found(path, [], ["masking.rate: 0.3 -> 0.2"])
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_checkpoint(
+    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = resolved()
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(CheckpointError, match=r"step_00000004 cannot be written: .*No space left"):
+        save(run, 4)
+    assert checkpoint.checkpoints(run.config.run_dir / "checkpoints") == []

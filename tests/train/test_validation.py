@@ -1,0 +1,105 @@
+"""Validation: the same figures on any number of ranks, equal to a plain computation."""
+
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from model.modernbert import ModernBertForMaskedLM
+from train import validation
+from train.ranks import Ranks, join
+from train.validation import Validation
+
+
+@pytest.fixture(autouse=True)
+def _joined() -> Iterator[None]:
+    before = dict(os.environ)
+    join(Ranks(), torch.device("cpu"))
+    yield
+    dist.destroy_process_group()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+class Engine(SimpleNamespace):
+    """What validation uses of an engine."""
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def train(self) -> None:
+        self.module.train()
+
+
+def make_engine(run: Any) -> Engine:
+    generator = torch.Generator().manual_seed(1)
+    return Engine(module=ModernBertForMaskedLM(run.model_config, generator))
+
+
+def plain(run: Any, engine: Engine, source: str) -> tuple[float, int, int]:
+    """Loss, correct and masked tokens of a source, a row at a time."""
+    total, correct, masked = 0.0, 0, 0
+    for number in range(run.validation_rows[source]):
+        row = run.data.read("validation", source, number)
+        ids = row.input_ids.astype(np.int64)
+        maskable = int((ids > 4).sum())
+        mask = run.masker.mask(ids, maskable, 0.15, "validation", source, number)
+        ids[mask.positions] = mask.replacements
+        lengths = np.diff(row.cu_seqlens)
+        positions = np.arange(64) - np.repeat(row.cu_seqlens[:-1], lengths)
+        with torch.no_grad():
+            logits = engine.module.masked_logits(
+                torch.from_numpy(ids),
+                torch.from_numpy(positions.astype(np.int64)),
+                torch.from_numpy(row.cu_seqlens),
+                64,
+                torch.from_numpy(mask.positions),
+            )
+        labels = torch.from_numpy(mask.labels)
+        total += float(F.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(-1) == labels).sum())
+        masked += len(labels)
+    return total, correct, masked
+
+
+def test_figures_are_those_of_a_plain_computation(
+    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "LOGIT_ROWS", 7)
+    run = resolved()
+    engine = make_engine(run)
+    found = Validation(run, Ranks(), torch.device("cpu"))(engine)
+    sums = {source: plain(run, engine, source) for source in ("notes", "papers")}
+    for source, (loss, correct, masked) in sums.items():
+        part = found["by_source"][source]
+        assert part["loss"] == pytest.approx(loss / masked, rel=1e-5)
+        assert part["accuracy"] == pytest.approx(correct / masked)
+        assert part["masked_tokens"] == masked
+    losses, corrects, counts = (sum(column) for column in zip(*sums.values(), strict=True))
+    assert found["loss"] == pytest.approx(losses / counts, rel=1e-5)
+    assert found["accuracy"] == pytest.approx(corrects / counts)
+    assert engine.module.training
+
+
+def test_ranks_share_the_rows_and_no_row_counts_twice(
+    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = resolved(4)
+    engine = make_engine(run)
+    alone = Validation(run, Ranks(), torch.device("cpu"))(engine)
+    sums: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        validation, "sum_over_ranks", lambda tensor: sums.append(tensor.clone()) or tensor
+    )
+    for rank in range(4):
+        Validation(run, Ranks(rank=rank, size=4), torch.device("cpu"))(engine)
+    loss, correct, masked = torch.stack(sums).sum(0).sum(1).tolist()
+    assert masked == alone["masked_tokens"]
+    assert correct / masked == pytest.approx(alone["accuracy"])
+    assert loss / masked == pytest.approx(alone["loss"], rel=1e-5)
