@@ -217,7 +217,11 @@ def _layer_norm(tokens: int) -> Iterator[Case]:
     ours, reference = (
         partial(_with_eps, function) for function in (add_layer_norm, add_layer_norm_reference)
     )
-    who = {"ours": ours, "reference": reference, "torch.compile": _compiled(reference)}
+    who: dict[str, Callable[..., Outputs]] = {
+        "ours": ours,
+        "reference": reference,
+        "torch.compile": _compiled(reference),
+    }
     least = {"forward": 4 * unit, "backward": 4 * unit, "both": 8 * unit}
     yield Case("layer_norm", "residual add", inputs, who, least)
 
