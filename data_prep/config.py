@@ -8,6 +8,10 @@ from common.config import ConfigError, config, config_to_dict
 # Keys of `sources` whose documents are of a source of another name.
 SOURCE_OF_KEY = {"icd9cm_dx": "icd9cm", "icd9cm_sg": "icd9cm"}
 
+_MOST_ROW_TOKENS = 1 << 20
+# 4 GB of ids for the writer of a shard.
+_MOST_SHARD_TOKENS = 1 << 30
+
 
 @config
 class Sources:
@@ -81,6 +85,16 @@ def check(run: DataPrep) -> None:
     }
     for key, value in positive.items():
         _require(value > 0, f"{key} is {value}; it must be positive")
+    _require(
+        run.row_tokens <= _MOST_ROW_TOKENS,
+        f"row_tokens is {run.row_tokens}; it must be at most {_MOST_ROW_TOKENS}",
+    )
+    _require(
+        run.row_tokens * run.rows_per_shard <= _MOST_SHARD_TOKENS,
+        f"rows_per_shard is {run.rows_per_shard}: shards of {run.row_tokens * run.rows_per_shard} "
+        f"tokens, which a writer holds in memory; it must be at most "
+        f"{_MOST_SHARD_TOKENS // run.row_tokens} with row_tokens = {run.row_tokens}",
+    )
     _require(
         0 <= run.validation_share < 1,
         f"validation_share is {run.validation_share}; it must be at least 0 and below 1",

@@ -62,6 +62,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 
     Raises InputError when the file is missing, damaged or has other columns.
     """
+    remedy = "delete it and run this stage of data_prep again"
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException):
@@ -69,12 +70,19 @@ def read_documents(path: Path) -> Iterator[Document]:
     else:
         problem = "" if file.schema_arrow.names == list(_COLUMNS) else "has other columns"
     if problem:
-        raise InputError(f"{path} {problem}; delete it and run this stage of data_prep again")
+        raise InputError(f"{path} {problem}; {remedy}")
     with file:
-        for batch in file.iter_batches(batch_size=_READ_DOCUMENTS):
-            columns = [batch.column(name).to_pylist() for name in _COLUMNS]
-            for identifier, source, group, text, meta in zip(*columns, strict=True):
-                yield Document(identifier, source, group, text, json.loads(meta))
+        batches = file.iter_batches(batch_size=_READ_DOCUMENTS)
+        while True:
+            try:
+                batch = next(batches, None)
+                found = [] if batch is None else _from_arrow(batch)
+            except (OSError, ValueError, pa.ArrowException):
+                # Without the cause, which may quote a text.
+                raise InputError(f"{path} is damaged; {remedy}") from None
+            if batch is None:
+                return
+            yield from found
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -89,6 +97,14 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _from_arrow(batch: pa.RecordBatch) -> list[Document]:
+    columns = [batch.column(name).to_pylist() for name in _COLUMNS]
+    return [
+        Document(identifier, source, group, text, json.loads(meta))
+        for identifier, source, group, text, meta in zip(*columns, strict=True)
+    ]
 
 
 def _to_arrow(batch: list[Document]) -> pa.RecordBatch:

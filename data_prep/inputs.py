@@ -1,13 +1,13 @@
 """The raw files of a configuration: which there are, in which order, and their checksums."""
 
+import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError
-from common.files import file_hash
+from data_prep.checksums import md5s
 from data_prep.config import SOURCE_OF_KEY, DataPrep
 from data_prep.document import InputError
 from data_prep.pubmed import in_order
@@ -43,8 +43,9 @@ class Input:
 def find_inputs(config: DataPrep) -> list[Input]:
     """The inputs of `config`: sources in the order of the keys, PubMed in NLM's, others by path.
 
-    Raises ConfigError for a pattern that no file matches, InputError for a folder or file that is
-    not there or cannot be read.
+    A pattern that no file matches is named on stderr. Raises ConfigError for a key of `sources`
+    none of whose patterns does, InputError for a folder or file that is not there or cannot be
+    read.
     """
     raw_dir = config.raw_dir
     if not raw_dir.is_dir():
@@ -57,8 +58,8 @@ def find_inputs(config: DataPrep) -> list[Input]:
         for key, patterns in config.sources.patterns().items()
         for path in _files(raw_dir, key, patterns)
     ]
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(_md5, [path for _, path in found]))
+    # Once for all inputs: it keeps what it found in out_dir.
+    hashes = md5s([path for _, path in found], config.out_dir / "md5.json")
     inputs = []
     numbers: Counter[str] = Counter()
     for (key, path), md5 in zip(found, hashes, strict=True):
@@ -72,22 +73,19 @@ def find_inputs(config: DataPrep) -> list[Input]:
 
 def _files(raw_dir: Path, key: str, patterns: list[str]) -> list[Path]:
     files: set[Path] = set()
+    unmatched = []
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts or not pattern:
             raise ConfigError(f"sources.{key}: {pattern!r} is not a pattern relative to raw_dir")
         matches = {path for path in raw_dir.glob(pattern) if path.is_file()}
         matches = {p for p in matches if p.suffix != ".md5" and not p.name.startswith(".")}
         if not matches:
-            raise ConfigError(
-                f"sources.{key}: no file below raw_dir = {raw_dir} matches {pattern!r}; correct it "
-                "or take it out"
+            unmatched.append(
+                f"sources.{key}: no file below raw_dir = {raw_dir} matches {pattern!r}"
             )
         files |= matches
+    if patterns and not files:
+        raise ConfigError(f"{'; '.join(unmatched)}; correct a pattern, or take the source out")
+    for warning in unmatched:
+        print(f"data_prep: warning: {warning}", file=sys.stderr)
     return in_order(files) if key == "pubmed" else sorted(files)
-
-
-def _md5(path: Path) -> str:
-    try:
-        return file_hash(path, "md5")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None

@@ -15,6 +15,8 @@ Every stage is a list of tasks (`data_prep.stages`) that need nothing but the st
 tasks can run in any order and anywhere, and what is done is not done again.
 """
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, cached_property, partial
@@ -25,7 +27,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from common.counter_random import derive_key
-from common.files import file_hash, only_user_of, whole_file
+from common.files import file_hash, only_user_of, whole_file, write_json
 from data_prep import codes, dedup, mimic, pubmed
 from data_prep import tokenizer as tokenizers
 from data_prep.config import DataPrep, check
@@ -57,6 +59,7 @@ def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
 
 def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     pipeline = Pipeline(config)
+    pipeline.announce_what_is_redone()
     pipeline.withdraw_stale_manifests()
     pipeline.scan().run()
     pipeline.fold().run()
@@ -87,6 +90,7 @@ class Pipeline:
         self.config = config
         self.out = config.out_dir
         self.inputs = find_inputs(config)
+        self._settings: dict[str, dict[str, str]] = {}
         self.keys = self._stage_keys()
 
     def scan(self) -> Stage:
@@ -231,6 +235,34 @@ class Pipeline:
             stage.folder, self.config, length, tokenizer, inputs, entries, self._parts
         )
 
+    def announce_what_is_redone(self) -> None:
+        """Say in a line on stderr which results of earlier runs go, and because of which settings.
+
+        A stage's settings are kept as hashes in `settings.json`, for the next run to compare.
+        """
+        path = self.out / "settings.json"
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stale = [name for name in self.keys if self._stage(name, []).is_stale()]
+        if stale:
+            changed = {
+                setting
+                for name in stale
+                for setting, value in self._settings[name].items()
+                if earlier.get(name, {}).get(setting, value) != value
+            }
+            others = self._lengths[len(self.config.max_lengths) :]
+            gone = [f"rows-{length}" for length in others if f"rows-{length}" in stale]
+            of_others = {f"{kind}-{length}" for kind in ("plan", "rows") for length in others}
+            again = [name for name in stale if name not in of_others]
+            print(
+                f"data_prep: {self.out}: other {', '.join(sorted(changed)) or 'settings'} than "
+                f"before; made again: {', '.join(again) or 'nothing'}"
+                + (f"; no data set any more: {', '.join(gone)}" if gone else ""),
+                file=sys.stderr,
+                flush=True,
+            )
+        write_json(path, earlier | self._settings)
+
     def withdraw_stale_manifests(self) -> None:
         """Take the manifest from every data set of `out_dir` that would be made otherwise now."""
         for length in self._lengths:
@@ -248,7 +280,9 @@ class Pipeline:
 
         def add(name: str, *before: str, **settings: Any) -> None:
             built_on = [keys[stage] for stage in before]
-            keys[name] = stage_key(name, version=VERSION, built_on=built_on, **settings)
+            settings |= {"version of data_prep": VERSION}
+            keys[name] = stage_key(name, built_on=built_on, **settings)
+            self._settings[name] = {key: stage_key(key, of=settings[key]) for key in settings}
 
         add("scan", inputs=[source.description() for source in self._pubmed])
         add("fold", "scan")

@@ -9,6 +9,7 @@ valid any more: its folder is emptied first.
 import hashlib
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,9 @@ class Stage:
         marker = self._markers / f"{index:06d}.json"
         counts = self._finished(task, marker)
         if counts is None:
+            if marker.is_file():
+                found = f"{self.folder}: {task.outputs[0]}"
+                tqdm.write(f"data_prep: {found} is not as it was left; made again", file=sys.stderr)
             for output in task.outputs:
                 (self.folder / output).parent.mkdir(parents=True, exist_ok=True)
             counts = task.run()

@@ -74,8 +74,8 @@ class TokenFile:
         return np.load(self.folder / "starts.npy", mmap_mode="r")
 
     def ids(self) -> NDArray[np.bytes_]:
-        """The ids of the documents, (documents,) bytes."""
-        return np.load(self.folder / "ids.npy")
+        """The ids of the documents, (documents,) bytes, mapped from the file."""
+        return np.load(self.folder / "ids.npy", mmap_mode="r")
 
     def tokens(self) -> NDArray[Any]:
         """The tokens of all documents, (tokens,), mapped from the file."""

@@ -221,7 +221,10 @@ def _validation_rows(wanted: int, available: dict[str, int]) -> dict[str, int]:
     """How many rows of each source to validate on: all, or a share, at least one, of each."""
     total = sum(available.values())
     if not total:
-        raise DataError("the data set has no validation rows; prepare more documents")
+        raise DataError(
+            "the data set has no validation rows; make it again with a larger validation_share, or "
+            "of more documents"
+        )
     if wanted >= total:
         return available
     return {

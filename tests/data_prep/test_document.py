@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -64,3 +65,25 @@ def test_a_bad_file_is_named(tmp_path: Path, damage: str) -> None:
         pq.write_table(pq.read_table(path).drop_columns(["group"]), path)
     with pytest.raises(InputError, match=r"00007\.parquet .* run this stage .* again"):
         list(read_documents(path))
+
+
+@pytest.mark.parametrize("place", ["page", "content"])
+def test_damage_inside_a_file_is_named_and_not_quoted(tmp_path: Path, place: str) -> None:
+    """The footer is whole, so the damage shows only when a row group is read."""
+    path = tmp_path / "00007.parquet"
+    canary = "canary-7Q"
+    if place == "page":
+        found = [Document(f"discharge-{i}", "discharge", "1", canary * i) for i in range(500)]
+        write_documents(path, found)
+        content = bytearray(path.read_bytes())
+        content[20 : len(content) // 2] = bytes(len(content) // 2 - 20)
+        path.write_bytes(content)
+    else:
+        write_documents(path, [Document("discharge-1", "discharge", "1", canary)])
+        table = pq.read_table(path)
+        meta = pa.array([f'{{"{canary}'], pa.string())
+        pq.write_table(table.set_column(4, table.schema.field("meta"), meta), path)
+    with pytest.raises(InputError, match=r"00007\.parquet is damaged; .* again") as error:
+        list(read_documents(path))
+    assert canary not in str(error.value)
+    assert error.value.__suppress_context__

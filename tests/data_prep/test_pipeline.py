@@ -16,11 +16,10 @@ import pytest
 import webdataset
 
 from common.config import config_to_yaml, load_config
-from common.files import only_user_of
 from data_prep import pipeline
 from data_prep.config import DataPrep, Sources, Tokenizer
 from data_prep.document import read_documents
-from data_prep.shards import DataError, DataSet
+from data_prep.shards import DataSet
 from data_prep.split import SPLITS
 from data_prep.synthetic.corpus import write_corpus
 from data_prep.tokenizer import encode, load_tokenizer
@@ -314,38 +313,6 @@ def test_a_changed_input_takes_the_old_manifests_away_first(
     assert_no_data_set(copy)
 
 
-def test_another_tokenizer_takes_every_manifest_away_whatever_the_length(
-    copy: Path, raw: Path
-) -> None:
-    """Rows of 128 and 512 share the folder's tokenizer with those of 256 that replace it."""
-    pipeline.run(configuration(raw, copy, max_lengths=[256], rows_per_shard=40))
-    assert len(list(copy.glob("rows-*/manifest.json"))) == 3
-    changed = Tokenizer(vocab_size=832)
-    pipeline.run(configuration(raw, copy, max_lengths=[256], tokenizer=changed))
-    assert [path.parent.name for path in copy.glob("rows-*/manifest.json")] == ["rows-256"]
-
-
-def test_the_reader_knows_the_tokenizer_of_its_rows(made: Path, tmp_path: Path) -> None:
-    data = DataSet(made / "rows-128")
-    data.check_tokenizer(made / "tokenizer")
-    other = Path(shutil.copytree(made / "tokenizer", tmp_path / "other"))
-    other.joinpath("tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"other/tokenizer\.json is not the tokenizer"):
-        data.check_tokenizer(other)
-    with pytest.raises(DataError, match=r"absent/tokenizer\.json cannot be read"):
-        data.check_tokenizer(tmp_path / "absent")
-
-
-def test_two_runs_in_one_folder_are_refused(
-    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with only_user_of(tmp_path / "out"):
-        assert run_main(raw, tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert f"error: {tmp_path / 'out'} is in use by process {os.getpid()} on" in error
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
-
-
 def run_main(raw: Path, out: Path, *words: str) -> int:
     from data_prep.__main__ import main
 
@@ -422,6 +389,8 @@ def test_a_bad_input_gives_one_line_that_names_it_and_no_data_set(
         (["raw_dir=absent"], "make demo"),
         (["row_token=64"], "did you mean 'row_tokens'?"),
         (["max_lengths=[1024]"], "max_lengths has 1024; a document must fit into a row"),
+        (["row_tokens=70000000000"], "row_tokens is 70000000000; it must be at most 1048576"),
+        (["rows_per_shard=10000000"], "rows_per_shard is 10000000: shards of 5120000000 tokens"),
         (["max_lengths=[]"], "max_lengths is empty"),
         (["max_lengths=[128,128]"], "names a length twice"),
         (["max_documents=0"], "max_documents is 0; it must be positive"),

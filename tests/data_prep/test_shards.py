@@ -1,5 +1,6 @@
 """The shard reader: the rows that were written, from anywhere, or an error that says what to do."""
 
+import hashlib
 import json
 import multiprocessing
 import pickle
@@ -23,7 +24,7 @@ ROW_TOKENS = 16
 ROWS = 7
 ROWS_PER_SHARD = 3
 TOKENIZER = {
-    "file_sha256": "0" * 64,
+    "file_sha256": hashlib.sha256(b"{}").hexdigest(),
     "vocab_size": 1024,
     "real_vocab_size": 1000,
     "special_ids": {"cls": 2, "sep": 3, "pad": 0, "mask": 4, "unk": 1},
@@ -292,3 +293,13 @@ def test_unknown_splits_and_sources_are_named(folder: Path) -> None:
         data.sources("test")
     with pytest.raises(DataError, match="no source 'radiology'"):
         data.read("train", "radiology", 0)
+
+
+def test_the_reader_knows_the_tokenizer_of_its_rows(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    DataSet(folder).check_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(DataError, match=r"tokenizer\.json is not the tokenizer that the rows of"):
+        DataSet(folder).check_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"absent/tokenizer\.json cannot be read"):
+        DataSet(folder).check_tokenizer(tmp_path / "absent")

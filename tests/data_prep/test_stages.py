@@ -53,13 +53,16 @@ def test_an_interrupted_stage_goes_on_with_the_tasks_that_are_left(tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut short"])
-def test_a_task_whose_file_is_gone_or_cut_is_done_again(tmp_path: Path, damage: str) -> None:
+def test_a_task_whose_file_is_gone_or_cut_is_done_again(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     work = Work(tmp_path)
     work.stage().run()
     path = tmp_path / "work" / "2.txt"
     path.unlink() if damage == "removed" else path.write_text("x")
     work.stage().run()
     assert work.ran == [0, 1, 2, 2]
+    assert "work: 2.txt is not as it was left; made again\n" in capsys.readouterr().err
     assert path.read_text() == "xx"
 
 

@@ -92,6 +92,14 @@ def test_validation_rows_are_shared_out(resolved: Callable[..., Any]) -> None:
     assert whole.validation_rows == {"notes": 3, "papers": 6}
 
 
+def test_without_validation_rows_the_key_that_makes_some_is_named(
+    resolved: Callable[..., Any], data_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = data_maker(tmp_path / "data", {"train": {"notes": 8}, "validation": {}})
+    with pytest.raises(DataError, match="a larger validation_share"):
+        resolved(data={"dir": data})
+
+
 def test_deepspeed_gets_what_the_run_says_and_its_own_keys(resolved: Callable[..., Any]) -> None:
     extra = {"zero_optimization": {"overlap_comm": True}, "memory_breakdown": False}
     settings = resolved(2, zero_stage=2, deepspeed=extra).deepspeed
