@@ -9,9 +9,13 @@ by the angle p · theta^(-2i/D):
 (Su et al. 2021, arXiv 2104.09864; the two halves of a head make the pairs, as in GPT-NeoX.)
 Queries and keys turn, values pass through. The inverse turn, by −angle, is the backward.
 
-The grid runs over tokens, so that it does as much work for one long document among thousands of
-short ones as for even lengths. Sines and cosines come from fp32 tables and the arithmetic is fp32;
-only the result is rounded to the dtype of the input.
+`rope` takes the product of one linear layer, (T, 3, H, D), apart into contiguous q, k and v, as
+attention wants them, and its backward puts their gradients together again, so that nothing else
+copies them. `rope_in_place`, for inference, leaves the values where they are: a third less to move.
+
+The grid runs over tokens, one a program, so that it does as much work for one long document among
+thousands of short ones as for even lengths. Sines and cosines come from fp32 tables and the
+arithmetic is fp32; only the result is rounded to the dtype of the input.
 """
 
 import numpy as np
@@ -21,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-_HEADS_A_PROGRAM = 8
-_TOKENS_A_PROGRAM = 4
+# Tokens and warps of a program. Measured on one H200 (docs/kernels.md).
+_TILE = (1, 2)
+_POSITIONS_A_PROGRAM = 256
 
 
 def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -40,37 +45,68 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Te
     return angles.cos(), angles.sin()
 
 
+def positions_from(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The place of each of T tokens in its document, (T,) int32, without waiting for the device.
+
+    cu_seqlens: (N + 1,) int32, first 0, last T; documents may be empty.
+    """
+    return _positions(cu_seqlens.contiguous(), tokens)
+
+
+def positions_from_reference(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """What `positions_from` computes, in plain PyTorch."""
+    token_T = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
+    document_T = torch.bucketize(token_T, cu_seqlens[1:].contiguous(), right=True)
+    return token_T - cu_seqlens[document_T]
+
+
 def rope_reference(
     qkv_T3HD: Tensor, cos_PR: Tensor, sin_PR: Tensor, position_ids_T: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What `rope` computes, in plain PyTorch, for any floating dtype (fp64 in fp64)."""
     wide = torch.promote_types(qkv_T3HD.dtype, torch.float32)
     cos_T11R = cos_PR[position_ids_T].to(wide)[:, None, None]
     sin_T11R = sin_PR[position_ids_T].to(wide)[:, None, None]
-    qk_T2HD, v_T1HD = qkv_T3HD.split([2, 1], dim=1)
-    first, second = qk_T2HD.to(wide).chunk(2, dim=-1)
+    first, second = qkv_T3HD[:, :2].to(wide).chunk(2, dim=-1)
     turned = torch.cat(
         [first * cos_T11R - second * sin_T11R, second * cos_T11R + first * sin_T11R], dim=-1
     )
-    return torch.cat([turned.to(qkv_T3HD.dtype), v_T1HD], dim=1)
+    q_THD, k_THD = turned.to(qkv_T3HD.dtype).unbind(1)
+    return q_THD, k_THD, qkv_T3HD[:, 2]
 
 
-def rope(qkv_T3HD: Tensor, cos_PR: Tensor, sin_PR: Tensor, position_ids_T: Tensor) -> Tensor:
-    """Packed (T, 3, H, D) with queries and keys turned to their positions, values copied.
+def rope(
+    qkv_T3HD: Tensor, cos_PR: Tensor, sin_PR: Tensor, position_ids_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys turned to their positions, and values: contiguous (T, H, D) each.
 
-    qkv: bf16, fp16 or fp32, any even D; copied first if it is not contiguous.
+    qkv: (T, 3, H, D) bf16, fp16 or fp32, any even D; copied first if it is not contiguous.
     cos, sin: (P, D / 2) fp32 from `rope_tables`. position_ids: (T,) int32 or int64, each below P
-    (not checked: that would wait for the GPU).
+    (not checked: that would wait for the GPU); `positions_from` makes them from cu_seqlens.
     Differentiable in qkv. Raises TypeError or ValueError for other dtypes and shapes.
     """
     _check(qkv_T3HD, cos_PR, sin_PR, position_ids_T)
-    return _rope(
-        qkv_T3HD.contiguous(),
-        cos_PR.contiguous(),
-        sin_PR.contiguous(),
-        position_ids_T.contiguous(),
-        False,
-    )
+    tables = (cos_PR.contiguous(), sin_PR.contiguous(), position_ids_T.contiguous())
+    return _rope(qkv_T3HD.contiguous(), *tables)
+
+
+def rope_in_place(
+    qkv_T3HD: Tensor, cos_PR: Tensor, sin_PR: Tensor, position_ids_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without autograd, written over qkv, of which q, k and v are views.
+
+    As `rope`, but a non-contiguous qkv (ValueError) and one that needs a gradient (RuntimeError)
+    are refused.
+    """
+    _check(qkv_T3HD, cos_PR, sin_PR, position_ids_T)
+    if qkv_T3HD.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("rope_in_place has no gradient; use rope where one is needed")
+    if not qkv_T3HD.is_contiguous():
+        raise ValueError("rope_in_place needs a contiguous qkv; rope copies one that is not")
+    tables = (cos_PR.contiguous(), sin_PR.contiguous(), position_ids_T.contiguous())
+    _rope_in_place(qkv_T3HD, *tables)
+    q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+    return q_THD, k_THD, v_THD
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
@@ -90,86 +126,218 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
 
 
 @triton.jit
-def _rope_kernel(  # type: ignore[no-untyped-def]
-    qkv,
-    out,
+def _turn(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,  # with VALUES only, like v_out
+    q_out,
+    k_out,
+    v_out,
     cos,
     sin,
     position_ids,
     tokens,
-    HEADS: tl.constexpr,  # of q, k and v together: 3 H
-    TURNED: tl.constexpr,  # of q and k: 2 H
+    STEP: tl.constexpr,  # elements from one token to the next
+    STEP_OUT: tl.constexpr,
+    HEADS: tl.constexpr,
     HALF: tl.constexpr,  # D / 2
     INVERSE: tl.constexpr,
+    VALUES: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # HALF rounded up to a power of two
+    BLOCK_H: tl.constexpr,  # HEADS and HALF rounded up to powers of two
+    BLOCK_R: tl.constexpr,
 ):
+    """Turn all heads of BLOCK_T tokens; every load comes before the first store."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    pair = tl.arange(0, BLOCK_R)
-    live = token < tokens
-    position = tl.load(position_ids + token, mask=live, other=0).to(tl.int64)
-    in_table = live[:, None] & (pair < HALF)[None, :]
-    entry = position[:, None] * HALF + pair[None, :]
-    c = tl.load(cos + entry, mask=in_table, other=1.0)[:, None, :]
-    s = tl.load(sin + entry, mask=in_table, other=0.0)[:, None, :]
+    head = tl.arange(0, BLOCK_H)[None, :, None]
+    pair = tl.arange(0, BLOCK_R)[None, None, :]
+    live = (token < tokens)[:, None, None]
+    inside = live & (head < HEADS) & (pair < HALF)
+    within = head * (2 * HALF) + pair
+    at = token[:, None, None] * STEP + within
+    q_first = tl.load(q + at, mask=inside, other=0.0, eviction_policy="evict_first")
+    q_second = tl.load(q + at + HALF, mask=inside, other=0.0, eviction_policy="evict_first")
+    k_first = tl.load(k + at, mask=inside, other=0.0, eviction_policy="evict_first")
+    k_second = tl.load(k + at + HALF, mask=inside, other=0.0, eviction_policy="evict_first")
+    if VALUES:
+        v_first = tl.load(v + at, mask=inside, other=0.0, eviction_policy="evict_first")
+        v_second = tl.load(v + at + HALF, mask=inside, other=0.0, eviction_policy="evict_first")
+    position = tl.load(position_ids + token, mask=token < tokens, other=0).to(tl.int64)
+    entry = position[:, None, None] * HALF + pair
+    c = tl.load(cos + entry, mask=live & (pair < HALF), other=1.0)
+    s = tl.load(sin + entry, mask=live & (pair < HALF), other=0.0)
     if INVERSE:
         s = -s
-    offset = (token[:, None, None] * HEADS + head[None, :, None]) * (2 * HALF) + pair[None, None, :]
-    inside = in_table[:, None, :] & (head < HEADS)[None, :, None]
-    first = tl.load(qkv + offset, mask=inside, other=0.0)
-    second = tl.load(qkv + offset + HALF, mask=inside, other=0.0)
-    a = first.to(tl.float32)
-    b = second.to(tl.float32)
-    turns = (head < TURNED)[None, :, None]
-    dtype = out.dtype.element_ty
-    tl.store(out + offset, tl.where(turns, (a * c - b * s).to(dtype), first), mask=inside)
-    tl.store(out + offset + HALF, tl.where(turns, (b * c + a * s).to(dtype), second), mask=inside)
+    to = token[:, None, None] * STEP_OUT + within
+    dtype = q_out.dtype.element_ty
+    a = q_first.to(tl.float32)
+    b = q_second.to(tl.float32)
+    tl.store(q_out + to, (a * c - b * s).to(dtype), mask=inside, cache_modifier=".cs")
+    tl.store(q_out + to + HALF, (b * c + a * s).to(dtype), mask=inside, cache_modifier=".cs")
+    a = k_first.to(tl.float32)
+    b = k_second.to(tl.float32)
+    tl.store(k_out + to, (a * c - b * s).to(dtype), mask=inside, cache_modifier=".cs")
+    tl.store(k_out + to + HALF, (b * c + a * s).to(dtype), mask=inside, cache_modifier=".cs")
+    if VALUES:
+        tl.store(v_out + to, v_first, mask=inside, cache_modifier=".cs")
+        tl.store(v_out + to + HALF, v_second, mask=inside, cache_modifier=".cs")
+
+
+# Three entries to the same turn. Each names the packed tensor once, so that a compiler sees which
+# whole tensors are written.
+@triton.jit
+def _apart_kernel(  # type: ignore[no-untyped-def]
+    qkv, q_out, k_out, v_out, cos, sin, position_ids, tokens,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = HEADS * 2 * HALF
+    _turn(
+        qkv, qkv + WIDTH, qkv + 2 * WIDTH, q_out, k_out, v_out, cos, sin, position_ids, tokens,
+        3 * WIDTH, WIDTH, HEADS, HALF, False, True, BLOCK_T, BLOCK_H, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def _together_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, out, cos, sin, position_ids, tokens,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = HEADS * 2 * HALF
+    _turn(
+        q, k, v, out, out + WIDTH, out + 2 * WIDTH, cos, sin, position_ids, tokens,
+        WIDTH, 3 * WIDTH, HEADS, HALF, True, True, BLOCK_T, BLOCK_H, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def _in_place_kernel(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, position_ids, tokens,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = HEADS * 2 * HALF
+    _turn(
+        qkv, qkv + WIDTH, qkv, qkv, qkv + WIDTH, qkv, cos, sin, position_ids, tokens,
+        3 * WIDTH, 3 * WIDTH, HEADS, HALF, False, False, BLOCK_T, BLOCK_H, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def _positions_kernel(cu_seqlens, positions, documents, tokens, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # Binary search for the last document that starts at or before the token. Once found it stays,
+    # so that the number of steps need not follow the number of documents.
+    low = tl.zeros((BLOCK,), tl.int32)
+    high = low + documents
+    for _ in range(0, 31):
+        middle = (low + high + 1) // 2
+        starts_before = tl.load(cu_seqlens + middle) <= token
+        low = tl.where(starts_before, middle, low)
+        high = tl.where(starts_before, high, middle - 1)
+    tl.store(positions + token, token - tl.load(cu_seqlens + low), mask=token < tokens)
+
+
+@triton_op("clinical_modernbert::positions", mutates_args={})
+def _positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    positions = torch.empty(tokens, dtype=torch.int32, device=cu_seqlens.device)
+    if tokens > 0:
+        wrap_triton(_positions_kernel)[(triton.cdiv(tokens, _POSITIONS_A_PROGRAM),)](
+            cu_seqlens, positions, cu_seqlens.shape[0] - 1, tokens, BLOCK=_POSITIONS_A_PROGRAM
+        )
+    return positions
+
+
+@_positions.register_fake
+def _positions_fake(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    return torch.empty(tokens, dtype=torch.int32, device=cu_seqlens.device)
+
+
+def _sizes(heads: int, head_dim: int) -> dict[str, int]:
+    half = head_dim // 2
+    return {
+        "HEADS": heads,
+        "HALF": half,
+        "BLOCK_T": _TILE[0],
+        "BLOCK_H": triton.next_power_of_2(heads),
+        "BLOCK_R": triton.next_power_of_2(half),
+        "num_warps": _TILE[1],
+    }
 
 
 @triton_op("clinical_modernbert::rope", mutates_args={})
-def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, inverse: bool) -> Tensor:
-    out = torch.empty_like(qkv)
+def _rope(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens, _, heads, head_dim = qkv.shape
-    if tokens == 0:
-        return out
-    grid = (triton.cdiv(tokens, _TOKENS_A_PROGRAM), triton.cdiv(3 * heads, _HEADS_A_PROGRAM))
-    wrap_triton(_rope_kernel)[grid](
-        qkv,
-        out,
-        cos,
-        sin,
-        position_ids,
-        tokens,
-        HEADS=3 * heads,
-        TURNED=2 * heads,
-        HALF=head_dim // 2,
-        INVERSE=inverse,
-        BLOCK_T=_TOKENS_A_PROGRAM,
-        BLOCK_H=_HEADS_A_PROGRAM,
-        BLOCK_R=triton.next_power_of_2(head_dim // 2),
-    )
-    return out
+    q, k, v = (qkv.new_empty((tokens, heads, head_dim)) for _ in range(3))
+    if qkv.numel() > 0:
+        wrap_triton(_apart_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
+            qkv, q, k, v, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
+        )
+    return q, k, v
 
 
 @_rope.register_fake
 def _rope_fake(
-    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, inverse: bool
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, _, heads, head_dim = qkv.shape
+    q, k, v = (qkv.new_empty((tokens, heads, head_dim)) for _ in range(3))
+    return q, k, v
+
+
+@triton_op("clinical_modernbert::rope_backward", mutates_args={})
+def _rope_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
 ) -> Tensor:
-    return torch.empty_like(qkv)
+    tokens, heads, head_dim = grad_q.shape
+    out = grad_q.new_empty((tokens, 3, heads, head_dim))
+    if out.numel() > 0:
+        wrap_triton(_together_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
+            grad_q,
+            grad_k,
+            grad_v,
+            out,
+            cos,
+            sin,
+            position_ids,
+            tokens,
+            **_sizes(heads, head_dim),
+        )
+    return out
+
+
+@_rope_backward.register_fake
+def _rope_backward_fake(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> Tensor:
+    tokens, heads, head_dim = grad_q.shape
+    return grad_q.new_empty((tokens, 3, heads, head_dim))
+
+
+@triton_op("clinical_modernbert::rope_in_place", mutates_args={"qkv"})
+def _rope_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
+    tokens, _, heads, head_dim = qkv.shape
+    if qkv.numel() > 0:
+        wrap_triton(_in_place_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
+            qkv, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
+        )
+
+
+@_rope_in_place.register_fake
+def _rope_in_place_fake(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
+    return None
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, cos, sin, position_ids, inverse = inputs
-    ctx.save_for_backward(cos, sin, position_ids)
-    ctx.inverse = inverse
+    ctx.save_for_backward(*inputs[1:])
 
 
-def _backward(ctx, grad_T3HD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    cos, sin, position_ids = ctx.saved_tensors
-    grad = _rope(grad_T3HD.contiguous(), cos, sin, position_ids, not ctx.inverse)
-    return grad, None, None, None, None
+def _backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    grad_qkv = _rope_backward(*(grad.contiguous() for grad in grads), *ctx.saved_tensors)
+    return grad_qkv, None, None, None
 
 
 _rope.register_autograd(_backward, setup_context=_save_for_backward)

@@ -23,9 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+from torch.nn import functional as F
 
-_COLUMNS_A_BLOCK = 1024
-_ELEMENTS_A_PROGRAM = 2048
+# Columns of the mask that a program scans at once, and its warps.
+_SCAN = (8192, 8)
+# Rows of a program that gathers, the most columns of a tile, and its warps. Measured on one H200
+# (docs/kernels.md).
+_GATHER = (4, 1024, 4)
+# Tensors that one launch gathers from; the kernel has room for as many.
+_TENSORS_A_LAUNCH = 4
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,14 @@ def unpad(
     waiting for it). None means exactly as many as there are, which waits for the device.
     Returns the packing and, for each tensor, (T, …) with zeros as filler.
     """
-    lengths_B = _row_lengths(mask_BS.contiguous())
-    capacity, max_seqlen, cu_seqlens = _layout(mask_BS.shape[1], lengths_B, capacity)
-    index_T, slot_BS = _maps(mask_BS.contiguous(), cu_seqlens, capacity)
+    mask_BS = mask_BS.contiguous()
+    lengths_B = _row_lengths(mask_BS)
+    capacity, max_seqlen, fillers = _bounds(mask_BS.shape[1], lengths_B, capacity)
+    index_T, slot_BS, cu_seqlens, fits = _maps(mask_BS, lengths_B, capacity, fillers)
+    _assert_fits(fits, capacity)
     packing = Packing(index_T, slot_BS, cu_seqlens, max_seqlen)
-    return packing, [
-        _gather_rows(tensor.flatten(0, 1).contiguous(), index_T, slot_BS.flatten(), 0.0)
-        for tensor in tensors
-    ]
+    rows = [tensor.flatten(0, 1) for tensor in tensors]
+    return packing, _gather(rows, index_T, slot_BS.flatten(), 0.0)
 
 
 def pad(packing: Packing, tensors: Sequence[Tensor], fill: float = 0.0) -> list[Tensor]:
@@ -70,10 +76,8 @@ def pad(packing: Packing, tensors: Sequence[Tensor], fill: float = 0.0) -> list[
     """
     slot = packing.slot_BS.flatten()
     return [
-        _gather_rows(tensor.contiguous(), slot, packing.index_T, fill).unflatten(
-            0, packing.slot_BS.shape
-        )
-        for tensor in tensors
+        padded.unflatten(0, packing.slot_BS.shape)
+        for padded in _gather(tensors, slot, packing.index_T, fill)
     ]
 
 
@@ -82,7 +86,13 @@ def unpad_reference(
 ) -> tuple[Packing, list[Tensor]]:
     """What `unpad` computes, in plain PyTorch."""
     real_BS = mask_BS != 0
-    capacity, max_seqlen, cu_seqlens = _layout(mask_BS.shape[1], real_BS.sum(1), capacity)
+    lengths_B = real_BS.sum(1)
+    capacity, max_seqlen, fillers = _bounds(mask_BS.shape[1], lengths_B, capacity)
+    ends = F.pad(lengths_B.cumsum(0), (1, 0)).int()
+    _assert_fits(ends[-1] <= capacity, capacity)
+    steps = torch.arange(1, fillers + 1, dtype=torch.int32, device=ends.device)
+    filler_ends = (ends[-1] + steps * mask_BS.shape[1]).clamp(max=capacity)
+    cu_seqlens = torch.cat([ends, filler_ends])
     found = real_BS.flatten().nonzero().flatten().int()
     index_T = torch.full((capacity,), -1, dtype=torch.int32, device=mask_BS.device)
     index_T[: found.numel()] = found
@@ -103,25 +113,27 @@ def _gather_reference(source: Tensor, which: Tensor, fill: float) -> Tensor:
     live = (which >= 0).view(-1, *[1] * (source.dim() - 1))
     if source.shape[0] == 0:
         return source.new_full((which.numel(), *source.shape[1:]), fill)
-    return torch.where(live, source[which.clamp(min=0).long()], source.new_tensor(fill))
+    return torch.where(live, source[which.clamp(min=0).long()], source.new_full((), fill))
 
 
-def _layout(columns: int, lengths_B: Tensor, capacity: int | None) -> tuple[int, int, Tensor]:
-    """Capacity, bound on a document's length, and cu_seqlens with the filler's documents."""
-    ends_B = lengths_B.cumsum(0, dtype=torch.int32)
-    start = ends_B.new_zeros(1)
-    if capacity is None:
-        if lengths_B.numel() == 0:
-            return 0, 0, start
-        total, longest = torch.stack([ends_B[-1], lengths_B.max().int()]).tolist()
-        return total, longest, torch.cat([start, ends_B])
-    ends = torch.cat([start, ends_B])
-    torch._assert_async(
-        ends[-1] <= capacity, f"unpad: more real tokens than the capacity of {capacity} places"
-    )
-    fillers = triton.cdiv(capacity, max(columns, 1))
-    steps = torch.arange(1, fillers + 1, dtype=torch.int32, device=ends.device) * columns
-    return capacity, columns, torch.cat([ends, (ends[-1] + steps).clamp(max=capacity)])
+def _bounds(columns: int, lengths_B: Tensor, capacity: int | None) -> tuple[int, int, int]:
+    """Capacity, bound on a document's length, and the number of documents that may be filler."""
+    if capacity is not None:
+        return capacity, columns, triton.cdiv(capacity, max(columns, 1))
+    lengths = lengths_B.tolist()
+    return sum(lengths), max(lengths, default=0), 0
+
+
+def _assert_fits(fits: Tensor, capacity: int) -> None:
+    torch._assert_async(fits, f"unpad: more real tokens than the capacity of {capacity} places")
+
+
+def _gather(tensors: Sequence[Tensor], which: Tensor, inverse: Tensor, fill: float) -> list[Tensor]:
+    gathered: list[Tensor] = []
+    for first in range(0, len(tensors), _TENSORS_A_LAUNCH):
+        group = [tensor.contiguous() for tensor in tensors[first : first + _TENSORS_A_LAUNCH]]
+        gathered += _gather_rows(group, which, inverse, fill)
+    return gathered
 
 
 @triton.jit
@@ -136,42 +148,83 @@ def _row_lengths_kernel(mask, lengths, columns, BLOCK: tl.constexpr):  # type: i
 
 
 @triton.jit
-def _maps_kernel(mask, starts, index, slot, columns, capacity, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    before = tl.load(starts + row)
+def _maps_kernel(  # type: ignore[no-untyped-def]
+    mask,
+    lengths,
+    index,
+    slot,
+    cu_seqlens,
+    fits,
+    rows,
+    columns,
+    capacity,
+    fillers,
+    BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Row b's places; beside them its entry in cu_seqlens, and the filler's by turns."""
+    row = tl.program_id(0)
+    before = 0
+    total = 0
+    for start in range(0, rows, BLOCK_B):
+        other = start + tl.arange(0, BLOCK_B)
+        length = tl.load(lengths + other, mask=other < rows, other=0)
+        before += tl.sum(tl.where(other < row, length, 0), 0)
+        total += tl.sum(length, 0)
+    tl.store(cu_seqlens + row, before)
+    if row == 0:
+        tl.store(cu_seqlens + rows, total)
+        tl.store(fits, total <= capacity)
+    for filler in range(row, fillers, rows):
+        end = tl.minimum(total + (filler + 1) * columns, capacity)
+        tl.store(cu_seqlens + rows + 1 + filler, end)
+    base = row.to(tl.int64) * columns
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
-        here = tl.load(mask + row * columns + column, mask=inside, other=0)
+        here = tl.load(mask + base + column, mask=inside, other=0)
         real = (here != 0).to(tl.int32)
         place = before + tl.cumsum(real, 0) - 1
         # The second condition only matters in the moment before the failed check of the capacity
         # stops the program.
-        fits = (real != 0) & (place < capacity)
-        tl.store(index + place, (row * columns + column).to(tl.int32), mask=fits)
-        tl.store(slot + row * columns + column, tl.where(fits, place, -1), mask=inside)
+        placed = (real != 0) & (place < capacity)
+        tl.store(index + place, (base + column).to(tl.int32), mask=placed)
+        tl.store(slot + base + column, tl.where(placed, place, -1), mask=inside)
         before += tl.sum(real, 0)
 
 
 @triton.jit
-def _gather_rows_kernel(  # type: ignore[no-untyped-def]
-    source,
-    which,
-    out,
-    rows,
-    width,
-    fill,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+def _copy_rows(  # type: ignore[no-untyped-def]
+    source, out, row, live, at, fill, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr
 ):
+    """Rows `at` of one source, or fill where at is −1, to rows `row` of out."""
+    for start in range(0, WIDTH, BLOCK_W):
+        column = start + tl.arange(0, BLOCK_W)
+        inside = live[:, None] & (column < WIDTH)[None, :]
+        found = (at >= 0)[:, None] & inside
+        value = tl.load(source + at[:, None] * WIDTH + column[None, :], mask=found, other=0)
+        value = tl.where(found, value, tl.full(value.shape, fill, out.dtype.element_ty))
+        tl.store(out + row[:, None] * WIDTH + column[None, :], value, mask=inside)
+
+
+@triton.jit
+def _gather_rows_kernel(  # type: ignore[no-untyped-def]
+    which, rows, fill,
+    source_0, out_0, source_1, out_1, source_2, out_2, source_3, out_3,
+    WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, WIDTH_2: tl.constexpr, WIDTH_3: tl.constexpr,
+    BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, BLOCK_3: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    at = tl.load(which + row, mask=row < rows, other=-1).to(tl.int64)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    found = (at >= 0)[:, None] & inside
-    value = tl.load(source + at[:, None] * width + column[None, :], mask=found, other=0)
-    value = tl.where(found, value, tl.full((BLOCK_R, BLOCK_W), fill, out.dtype.element_ty))
-    tl.store(out + row[:, None] * width + column[None, :], value, mask=inside)
+    live = row < rows
+    at = tl.load(which + row, mask=live, other=-1).to(tl.int64)
+    _copy_rows(source_0, out_0, row, live, at, fill, WIDTH_0, BLOCK_0)
+    if WIDTH_1 > 0:
+        _copy_rows(source_1, out_1, row, live, at, fill, WIDTH_1, BLOCK_1)
+    if WIDTH_2 > 0:
+        _copy_rows(source_2, out_2, row, live, at, fill, WIDTH_2, BLOCK_2)
+    if WIDTH_3 > 0:
+        _copy_rows(source_3, out_3, row, live, at, fill, WIDTH_3, BLOCK_3)
 
 
 @triton_op("clinical_modernbert::row_lengths", mutates_args={})
@@ -179,8 +232,13 @@ def _row_lengths(mask: Tensor) -> Tensor:
     rows, columns = mask.shape
     lengths = torch.empty(rows, dtype=torch.int32, device=mask.device)
     if rows > 0:
-        wrap_triton(_row_lengths_kernel)[(rows,)](mask, lengths, columns, BLOCK=_COLUMNS_A_BLOCK)
+        wrap_triton(_row_lengths_kernel)[(rows,)](mask, lengths, columns, **_scan(columns))
     return lengths
+
+
+def _scan(columns: int) -> dict[str, int]:
+    block, warps = _SCAN
+    return {"BLOCK": min(block, triton.next_power_of_2(max(columns, 1))), "num_warps": warps}
 
 
 @_row_lengths.register_fake
@@ -189,51 +247,93 @@ def _row_lengths_fake(mask: Tensor) -> Tensor:
 
 
 @triton_op("clinical_modernbert::unpad_maps", mutates_args={})
-def _maps(mask: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+def _maps(
+    mask: Tensor, lengths: Tensor, capacity: int, fillers: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """index_T, slot_BS, cu_seqlens, and whether the real tokens fit."""
     rows, columns = mask.shape
     index = torch.full((capacity,), -1, dtype=torch.int32, device=mask.device)
     slot = torch.empty((rows, columns), dtype=torch.int32, device=mask.device)
-    if slot.numel() > 0:
-        wrap_triton(_maps_kernel)[(rows,)](
-            mask, cu_seqlens, index, slot, columns, capacity, BLOCK=_COLUMNS_A_BLOCK
-        )
-    return index, slot
+    if rows == 0:
+        ends = torch.arange(fillers + 1, dtype=torch.int32, device=mask.device) * columns
+        return index, slot, ends.clamp(max=capacity), ends.new_ones((), dtype=torch.bool)
+    cu_seqlens = torch.empty(rows + 1 + fillers, dtype=torch.int32, device=mask.device)
+    fits = torch.empty((), dtype=torch.bool, device=mask.device)
+    wrap_triton(_maps_kernel)[(rows,)](
+        mask,
+        lengths,
+        index,
+        slot,
+        cu_seqlens,
+        fits,
+        rows,
+        columns,
+        capacity,
+        fillers,
+        BLOCK_B=1024,
+        **_scan(columns),
+    )
+    return index, slot, cu_seqlens, fits
 
 
 @_maps.register_fake
-def _maps_fake(mask: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    return cu_seqlens.new_empty(capacity), cu_seqlens.new_empty(mask.shape)
+def _maps_fake(
+    mask: Tensor, lengths: Tensor, capacity: int, fillers: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        lengths.new_empty(capacity),
+        lengths.new_empty(mask.shape),
+        lengths.new_empty(mask.shape[0] + 1 + fillers),
+        lengths.new_empty((), dtype=torch.bool),
+    )
 
 
 @triton_op("clinical_modernbert::gather_rows", mutates_args={})
-def _gather_rows(source: Tensor, which: Tensor, inverse: Tensor, fill: float) -> Tensor:
+def _gather_rows(
+    sources: list[Tensor], which: Tensor, inverse: Tensor, fill: float
+) -> list[Tensor]:
+    """Rows `which` of up to four contiguous sources, in one launch."""
     rows = which.shape[0]
-    out = source.new_empty((rows, *source.shape[1:]))
-    if out.numel() == 0:
-        return out
-    width = out.numel() // rows
-    block_w = min(triton.next_power_of_2(width), _COLUMNS_A_BLOCK)
-    block_r = _ELEMENTS_A_PROGRAM // block_w
-    grid = (triton.cdiv(rows, block_r), triton.cdiv(width, block_w))
-    wrap_triton(_gather_rows_kernel)[grid](
-        source, which, out, rows, width, float(fill), BLOCK_R=block_r, BLOCK_W=block_w
+    outs = [source.new_empty((rows, *source.shape[1:])) for source in sources]
+    pairs = [pair for pair in zip(sources, outs, strict=True) if pair[1].numel() > 0]
+    if not pairs:
+        return outs
+    block_r, most, warps = _GATHER
+    arguments: dict[str, Tensor | int | None] = {}
+    for i in range(_TENSORS_A_LAUNCH):
+        source, out = pairs[i] if i < len(pairs) else (None, None)
+        width = 0 if out is None else out.numel() // rows
+        arguments |= {f"source_{i}": source, f"out_{i}": out, f"WIDTH_{i}": width}
+        arguments[f"BLOCK_{i}"] = min(triton.next_power_of_2(max(width, 1)), most)
+    wrap_triton(_gather_rows_kernel)[(triton.cdiv(rows, block_r),)](
+        which, rows, float(fill), **arguments, BLOCK_R=block_r, num_warps=warps
     )
-    return out
+    return outs
 
 
 @_gather_rows.register_fake
-def _gather_rows_fake(source: Tensor, which: Tensor, inverse: Tensor, fill: float) -> Tensor:
-    return source.new_empty((which.shape[0], *source.shape[1:]))
+def _gather_rows_fake(
+    sources: list[Tensor], which: Tensor, inverse: Tensor, fill: float
+) -> list[Tensor]:
+    return [source.new_empty((which.shape[0], *source.shape[1:])) for source in sources]
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, which, inverse, _ = inputs
+    sources, which, inverse, _ = inputs
     ctx.save_for_backward(which, inverse)
+    ctx.floating = [source.is_floating_point() for source in sources]
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _backward(ctx, grads: list[Tensor | None]):  # type: ignore[no-untyped-def]
     which, inverse = ctx.saved_tensors
-    return _gather_rows(grad.contiguous(), inverse, which, 0.0), None, None, None
+    wanted = {
+        place: grad.contiguous()
+        for place, grad in enumerate(grads)
+        if grad is not None and ctx.floating[place]
+    }
+    gathered = _gather_rows(list(wanted.values()), inverse, which, 0.0)
+    found = dict(zip(wanted, gathered, strict=True))
+    return [found.get(place) for place in range(len(grads))], None, None, None
 
 
 _gather_rows.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,8 +1,8 @@
 """Attention over packed documents: one interface, several backends, chosen once at start.
 
-A backend is a function `(qkv_T3HD, cu_seqlens, max_seqlen, window) -> out_THD`:
+A backend is a function `(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window) -> out_THD`:
 
-- qkv (T, 3, H, D): queries, keys and values after the rotary positions;
+- q, k, v (T, H, D): queries and keys after the rotary positions, and values;
 - cu_seqlens (N + 1,) int32: document n is tokens cu_seqlens[n] to cu_seqlens[n + 1], possibly
   none; the first entry is 0 and the last is T, so that no token lies outside a document;
 - max_seqlen: no document is longer (a bound, need not be reached);
@@ -23,11 +23,16 @@ from torch.nn.attention.varlen import varlen_attn
 # Queries that the reference treats together in a long document's window.
 _TILE = 64
 
-Attention = Callable[[Tensor, Tensor, int, int | None], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
 
 
 def reference_attention(
-    qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int | None,
 ) -> Tensor:
     """Plain PyTorch, any floating dtype, any device: the truth in tests, and what a CPU uses.
 
@@ -35,6 +40,7 @@ def reference_attention(
     gets depends on its own tokens alone, to the last bit, wherever in the row it lies.
     Reads `cu_seqlens` on the host. Raises ValueError where it does not end at T.
     """
+    qkv_T3HD = torch.stack([q_THD, k_THD, v_THD], dim=1)
     lengths = cu_seqlens.diff().tolist()
     if sum(lengths) != qkv_T3HD.shape[0]:
         raise ValueError(
@@ -109,10 +115,14 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 
 def varlen_attention(
-    qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int | None,
 ) -> Tensor:
     """torch's `varlen_attn` (CUDA, bf16 or fp16)."""
-    q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
     size = (-1, -1) if window is None else (window, window)
     out_THD = varlen_attn(
         q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=size

@@ -16,12 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.rope import rope, rope_reference, rope_tables
+from kernels.geglu import geglu, geglu_reference
+from kernels.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    layer_norm,
+    layer_norm_reference,
+)
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.rope import rope, rope_in_place, rope_reference, rope_tables
 from kernels.unpad import pad, pad_reference, unpad, unpad_reference
 from model.attention import BACKENDS, choose_attention
 from model.config import ModernBertConfig
 from model.initialization import initialize
-from model.masked_loss import masked_cross_entropy
+
+
+def runs_in_triton(tensor: Tensor) -> bool:
+    """Whether this project's kernels take it; elsewhere their references compute the same."""
+    return tensor.is_cuda and tensor.dtype != torch.float64
 
 
 class RotaryTables(nn.Module):
@@ -52,9 +64,15 @@ class RotaryTables(nn.Module):
         self.cos_PR, self.sin_PR = cos.to(device), sin.to(device)
         return self
 
-    def forward(self, qkv_T3HD: Tensor, position_ids_T: Tensor) -> Tensor:
-        """Turn queries and keys to their positions: Triton on a GPU, plain PyTorch elsewhere."""
-        turn = rope if qkv_T3HD.is_cuda and qkv_T3HD.dtype != torch.float64 else rope_reference
+    def forward(self, qkv_T3HD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys turned to their positions, and values: (T, H, D) each.
+
+        Triton on a GPU, where qkv is written over if there is no gradient to compute; plain
+        PyTorch elsewhere.
+        """
+        turn = rope_reference
+        if runs_in_triton(qkv_T3HD):
+            turn = rope if torch.is_grad_enabled() else rope_in_place
         return turn(qkv_T3HD, self.cos_PR, self.sin_PR, position_ids_T)
 
 
@@ -78,9 +96,9 @@ class Attention(nn.Module):
         backend: str | None,
     ) -> Tensor:
         qkv_T3HD = self.Wqkv(hidden_TD).unflatten(-1, self.shape)
-        qkv_T3HD = tables(qkv_T3HD, position_ids_T)
-        attend = BACKENDS[backend or choose_attention(qkv_T3HD.device, qkv_T3HD.dtype)]
-        return self.Wo(attend(qkv_T3HD, cu_seqlens, max_seqlen, self.window).flatten(1))
+        q_THD, k_THD, v_THD = tables(qkv_T3HD, position_ids_T)
+        attend = BACKENDS[backend or choose_attention(q_THD.device, q_THD.dtype)]
+        return self.Wo(attend(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, self.window).flatten(1))
 
 
 class GeGlu(nn.Module):
@@ -92,40 +110,61 @@ class GeGlu(nn.Module):
         self.Wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        activated, gate = self.Wi(hidden_TD).chunk(2, dim=-1)
-        return self.Wo(F.gelu(activated) * gate)
+        product_TI2 = self.Wi(hidden_TD)
+        activate = geglu if runs_in_triton(product_TI2) else geglu_reference
+        return self.Wo(activate(product_TI2))
 
 
-def _norm(config: ModernBertConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+class Norm(nn.LayerNorm):
+    """LayerNorm without bias, alone or together with the residual add before it."""
+
+    def __init__(self, config: ModernBertConfig):
+        super().__init__(config.hidden_size, eps=config.norm_eps, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        norm = layer_norm if runs_in_triton(hidden) else layer_norm_reference
+        return norm(hidden, self.weight, self.eps)
+
+
+class AddNorm(Norm):
+    """(norm of x + branch, x + branch): what a branch reads, and what runs past it."""
+
+    def forward(self, branch: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        norm = add_layer_norm if runs_in_triton(hidden) else add_layer_norm_reference
+        return norm(branch, hidden, self.weight, self.eps)
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)), each sum made by the norm that reads it.
 
-    The first layer has no norm before its attention: the embedding has just been normalised.
+    So a layer is given x and the branch that is yet to be added to it, and hands on the same. The
+    first layer has no norm before its attention, and no branch: the embedding has just been
+    normalised.
     """
 
     def __init__(self, config: ModernBertConfig, layer: int):
         super().__init__()
-        self.attn_norm = nn.Identity() if layer == 0 else _norm(config)
+        self.attn_norm = nn.Identity() if layer == 0 else AddNorm(config)
         self.attn = Attention(config, layer)
-        self.mlp_norm = _norm(config)
+        self.mlp_norm = AddNorm(config)
         self.mlp = GeGlu(config)
 
     def forward(
         self,
         hidden_TD: Tensor,
+        branch_TD: Tensor | None,
         position_ids_T: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
         tables: RotaryTables,
         backend: str | None,
-    ) -> Tensor:
-        hidden_TD = hidden_TD + self.attn(
-            self.attn_norm(hidden_TD), position_ids_T, cu_seqlens, max_seqlen, tables, backend
-        )
-        return hidden_TD + self.mlp(self.mlp_norm(hidden_TD))
+    ) -> tuple[Tensor, Tensor]:
+        normed_TD = hidden_TD
+        if branch_TD is not None:
+            normed_TD, hidden_TD = self.attn_norm(branch_TD, hidden_TD)
+        branch_TD = self.attn(normed_TD, position_ids_T, cu_seqlens, max_seqlen, tables, backend)
+        normed_TD, hidden_TD = self.mlp_norm(branch_TD, hidden_TD)
+        return hidden_TD, self.mlp(normed_TD)
 
 
 class Embeddings(nn.Module):
@@ -136,7 +175,7 @@ class Embeddings(nn.Module):
         self.tok_embeddings = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
-        self.norm = _norm(config)
+        self.norm = Norm(config)
 
     def forward(self, input_ids_T: Tensor) -> Tensor:
         return self.norm(self.tok_embeddings(input_ids_T))
@@ -150,7 +189,7 @@ class Encoder(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.final_norm = _norm(config)
+        self.final_norm = AddNorm(config)
         sizes = (config.max_position_embeddings, config.head_dim)
         self.global_rotary = RotaryTables(*sizes, config.global_rope_theta)
         self.local_rotary = RotaryTables(*sizes, config.local_rope_theta)
@@ -163,11 +202,14 @@ class Encoder(nn.Module):
         max_seqlen: int,
         backend: str | None,
     ) -> Tensor:
-        hidden_TD = self.embeddings(input_ids_T)
+        hidden_TD, branch_TD = self.embeddings(input_ids_T), None
         for i, layer in enumerate(self.layers):
             tables = self.global_rotary if self.config.is_global(i) else self.local_rotary
-            hidden_TD = layer(hidden_TD, position_ids_T, cu_seqlens, max_seqlen, tables, backend)
-        return self.final_norm(hidden_TD)
+            hidden_TD, branch_TD = layer(
+                hidden_TD, branch_TD, position_ids_T, cu_seqlens, max_seqlen, tables, backend
+            )
+        normed_TD, _ = self.final_norm(branch_TD, hidden_TD)
+        return normed_TD
 
 
 class Head(nn.Module):
@@ -176,7 +218,7 @@ class Head(nn.Module):
     def __init__(self, config: ModernBertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.norm = _norm(config)
+        self.norm = Norm(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(F.gelu(self.dense(hidden)))
@@ -192,7 +234,7 @@ class Decoder(nn.Linear):
     def forward(self, hidden: Tensor, labels_M: Tensor | None = None) -> Tensor:
         if labels_M is None:
             return super().forward(hidden)
-        return masked_cross_entropy(hidden, self.weight, self.bias, labels_M)
+        return linear_cross_entropy(hidden, self.weight, self.bias, labels_M)
 
 
 class ModernBertForMaskedLM(nn.Module):

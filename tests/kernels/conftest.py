@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -71,3 +72,31 @@ def opcheck_all(op: Callable[..., object], arguments: tuple[object, ...]) -> Non
 @pytest.fixture
 def opcheck() -> Callable[[Callable[..., object], tuple[object, ...]], None]:
     return opcheck_all
+
+
+@pytest.fixture
+def compiles_twice() -> Callable[[Callable[..., Tensor], list[list[Tensor]]], None]:
+    """Compiled as one graph, forward and backward, at most twice over all of these arguments.
+
+    The first dimension of each argument may vary. Results and gradients are those of eager.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: the interpreter cannot be traced")
+
+    def check(function: Callable[..., Tensor], cases: list[list[Tensor]]) -> None:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("inductor")
+        compiled = torch.compile(function, fullgraph=True, backend=counter)
+        for case in cases:
+            results = []
+            for run in (compiled, function):
+                leaves = [v.clone().requires_grad_(v.is_floating_point()) for v in case]
+                out = run(*leaves)
+                out.float().square().sum().backward()
+                results.append([out, *(leaf.grad for leaf in leaves if leaf.requires_grad)])
+            for ours, theirs in zip(*results, strict=True):
+                difference = (ours.float() - theirs.float()).norm()
+                assert difference <= 1e-2 * theirs.float().norm()
+        assert counter.frame_count <= 2
+
+    return check

@@ -8,7 +8,18 @@ from torch import Tensor
 from transformers import ModernBertConfig as TheirConfig
 from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 
-from kernels.rope import _rope, rope, rope_reference, rope_tables
+from kernels.rope import (
+    _positions,
+    _rope,
+    _rope_backward,
+    _rope_in_place,
+    positions_from,
+    positions_from_reference,
+    rope,
+    rope_in_place,
+    rope_reference,
+    rope_tables,
+)
 
 LAYOUTS = {
     "even": [16] * 4,
@@ -41,7 +52,7 @@ def test_forward_and_gradient_are_as_exact_as_pytorch(
     results = []
     for function, wide in ((rope, qkv), (rope_reference, qkv), (rope_reference, qkv.double())):
         leaf = wide.clone().requires_grad_()
-        out = function(leaf, *others)
+        out = torch.stack(function(leaf, *others), 1)
         results.append((out, *torch.autograd.grad(out, leaf, grad.to(out.dtype))))
     for what, *values in zip(("forward", "gradient"), *results, strict=True):
         assert_close(f"rope {layout} {what}", *values)
@@ -53,22 +64,47 @@ def test_any_even_width_and_any_number_of_heads(
 ) -> None:
     qkv, *others = make_rows([5, 2], heads, head_dim, torch.float32, device)
     exact = rope_reference(qkv.double(), *others)
-    assert_close("rope", rope(qkv, *others), rope_reference(qkv, *others), exact)
+    plain = rope_reference(qkv, *others)
+    for ours in (rope(qkv, *others), rope_in_place(qkv.clone(), *others)):
+        for name, *values in zip("qkv", ours, plain, exact, strict=True):
+            assert_close(f"rope {name}", *values)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_place_is_the_same(layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    qkv, *others = make_rows(LAYOUTS[layout], 3, 24, dtype, device)
+    expected = rope(qkv, *others)
+    for ours, theirs, part in zip(rope_in_place(qkv, *others), expected, range(3), strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(qkv[:, part], theirs)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        rope_in_place(qkv.requires_grad_(), *others)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_from_documents(layout: str, device: torch.device) -> None:
+    lengths = LAYOUTS[layout]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+    for function in (positions_from, positions_from_reference):
+        positions = function(cu_seqlens, sum(lengths))
+        assert positions.dtype == torch.int32
+        assert positions.tolist() == [place for length in lengths for place in range(length)]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's numpy
 def test_values_pass_through_bit_by_bit(device: torch.device) -> None:
     qkv, *others = make_rows([9], 3, 8, torch.float32, device)
     qkv[4, 2, 1] = float("inf")
-    out = rope(qkv, *others)
-    assert torch.equal(out[:, 2], qkv[:, 2])
-    assert bool(out[:, :2].isfinite().all())
+    q, k, v = rope(qkv, *others)
+    assert torch.equal(v, qkv[:, 2])
+    assert bool(q.isfinite().all())
+    assert bool(k.isfinite().all())
 
 
 def test_every_output_is_written(device: torch.device, poisoned: None) -> None:
     qkv, *others = make_rows(LAYOUTS["skewed"], 3, 24, torch.float32, device)
     leaf = qkv.clone().requires_grad_()
-    out = rope(leaf, *others)
+    out = torch.stack(rope(leaf, *others))
     out.sum().backward()
     assert bool(out.isfinite().all())
     assert leaf.grad is not None
@@ -78,7 +114,7 @@ def test_every_output_is_written(device: torch.device, poisoned: None) -> None:
 def test_scores_depend_on_the_distance_alone(device: torch.device) -> None:
     cos, sin = (table.to(device) for table in rope_tables(64, 16, 10_000.0))
     qkv = torch.randn(1, 3, 2, 16, device=device).expand(64, -1, -1, -1).contiguous()
-    q, k, _ = rope(qkv, cos, sin, torch.arange(64, device=device)).unbind(1)
+    q, k, _ = rope(qkv, cos, sin, torch.arange(64, device=device))
     scores = torch.einsum("ihd,jhd->hij", q.double(), k.double())
     for distance in (1, 17):
         diagonal = scores.diagonal(distance, 1, 2)
@@ -90,7 +126,10 @@ def test_non_contiguous_input_and_int32_positions(device: torch.device) -> None:
     twice = qkv.repeat_interleave(2, dim=0)[::2]
     assert not twice.is_contiguous()
     expected = rope(qkv, cos, sin, position_ids)
-    assert torch.equal(rope(twice, cos, sin, position_ids.int()), expected)
+    for ours, theirs in zip(rope(twice, cos, sin, position_ids.int()), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="needs a contiguous qkv"):
+        rope_in_place(twice, cos, sin, position_ids)
 
 
 def test_wrong_input_is_refused(device: torch.device) -> None:
@@ -110,7 +149,25 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
 def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
     qkv, *others = make_rows([6, 3], 2, 8, torch.float32, device)
     for leaf in (qkv, qkv.clone().requires_grad_()):
-        opcheck(_rope, (leaf, *others, False))
+        opcheck(_rope, (leaf, *others))
+    opcheck(_rope_backward, (*(part.contiguous() for part in qkv.unbind(1)), *others))
+    opcheck(_rope_in_place, (qkv, *others))
+    opcheck(_positions, (torch.tensor([0, 6, 9], dtype=torch.int32, device=device), 9))
+
+
+@pytest.mark.gpu
+def test_one_graph_for_every_layout(compiles_twice: Callable[..., None]) -> None:
+    def turned(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
+        cos, sin = (table.cuda() for table in tables)
+        return torch.cat(rope(qkv, cos, sin, positions_from(cu_seqlens, qkv.shape[0])), -1)
+
+    tables = rope_tables(POSITIONS, 64, 10_000.0)
+    cases = []
+    for lengths in [[16] * n for n in range(1, 11)] + [[3] * n + [97] for n in range(10)]:
+        qkv, *_ = make_rows(lengths, 2, 64, torch.bfloat16, torch.device("cuda"))
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
+        cases.append([qkv, cu_seqlens])
+    compiles_twice(turned, cases)
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 160_000.0])
@@ -139,5 +196,6 @@ def test_offsets_beyond_31_bits() -> None:
     position_ids = torch.arange(tokens, device="cuda") % 1024
     out = rope(qkv, cos, sin, position_ids)
     expected = rope_reference(qkv[-1000:], cos, sin, position_ids[-1000:])
-    assert torch.allclose(out[-1000:].float(), expected.float(), rtol=2**-7, atol=1e-3)
-    assert not bool(out[:-1000].any())
+    for ours, theirs in zip(out, expected, strict=True):
+        assert torch.allclose(ours[-1000:].float(), theirs.float(), rtol=2**-7, atol=1e-3)
+        assert not bool(ours[:-1000].any())

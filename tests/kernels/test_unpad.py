@@ -127,9 +127,27 @@ def test_registration(device: torch.device, opcheck: Callable[..., None]) -> Non
     mask = MASKS["holes"].to(device)
     packing, _ = unpad(mask, [], 6)
     opcheck(_row_lengths, (mask,))
-    opcheck(_maps, (mask, packing.cu_seqlens, 6))
-    source = torch.randn(8, 3, device=device, requires_grad=True)
-    opcheck(_gather_rows, (source, packing.index_T, packing.slot_BS.flatten(), 0.0))
+    opcheck(_maps, (mask, _row_lengths(mask), 6, 2))
+    sources = [torch.randn(8, width, device=device, requires_grad=True) for width in (3, 1)]
+    opcheck(_gather_rows, (sources, packing.index_T, packing.slot_BS.flatten(), 0.0))
+
+
+def test_more_tensors_than_one_launch_takes(device: torch.device) -> None:
+    mask = MASKS["skewed"].to(device)
+    tensors = 2 * make_tensors(mask, device)
+    _, packed = unpad(mask, tensors, 230)
+    for ours, theirs in zip(packed, unpad_reference(mask, tensors, 230)[1], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_launch_for_ids_and_hidden_gives_the_hidden_a_gradient(device: torch.device) -> None:
+    mask = MASKS["holes"].to(device)
+    ids, _, _ = make_tensors(mask, device)
+    hidden = torch.ones(*mask.shape, 3, device=device, requires_grad=True)
+    _, (packed_ids, packed) = unpad(mask, [ids, hidden], 6)
+    assert not packed_ids.requires_grad
+    (gradient,) = torch.autograd.grad(packed.sum(), hidden)
+    assert torch.equal(gradient, mask[..., None].expand_as(hidden).float())
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ def test_reference_is_the_formula(layout: str, window: int | None, dtype: torch.
     qkv, cu_seqlens = make_row(LAYOUTS[layout])
     leaf = qkv.to(dtype).requires_grad_()
     exact_leaf = leaf.detach().double().requires_grad_()
-    out = reference_attention(leaf, cu_seqlens, max(LAYOUTS[layout]), window)
+    out = reference_attention(*leaf.unbind(1), cu_seqlens, max(LAYOUTS[layout]), window)
     exact = written_out(exact_leaf, cu_seqlens, window)
     assert out.dtype == dtype
     assert out.shape == exact.shape
@@ -65,7 +65,7 @@ def test_a_document_does_not_see_its_neighbours(window: int | None) -> None:
     changed = qkv.clone()
     changed[:900] = float("nan")
     leaves = [values.requires_grad_() for values in (qkv, changed)]
-    outs = [reference_attention(leaf, cu_seqlens, 900, window) for leaf in leaves]
+    outs = [reference_attention(*leaf.unbind(1), cu_seqlens, 900, window) for leaf in leaves]
     assert torch.equal(outs[0][900:], outs[1][900:])
     gradients = [
         torch.autograd.grad(out.sum(), leaf)[0] for out, leaf in zip(outs, leaves, strict=True)
@@ -82,7 +82,9 @@ def test_the_place_in_the_row_changes_no_bit(window: int | None) -> None:
         row, _ = make_row([before + behind])
         qkv = torch.cat([row[:before], document, row[before:]])
         cu_seqlens = torch.tensor([0, before, before + 450, before + 450 + behind]).int()
-        outs.append(reference_attention(qkv, cu_seqlens, 450, window)[before : before + 450])
+        outs.append(
+            reference_attention(*qkv.unbind(1), cu_seqlens, 450, window)[before : before + 450]
+        )
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
 
@@ -91,14 +93,14 @@ def test_a_local_layer_does_not_make_all_scores() -> None:
     """Were they made, the largest intermediate would be 4096² × 2 heads, 134 MB."""
     qkv, cu_seqlens = make_row([4096])
     with torch.profiler.profile(profile_memory=True) as profile:
-        reference_attention(qkv, cu_seqlens, 4096, 64)
+        reference_attention(*qkv.unbind(1), cu_seqlens, 4096, 64)
     assert max(event.cpu_memory_usage for event in profile.events()) < 32 * 2**20
 
 
 def test_tokens_outside_every_document_are_refused() -> None:
     qkv, cu_seqlens = make_row([5, 4])
     with pytest.raises(ValueError, match="spans 5 tokens but there are 9"):
-        reference_attention(qkv, cu_seqlens[:2], 5, None)
+        reference_attention(*qkv.unbind(1), cu_seqlens[:2], 5, None)
 
 
 def test_choice() -> None:
@@ -121,7 +123,7 @@ def test_gpu_backends_agree_with_the_reference(
 
     def run(attend: Callable[..., Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
         leaf = values.requires_grad_()
-        out = attend(leaf, cu_seqlens, max(lengths), window)
+        out = attend(*leaf.unbind(1), cu_seqlens, max(lengths), window)
         (gradient,) = torch.autograd.grad(out, leaf, weight.to(out.dtype))
         return out.detach().double(), gradient.double()
 

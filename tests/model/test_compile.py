@@ -17,11 +17,10 @@ LAYOUTS = [[512], [256, 256], [500, 3, 9], [64] * 8, [16] * 32, [1] * 12 + [500]
 
 
 def dense_attention(
-    qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
 ) -> Tensor:
     """Stands in on a CPU, where the reference reads lengths on the host and cannot be traced."""
-    q, k, v = qkv_T3HD.unbind(1)
-    place = torch.arange(qkv_T3HD.shape[0])
+    place = torch.arange(q.shape[0])
     document = torch.bucketize(place, cu_seqlens[1:], right=True)
     distance = (place[:, None] - place[None, :]).abs()
     seen = (document[:, None] == document[None, :]) & (distance <= (window or max_seqlen))

@@ -1,0 +1,280 @@
+"""Time the kernels against memory, against PyTorch and against whatever else is installed.
+
+    python -m kernels.benchmark [--op NAME] [--tokens N] [--csv FILE] [--plot DIR]
+
+Base sizes in bf16. A figure is the median of replays of a CUDA graph, so that launch time stays
+out; input sets are rotated until they exceed the L2 cache several times. Bandwidth counts the bytes
+that must move: each input read once, each output written once. The share of the roofline is the
+time these bytes and the floating-point operations need at least, by the copy and the matrix product
+measured in the same run, over the time taken.
+
+`gib` is the peak of memory allocated beside the inputs. What cannot be captured in a graph, because
+it waits for the GPU, is timed by events and marked "launched".
+"""
+
+import argparse
+import csv
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import benchmark_cases as cases
+from kernels.benchmark_cases import Case
+
+COLUMNS = (
+    "op",
+    "layout",
+    "direction",
+    "who",
+    "us",
+    "tb_per_s",
+    "tflop_per_s",
+    "share_of_roofline",
+    "gib",
+)
+_LINE = "{:22}{:16}{:9}{:22}{:>10}{:>7}{:>6}{:>6}{:>7}"
+_REPLAYS = 15
+_CALLS_A_GRAPH = 8
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """bytes and floating-point operations a second, measured."""
+
+    copy: float
+    product: float
+
+    def least_us(self, moved: int, flops: int) -> float:
+        """Microseconds that so many bytes and operations take at least."""
+        return 1e6 * max(moved / self.copy, flops / self.product)
+
+
+@dataclass
+class Table:
+    """The results, printed as they come."""
+
+    roofline: Roofline
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+    def add(
+        self, case: Case, direction: str, who: str, microseconds: float, peak: int | None
+    ) -> None:
+        moved, flops = case.bytes[direction], case.flops.get(direction, 0)
+        share = self.roofline.least_us(moved, flops) / microseconds
+        values = (
+            case.op,
+            case.layout,
+            direction,
+            who,
+            f"{microseconds:.1f}",
+            f"{moved / microseconds / 1e6:.2f}",
+            f"{flops / microseconds / 1e6:.0f}" if flops else "",
+            f"{share:.2f}",
+            "" if peak is None else f"{peak / 2**30:.2f}",
+        )
+        self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+        print(_LINE.format(*values), flush=True)
+
+
+def graph_time(calls: Sequence[Callable[[], object]]) -> float:
+    """Median microseconds of one call, over replays of a graph of at least eight calls."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    rounds = -(-_CALLS_A_GRAPH // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    return event_time(graph.replay) / (rounds * len(calls))
+
+
+def event_time(call: Callable[[], object]) -> float:
+    """Median microseconds between events around a call, launches included."""
+    call()
+    times = []
+    for _ in range(_REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure_roofline() -> Roofline:
+    """A copy that moves 1 GiB and a bf16 product of 8192³, on random numbers.
+
+    The copy is a kernel that adds nothing: as a node of a graph, a large `copy_` is given to
+    another engine, which took 1.5 times as long on an H200.
+    """
+    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
+    for _ in range(100):  # clocks rise under load
+        a @ b
+    sources = [torch.randn(2**28, device="cuda").bfloat16() for _ in range(2)]
+    target = torch.empty_like(sources[0])
+    copy_us = graph_time([partial(torch.add, source, 0, out=target) for source in sources])
+    product_us = graph_time([partial(torch.mm, a, b)])
+    return Roofline(2**30 * 1e6 / copy_us, 2 * 8192**3 * 1e6 / product_us)
+
+
+def _peak(call: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _directions(
+    case: Case, function: Callable[..., cases.Outputs]
+) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+    """The calls of each direction the case has, one for each input set."""
+
+    def forward(inputs: list[Tensor]) -> None:
+        with torch.set_grad_enabled("backward" in case.bytes):
+            function(*inputs)
+
+    def both(inputs: list[Tensor], leaves: list[Tensor], grads: list[Tensor]) -> None:
+        torch.autograd.grad(_outputs(function(*inputs)), leaves, grads)
+
+    if "forward" in case.bytes:
+        yield "forward", [partial(forward, inputs) for inputs in case.inputs]
+    if "both" not in case.bytes:
+        return
+    leaves = [[value for value in inputs if value.requires_grad] for inputs in case.inputs]
+    outputs = [_outputs(function(*inputs)) for inputs in case.inputs]
+    grads = [[torch.randn_like(value) for value in values] for values in outputs]
+    if "backward" in case.bytes:
+        yield (
+            "backward",
+            [
+                partial(torch.autograd.grad, *arguments, retain_graph=True)
+                for arguments in zip(outputs, leaves, grads, strict=True)
+            ],
+        )
+    del outputs
+    yield (
+        "both",
+        [partial(both, *arguments) for arguments in zip(case.inputs, leaves, grads, strict=True)],
+    )
+
+
+def _outputs(value: cases.Outputs) -> list[Tensor]:
+    values = [value] if isinstance(value, Tensor) else list(value)
+    return [one for one in values if one.requires_grad]
+
+
+def run_case(case: Case, table: Table) -> None:
+    """Measure everybody on one case; a failure of one is printed and does not stop the rest."""
+    for who, function in case.who.items():
+        try:
+            for direction, calls in _directions(case, function):
+                calls[0]()
+                peak = _peak(calls[0])
+                if who in case.waits:
+                    table.add(case, direction, f"{who}, launched", event_time(calls[0]), peak)
+                else:
+                    table.add(case, direction, who, graph_time(calls), peak)
+        except (RuntimeError, ImportError, TypeError, ValueError) as error:
+            print(f"{case.op} {case.layout} {who}: not measured: {type(error).__name__}: {error}")
+        torch.cuda.empty_cache()
+
+
+def write_csv(path: Path, rows: list[dict[str, str]], header: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(f"# {header}\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(folder: Path, rows: list[dict[str, str]], header: str) -> None:
+    """One picture an operation: share of the roofline of each direction and layout, by who."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for op in dict.fromkeys(row["op"] for row in rows):
+        mine = [row for row in rows if row["op"] == op]
+        groups = list(dict.fromkeys((row["layout"], row["direction"]) for row in mine))
+        people = list(dict.fromkeys(row["who"] for row in mine))
+        figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.22 * len(mine)))
+        height = 0.8 / len(people)
+        for i, who in enumerate(people):
+            found = [row for row in mine if row["who"] == who]
+            places = [groups.index((row["layout"], row["direction"])) + i * height for row in found]
+            axes.barh(places, [float(row["share_of_roofline"]) for row in found], height, label=who)
+        labels = [" ".join(part for part in group if part) for group in groups]
+        axes.set_yticks([place + 0.4 - height / 2 for place in range(len(groups))], labels)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.05)
+        axes.set_xlabel("share of the roofline measured in the same run")
+        axes.set_title(op)
+        axes.legend(fontsize="small")
+        figure.text(0.01, 0.002, header, fontsize=6)
+        figure.savefig(folder / f"{op}.png", dpi=110, bbox_inches="tight")
+        pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m kernels.benchmark")
+    parser.add_argument("--op", choices=cases.OPERATIONS, help="this operation alone")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[65_536], help="of a micro-batch")
+    parser.add_argument("--csv", type=Path, help="write the results here")
+    parser.add_argument("--plot", type=Path, help="write one picture an operation into this folder")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.exit(
+            "kernels.benchmark needs a CUDA GPU: on a CPU the kernels run in Triton's interpreter, "
+            "which shows whether they are right (pytest tests/kernels) and nothing of their speed"
+        )
+    # Backward is measured by itself, on one forward's result, again and again.
+    torch._functorch.config.donated_buffer = False
+    # One stream for everything: backward runs where forward ran, and a graph captures one stream.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        table, header = measure([options.op] if options.op else cases.OPERATIONS, options.tokens)
+    if options.csv:
+        write_csv(options.csv, table.rows, header)
+    if options.plot:
+        plot(options.plot, table.rows, header)
+
+
+def measure(operations: Sequence[str], tokens: Sequence[int]) -> tuple[Table, str]:
+    """Everybody's results on these operations, and one line on where they were measured."""
+    roofline = measure_roofline()
+    header = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"copy {roofline.copy / 1e12:.2f} TB/s, bf16 product {roofline.product / 1e12:.0f} TFLOP/s"
+    )
+    print(header)
+    for name in ("flash_attn", "liger_kernel"):
+        if importlib.util.find_spec(name) is None:
+            print(f"{name} is not installed: not compared with")
+    table = Table(roofline)
+    print(_LINE.format(*COLUMNS[:5], "TB/s", "TF/s", "share", "GiB"))
+    for count in tokens:
+        for name in operations:
+            torch._dynamo.reset()
+            for case in cases.make(name, count):
+                run_case(case, table)
+    return table, header
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Residual add and LayerNorm without bias in one pass, and their backward in another.
+
+    s = x + r                      (rounded to the dtype of x, as the sum that is carried on)
+    μ = mean(s),  σ = sqrt(mean((s − μ)²) + ε),  n = (s − μ) / σ
+    y = w n
+
+Both s and y are written, each once: s runs on along the residual stream, y goes into the branch.
+With gradients dy and ds of the two (Ba et al. 2016, arXiv 1607.06450, without its bias):
+
+    g       = w dy
+    dx = dr = ds + (g − mean(g) − n mean(n g)) / σ
+    dw      = Σ over tokens of n dy
+
+Arithmetic, mean, 1 / σ and the weight's gradient are fp32. That gradient is summed in a fixed
+order: each program over the rows it walks through, then over programs; no atomics, so two runs on
+one kind of GPU give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+from torch.nn import functional as F
+
+# Measured on one H200 (docs/kernels.md): rows of a tile and warps; backward also how many programs
+# walk over the rows on each multiprocessor.
+_FORWARD_TILE = (4, 4)
+_BACKWARD_TILE = (1, 1)
+_PROGRAMS_A_MULTIPROCESSOR = 16
+# Without a GPU, where Triton interprets.
+_PROGRAMS_INTERPRETED = 3
+
+
+def layer_norm_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """What `layer_norm` computes, in plain PyTorch, for any floating dtype."""
+    return F.layer_norm(x_TD, weight_D.shape, weight_D, None, eps)
+
+
+def add_layer_norm_reference(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What `add_layer_norm` computes, in plain PyTorch, for any floating dtype."""
+    sum_TD = x_TD + residual_TD
+    return F.layer_norm(sum_TD, weight_D.shape, weight_D, None, eps), sum_TD
+
+
+def layer_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """LayerNorm without bias of (…, D), differentiable in x and weight.
+
+    x: bf16, fp16 or fp32, copied first if it is not contiguous. weight: (D,), any of these; its
+    gradient is summed in fp32 and rounded once. Raises TypeError or ValueError otherwise.
+    """
+    _check(x_TD, None, weight_D)
+    rows_TD = x_TD.reshape(-1, x_TD.shape[-1]).contiguous()
+    normed_TD, _, _ = _layer_norm(rows_TD, weight_D, eps)
+    return normed_TD.view(x_TD.shape)
+
+
+def add_layer_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(LayerNorm of x + residual, x + residual), both (…, D), differentiable.
+
+    As `layer_norm`; residual has the shape and dtype of x.
+    """
+    _check(x_TD, residual_TD, weight_D)
+    width = x_TD.shape[-1]
+    normed_TD, sum_TD, _, _ = _add_layer_norm(
+        x_TD.reshape(-1, width).contiguous(),
+        residual_TD.reshape(-1, width).contiguous(),
+        weight_D,
+        eps,
+    )
+    return normed_TD.view(x_TD.shape), sum_TD.view(x_TD.shape)
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    if x.dtype not in kinds or weight.dtype not in kinds:
+        raise TypeError(
+            f"layer_norm takes bf16, fp16 or fp32, not {x.dtype} with a weight of {weight.dtype}"
+        )
+    if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"a weight of {tuple(weight.shape)} does not fit an input of {tuple(x.shape)}"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"the residual is {tuple(residual.shape)} {residual.dtype}, "
+            f"the input {tuple(x.shape)} {x.dtype}; they must be alike"
+        )
+
+
+@triton.jit
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    x,
+    residual,  # with ADD only, like total
+    weight,
+    normed,
+    total,
+    mean,
+    rstd,
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,  # WIDTH rounded up to a power of two
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_W)
+    filled = (column < WIDTH)[None, :]
+    inside = (row < rows)[:, None] & filled
+    offset = row[:, None] * WIDTH + column[None, :]
+    s = tl.load(x + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    if ADD:
+        r = tl.load(residual + offset, mask=inside, other=0.0, eviction_policy="evict_first")
+        rounded = (s + r.to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + offset, rounded, mask=inside)
+        s = rounded.to(tl.float32)
+    mu = tl.sum(s, 1) / WIDTH
+    centred = tl.where(filled, s - mu[:, None], 0.0)
+    # Once more, because the mean of large numbers has lost digits.
+    rest = tl.sum(centred, 1) / WIDTH
+    centred = tl.where(filled, centred - rest[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
+    result = centred * inverse[:, None] * w[None, :]
+    tl.store(normed + offset, result.to(normed.dtype.element_ty), mask=inside)
+    tl.store(mean + row, mu + rest, mask=row < rows)
+    tl.store(rstd + row, inverse, mask=row < rows)
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    total,
+    weight,
+    mean,
+    rstd,
+    grad_normed,
+    grad_total,  # with ADD only
+    grad_x,
+    partial,  # (programs, WIDTH) fp32
+    rows,
+    WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_W)
+    filled = column < WIDTH
+    w = tl.load(weight + column, mask=filled, other=0.0).to(tl.float32)
+    grad_w = tl.zeros((BLOCK_R, BLOCK_W), dtype=tl.float32)
+    for tile in range(program, tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+        row = (tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+        live = row < rows
+        inside = live[:, None] & filled[None, :]
+        offset = row[:, None] * WIDTH + column[None, :]
+        s = tl.load(total + offset, mask=inside, other=0.0, eviction_policy="evict_first")
+        dy = tl.load(grad_normed + offset, mask=inside, other=0.0, eviction_policy="evict_first")
+        if ADD:
+            ds = tl.load(grad_total + offset, mask=inside, other=0.0, eviction_policy="evict_first")
+        mu = tl.load(mean + row, mask=live, other=0.0)
+        inverse = tl.load(rstd + row, mask=live, other=0.0)
+        n = tl.where(inside, (s.to(tl.float32) - mu[:, None]) * inverse[:, None], 0.0)
+        dy = dy.to(tl.float32)
+        grad_w += n * dy
+        g = dy * w[None, :]
+        along_one = tl.sum(g, 1) / WIDTH
+        along_n = tl.sum(g * n, 1) / WIDTH
+        dx = (g - along_one[:, None] - n * along_n[:, None]) * inverse[:, None]
+        if ADD:
+            dx += ds.to(tl.float32)
+        tl.store(grad_x + offset, dx.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(partial + program * WIDTH + column, tl.sum(grad_w, 0), mask=filled)
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LayerNorm, sum (x itself without a residual), mean and 1 / σ of each row."""
+    rows, width = x.shape
+    normed = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    mean = x.new_empty(rows, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if x.numel() > 0:
+        block_r, warps = _FORWARD_TILE
+        wrap_triton(_forward_kernel)[(triton.cdiv(rows, block_r),)](
+            x,
+            residual,
+            weight.contiguous(),
+            normed,
+            None if residual is None else total,
+            mean,
+            rstd,
+            rows,
+            eps,
+            WIDTH=width,
+            ADD=residual is not None,
+            BLOCK_R=block_r,
+            BLOCK_W=triton.next_power_of_2(width),
+            num_warps=warps,
+        )
+    return normed, total, mean, rstd
+
+
+@triton_op("clinical_modernbert::layer_norm", mutates_args={})
+def _layer_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    normed, _, mean, rstd = _forward(x, None, weight, eps)
+    return normed, mean, rstd
+
+
+@triton_op("clinical_modernbert::add_layer_norm", mutates_args={})
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(x, residual, weight, eps)
+
+
+@triton_op("clinical_modernbert::layer_norm_backward", mutates_args={})
+def _layer_norm_backward(
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient by the sum (hence by x and residual) and, in fp32, by the weight."""
+    rows, width = total.shape
+    grad_x = torch.empty_like(total)
+    if total.numel() == 0:
+        return grad_x, weight.new_zeros(weight.shape, dtype=torch.float32)
+    block_r, warps = _BACKWARD_TILE
+    programs = min(_programs(total.device), triton.cdiv(rows, block_r))
+    partial = total.new_empty((programs, width), dtype=torch.float32)
+    wrap_triton(_backward_kernel)[(programs,)](
+        total,
+        weight.contiguous(),
+        mean,
+        rstd,
+        grad_normed,
+        grad_total,
+        grad_x,
+        partial,
+        rows,
+        WIDTH=width,
+        ADD=grad_total is not None,
+        BLOCK_R=block_r,
+        BLOCK_W=triton.next_power_of_2(width),
+        num_warps=warps,
+    )
+    return grad_x, partial.sum(0)
+
+
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _PROGRAMS_INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count * _PROGRAMS_A_MULTIPROCESSOR
+
+
+@_layer_norm.register_fake
+def _layer_norm_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    row = x.new_empty(x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), row, torch.empty_like(row)
+
+
+@_add_layer_norm.register_fake
+def _add_layer_norm_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row = x.new_empty(x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x), row, torch.empty_like(row)
+
+
+@_layer_norm_backward.register_fake
+def _layer_norm_backward_fake(
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(total), weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, grad_normed: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors
+    grad_x, grad_weight = _layer_norm_backward(*saved, grad_normed.contiguous(), None)
+    return grad_x, grad_weight.to(saved[1].dtype), None
+
+
+def _save_sum_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, _, weight, _ = inputs
+    _, total, mean, rstd = output
+    ctx.save_for_backward(total, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_sum(ctx, grad_normed: Tensor | None, grad_total: Tensor | None, *_: Tensor):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors
+    if grad_normed is None:
+        return grad_total, grad_total, None, None
+    # No gradient by the sum where nothing reads it, as behind the last layer.
+    along_sum = None if grad_total is None else grad_total.contiguous()
+    grad_x, grad_weight = _layer_norm_backward(*saved, grad_normed.contiguous(), along_sum)
+    return grad_x, grad_x, grad_weight.to(saved[1].dtype), None
+
+
+_layer_norm.register_autograd(_backward, setup_context=_save_for_backward)
+_add_layer_norm.register_autograd(_backward_of_sum, setup_context=_save_sum_for_backward)

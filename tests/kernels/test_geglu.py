@@ -1,0 +1,128 @@
+"""GeGLU: the kernels against fp64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.geglu import _geglu, _geglu_backward, geglu, geglu_reference
+
+# Rows and half a row: no multiple of a tile, one element, the base and large widths, none.
+SHAPES = [(5, 24), (37, 130), (1, 1), (3, 1152), (2, 2624), (9, 300), (0, 24)]
+ROWS = [7, 300, 64, 2, 129, 1000, 31, 512, 77, 78]
+
+
+def run(function: Callable, x: Tensor, grad: Tensor) -> list[Tensor]:
+    leaf = x.clone().requires_grad_()
+    out = function(leaf)
+    return [out, *torch.autograd.grad(out, leaf, grad.to(out.dtype))]
+
+
+def make_case(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rows + width)
+    x = 2 * torch.randn(rows, 2 * width, generator=generator)
+    grad = torch.randn(rows, width, generator=generator)
+    return [x.to(device, dtype), grad.to(device, dtype)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradient_are_as_exact_as_pytorch(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Callable[..., None],
+) -> None:
+    x, grad = make_case(*shape, dtype, device)
+    results = run(geglu, x, grad), run(geglu_reference, x, grad)
+    exact = run(geglu_reference, x.double(), grad)
+    for what, *values in zip(("forward", "gradient"), *results, exact, strict=True):
+        assert_close(f"geglu {shape} {what}", *values)
+
+
+def test_the_whole_range_of_the_error_function(
+    dtype: torch.dtype, device: torch.device, assert_close: Callable[..., None]
+) -> None:
+    """Both tails, around zero, and numbers whose powers overflow fp32."""
+    a = torch.cat([torch.linspace(-15, 15, 3001), torch.logspace(-30, 30, 61)]).to(dtype)
+    a = torch.cat([a, -a])
+    a = a[a.isfinite()]
+    x = torch.cat([a, torch.ones_like(a)])[None].to(device)
+    grad = torch.ones(1, len(a), dtype=dtype, device=device)
+    moderate = x[0].abs() < 20
+    results = run(geglu, x, grad), run(geglu_reference, x, grad)
+    exact = run(geglu_reference, x.double(), grad)
+    for what, *values in zip(("forward", "gradient"), *results, exact, strict=True):
+        assert bool(values[0].isfinite().all())
+        within = moderate[: values[0].shape[1]]
+        assert_close(f"geglu range {what}", *(value[:, within] for value in values))
+        assert torch.equal(values[0][:, ~within], values[1][:, ~within])
+
+
+def test_not_a_number_stays_one(device: torch.device) -> None:
+    x = torch.tensor([[float("nan"), 1.0], [1.0, float("nan")], [1.0, 1.0]], device=device)
+    assert geglu(x).isnan().flatten().tolist() == [True, True, False]
+
+
+def test_every_output_is_written(device: torch.device, poisoned: None) -> None:
+    x, grad = make_case(37, 130, torch.float32, device)
+    assert all(bool(value.isfinite().all()) for value in run(geglu, x, grad))
+
+
+def test_leading_dimensions_and_non_contiguous_input(device: torch.device) -> None:
+    x, grad = make_case(6, 20, torch.float32, device)
+    expected = run(geglu, x, grad)
+    twice = x.repeat_interleave(2, dim=0)[::2]
+    assert not twice.is_contiguous()
+    assert torch.equal(geglu(twice), expected[0])
+    folded = run(geglu, x.view(2, 3, 40), grad.view(2, 3, 20))
+    assert torch.equal(folded[0].flatten(0, 1), expected[0])
+    assert torch.equal(folded[1].flatten(0, 1), expected[1])
+    leaf = x.clone().requires_grad_()
+    geglu(leaf).sum().backward()  # its gradient has strides of zero
+    assert torch.equal(leaf.grad, run(geglu, x, torch.ones_like(grad))[1])
+
+
+def test_twice_the_same_bits(device: torch.device) -> None:
+    x, grad = make_case(37, 130, torch.float32, device)
+    for one, two in zip(run(geglu, x, grad), run(geglu, x, grad), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_wrong_input_is_refused(device: torch.device) -> None:
+    with pytest.raises(TypeError, match=r"not torch\.float64"):
+        geglu(torch.zeros(2, 4, dtype=torch.float64, device=device))
+    with pytest.raises(ValueError, match="2 I"):
+        geglu(torch.zeros(2, 3, device=device))
+
+
+def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
+    x, grad = make_case(5, 24, torch.float32, device)
+    opcheck(_geglu, (x,))
+    opcheck(_geglu, (x.clone().requires_grad_(),))
+    opcheck(_geglu_backward, (x, grad))
+
+
+@pytest.mark.gpu
+def test_one_graph_for_every_number_of_rows(compiles_twice: Callable[..., None]) -> None:
+    compiles_twice(
+        geglu, [make_case(rows, 96, torch.bfloat16, torch.device("cuda"))[:1] for rows in ROWS]
+    )
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_31_bits() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rows = 2**31 // 2304 + 100
+    x = torch.zeros(rows, 2304, dtype=torch.bfloat16, device="cuda")
+    x[-100:] = torch.randn(100, 2304, device="cuda")
+    leaf = x.requires_grad_()
+    out = geglu(leaf)
+    (gradient,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+    end = x[-100:].detach().clone().requires_grad_()
+    expected = geglu(end)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), end)
+    assert torch.equal(out[-100:], expected)
+    assert torch.equal(gradient[-100:], expected_gradient)
+    assert not bool(out[:-100].any())

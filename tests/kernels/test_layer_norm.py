@@ -1,0 +1,193 @@
+"""Residual add and LayerNorm: the kernels against fp64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.layer_norm import (
+    _add_layer_norm,
+    _layer_norm,
+    _layer_norm_backward,
+    add_layer_norm,
+    add_layer_norm_reference,
+    layer_norm,
+    layer_norm_reference,
+)
+
+# Rows and width: no multiple of a tile, one row, the base and large widths, none.
+SHAPES = [(37, 24), (1, 96), (5, 6), (13, 768), (3, 1024), (0, 24)]
+EPS = 1e-5
+
+
+def make_case(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, residual, weight and the gradients of both results."""
+    generator = torch.Generator().manual_seed(rows + width)
+    x, residual, *grads = torch.randn(4, rows, width, generator=generator)
+    weight = 1 + 0.3 * torch.randn(width, generator=generator)
+    return [value.to(device, dtype) for value in (x, 2 * residual + 0.5, weight, *grads)]
+
+
+def run(function: Callable, values: list[Tensor], wide: bool = False) -> list[Tensor]:
+    """Both results and the gradients by x, residual and weight."""
+    x, residual, weight, *grads = [value.double() if wide else value for value in values]
+    leaves = [value.clone().requires_grad_() for value in (x, residual, weight)]
+    results = function(*leaves, EPS)
+    return [*results, *torch.autograd.grad(results, leaves, grads)]
+
+
+def run_alone(function: Callable, values: list[Tensor], wide: bool = False) -> list[Tensor]:
+    """The result without a residual and the gradients by x and weight."""
+    x, _, weight, grad, _ = [value.double() if wide else value for value in values]
+    leaves = [value.clone().requires_grad_() for value in (x, weight)]
+    out = function(*leaves, EPS)
+    return [out, *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_layer_norm_is_as_exact_as_pytorch(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Callable[..., None],
+) -> None:
+    values = make_case(*shape, dtype, device)
+    ours, plain = run(add_layer_norm, values), run(add_layer_norm_reference, values)
+    exact = run(add_layer_norm_reference, values, wide=True)
+    names = ("normed", "sum", "gradient by x", "gradient by residual", "gradient by weight")
+    for name, *results in zip(names, ours, plain, exact, strict=True):
+        assert_close(f"add_layer_norm {shape} {name}", *results)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layer_norm_is_as_exact_as_pytorch(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Callable[..., None],
+) -> None:
+    values = make_case(*shape, dtype, device)
+    ours, plain = run_alone(layer_norm, values), run_alone(layer_norm_reference, values)
+    exact = run_alone(layer_norm_reference, values, wide=True)
+    for name, *results in zip(("normed", "by x", "by weight"), ours, plain, exact, strict=True):
+        assert_close(f"layer_norm {shape} {name}", *results)
+
+
+def test_sum_is_rounded_once_and_what_is_normed(device: torch.device) -> None:
+    x, residual, weight, *_ = make_case(13, 48, torch.float16, device)
+    normed, total = add_layer_norm(x, residual, weight, EPS)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, layer_norm(total, weight, EPS))
+
+
+def test_a_large_mean_does_not_drown_the_rest(
+    device: torch.device, assert_close: Callable[..., None]
+) -> None:
+    values = make_case(5, 96, torch.float32, device)
+    values[0] += 1000
+    ours, plain = run_alone(layer_norm, values), run_alone(layer_norm_reference, values)
+    exact = run_alone(layer_norm_reference, values, wide=True)
+    for results in zip(ours, plain, exact, strict=True):
+        assert_close("large mean", *results)
+
+
+@pytest.mark.parametrize("used", ["normed", "sum"])
+def test_one_result_alone_may_be_used(used: str, device: torch.device) -> None:
+    values = make_case(7, 48, torch.float32, device)
+    which = ("normed", "sum").index(used)
+    gradients = []
+    for function in (add_layer_norm, add_layer_norm_reference):
+        leaves = [value.clone().requires_grad_() for value in values[:3]]
+        out = function(*leaves, EPS)[which]
+        gradients.append(torch.autograd.grad(out, leaves, values[3], allow_unused=True))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_fp32_weight_beside_half_precision(
+    device: torch.device, assert_close: Callable[..., None]
+) -> None:
+    values = make_case(300, 48, torch.float16, device)
+    values[2] = values[2].float()
+    ours = run_alone(layer_norm, values)
+    exact = run_alone(layer_norm_reference, values, wide=True)
+    assert ours[2].dtype == torch.float32
+    assert (ours[2].double() - exact[2]).norm() < 1e-6 * exact[2].norm()
+
+
+def test_every_output_is_written(device: torch.device, poisoned: None) -> None:
+    values = make_case(37, 24, torch.float32, device)
+    for value in (*run(add_layer_norm, values), *run_alone(layer_norm, values)):
+        assert bool(value.isfinite().all())
+
+
+def test_leading_dimensions_and_non_contiguous_input(device: torch.device) -> None:
+    x, residual, weight, *_ = make_case(6, 20, torch.float32, device)
+    expected = add_layer_norm(x, residual, weight, EPS)
+    twice = x.repeat_interleave(2, dim=0)[::2]
+    assert not twice.is_contiguous()
+    for one, two in zip(add_layer_norm(twice, residual, weight, EPS), expected, strict=True):
+        assert torch.equal(one, two)
+    folded = add_layer_norm(x.view(2, 3, 20), residual.view(2, 3, 20), weight, EPS)
+    assert folded[0].shape == folded[1].shape == (2, 3, 20)
+    assert torch.equal(folded[0].flatten(0, 1), expected[0])
+
+
+def test_twice_the_same_bits(device: torch.device) -> None:
+    values = make_case(37, 24, torch.float32, device)
+    for one, two in zip(run(add_layer_norm, values), run(add_layer_norm, values), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_wrong_input_is_refused(device: torch.device) -> None:
+    x, residual, weight, *_ = make_case(6, 20, torch.float32, device)
+    with pytest.raises(TypeError, match=r"not torch\.float64"):
+        layer_norm(x.double(), weight, EPS)
+    with pytest.raises(ValueError, match="does not fit"):
+        layer_norm(x, weight[:3], EPS)
+    with pytest.raises(ValueError, match="must be alike"):
+        add_layer_norm(x, residual.half(), weight, EPS)
+
+
+def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
+    x, residual, weight, grad, other = make_case(5, 24, torch.float32, device)
+    leaves = [value.clone().requires_grad_() for value in (x, residual, weight)]
+    opcheck(_layer_norm, (x, weight, EPS))
+    opcheck(_layer_norm, (leaves[0], leaves[2], EPS))
+    opcheck(_add_layer_norm, (*leaves, EPS))
+    _, mean, rstd = _layer_norm(x, weight, EPS)
+    opcheck(_layer_norm_backward, (x, weight, mean, rstd, grad, other))
+    opcheck(_layer_norm_backward, (x, weight, mean, rstd, grad, None))
+
+
+@pytest.mark.gpu
+def test_one_graph_for_every_number_of_rows(compiles_twice: Callable[..., None]) -> None:
+    def block(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        normed, total = add_layer_norm(x, residual, weight, EPS)
+        return layer_norm(total + normed, weight, EPS)
+
+    rows = [7, 300, 64, 2, 129, 1000, 31, 512, 77, 78]
+    device = torch.device("cuda")
+    compiles_twice(block, [make_case(n, 96, torch.bfloat16, device)[:3] for n in rows])
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_31_bits() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rows = 2**31 // 1024 + 100
+    leaf = torch.zeros(rows, 1024, dtype=torch.bfloat16, device="cuda")
+    leaf[-100:] = torch.randn(100, 1024, device="cuda")
+    end = leaf[-100:].clone().requires_grad_()
+    leaf.requires_grad_()
+    weight = torch.ones(1024, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn(100, 1024, device="cuda").bfloat16()
+    out = layer_norm(leaf, weight, EPS)
+    (gradient,) = torch.autograd.grad(out[-100:], leaf, grad)
+    expected = layer_norm(end, weight, EPS)
+    assert torch.equal(out[-100:], expected)
+    assert torch.equal(gradient[-100:], torch.autograd.grad(expected, end, grad)[0])
+    assert not bool(gradient[:-100].any())

@@ -1,0 +1,192 @@
+"""The chunked loss against the plain one, in Triton and in PyTorch."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import linear_cross_entropy as module
+from kernels.linear_cross_entropy import (
+    _linear_cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+
+VOCABULARY = 50
+
+
+def make_case(
+    rows: int,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    vocabulary: int = VOCABULARY,
+    width: int = 16,
+) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(rows, width), (vocabulary, width), (vocabulary,)]
+    leaves = [
+        torch.randn(size, generator=generator).to(device, dtype).requires_grad_() for size in sizes
+    ]
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[::3] = -100
+    return leaves, labels.to(device)
+
+
+def in_triton(*arguments: Tensor) -> Tensor:
+    """The loss as on a GPU; on a CPU Triton interprets."""
+    return _linear_cross_entropy(*arguments, torch.is_grad_enabled(), True)[0]
+
+
+def run(function: Callable, leaves: list[Tensor], labels: Tensor) -> list[Tensor]:
+    loss = function(*leaves, labels)
+    return [loss, *torch.autograd.grad(loss / 3, leaves)]
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(0, 7), (1, 7), (7, 7), (40, 7), (40, 1000), (10, 1)])
+def test_equals_the_plain_loss(rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ELEMENTS_A_PLAIN_CHUNK", chunk * VOCABULARY)
+    leaves, labels = make_case(rows)
+    ours, theirs = (
+        run(function, leaves, labels)
+        for function in (linear_cross_entropy, linear_cross_entropy_reference)
+    )
+    assert ours[0].dtype == torch.float32
+    assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-6)
+    for one, two in zip(ours[1:], theirs[1:], strict=True):
+        assert torch.allclose(one, two, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(0, 7), (1, 7), (40, 15), (150, 1000)])
+@pytest.mark.parametrize("vocabulary", [50, 300])
+def test_triton_is_as_exact_as_pytorch(
+    rows: int,
+    chunk: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+) -> None:
+    monkeypatch.setattr(module, "_ELEMENTS_A_CHUNK", chunk * vocabulary)
+    monkeypatch.setattr(module, "_FIRST_PASS", (16, 4))
+    leaves, labels = make_case(rows, dtype, device, vocabulary)
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    ours = run(in_triton, leaves, labels)
+    plain = run(linear_cross_entropy_reference, leaves, labels)
+    exact = run(linear_cross_entropy_reference, exact_leaves, labels)
+    for name, *results in zip(
+        ("loss", "hidden", "weight", "bias"), ours, plain, exact, strict=True
+    ):
+        assert_close(f"linear_cross_entropy {rows} {vocabulary} {name}", *results)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, in_triton])
+def test_large_logits_do_not_overflow(function: Callable, device: torch.device) -> None:
+    hidden = torch.full((1, 1), 1e4, device=device)
+    weight = torch.tensor([[1.0], [-1.0]], device=device)
+    label = torch.tensor([1], device=device)
+    loss = function(hidden, weight, torch.zeros(2, device=device), label)
+    assert loss.item() == pytest.approx(2e4)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, in_triton])
+def test_ignored_rows_give_and_get_nothing(
+    function: Callable, device: torch.device, poisoned: None
+) -> None:
+    leaves, labels = make_case(9, torch.float32, device)
+    with torch.no_grad():
+        leaves[0][labels == -100] = 1e30  # any product with it would show
+    ours = run(function, leaves, labels)
+    live = labels != -100
+    kept = [leaves[0].detach()[live].requires_grad_(), *leaves[1:]]
+    theirs = run(linear_cross_entropy_reference, kept, labels[live])
+    assert not bool(ours[1][~live].any())
+    assert torch.allclose(ours[1][live], theirs[1], rtol=1e-4, atol=1e-6)
+    for one, two in zip((ours[0], *ours[2:]), (theirs[0], *theirs[2:]), strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+    nothing = run(function, leaves, torch.full_like(labels, -100))
+    assert not any(bool(value.any()) for value in nothing)
+
+
+def test_weight_gradient_is_summed_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """In bf16, adding chunk after chunk to a large sum would lose what the later ones bring."""
+    for name in ("_ELEMENTS_A_CHUNK", "_ELEMENTS_A_PLAIN_CHUNK"):
+        monkeypatch.setattr(module, name, 2 * VOCABULARY)
+    leaves, labels = make_case(600, torch.bfloat16, device)
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    ours = run(linear_cross_entropy, leaves, labels)
+    exact = run(linear_cross_entropy, exact_leaves, labels)
+    for gradient, truth in zip(ours[2:], exact[2:], strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.double() - truth).norm() < 0.006 * truth.norm()
+
+
+def test_all_logits_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ELEMENTS_A_PLAIN_CHUNK", 2**16)
+    hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(1024, 8)
+    labels = torch.zeros(4096, dtype=torch.int64)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        linear_cross_entropy(hidden, weight, torch.zeros(1024), labels).backward()
+    assert max(event.cpu_memory_usage for event in profile.events()) < 4 * 2**20
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, in_triton])
+def test_validation_makes_no_gradients(function: Callable, device: torch.device) -> None:
+    leaves, labels = make_case(7, torch.float32, device)
+    with torch.no_grad():
+        loss = function(*leaves, labels)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(function(*leaves, labels).item())
+
+
+def test_twice_the_same_bits(device: torch.device) -> None:
+    leaves, labels = make_case(40, torch.float32, device)
+    for one, two in zip(*(run(in_triton, leaves, labels) for _ in range(2)), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_wrong_input_is_refused() -> None:
+    leaves, labels = make_case(4, torch.float32)
+    with pytest.raises(TypeError, match="one dtype"):
+        linear_cross_entropy(leaves[0].half(), *leaves[1:], labels)
+    with pytest.raises(ValueError, match=r"hidden \(M, D\)"):
+        linear_cross_entropy(*leaves, labels[:3])
+
+
+def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
+    leaves, labels = make_case(7, torch.float32, device)
+    detached = [leaf.detach() for leaf in leaves]
+    opcheck(_linear_cross_entropy, (*leaves, labels, True, device.type == "cuda"))
+    opcheck(_linear_cross_entropy, (*detached, labels, False, device.type == "cuda"))
+
+
+@pytest.mark.gpu
+def test_one_graph_for_every_number_of_rows(compiles_twice: Callable[..., None]) -> None:
+    cases = []
+    for rows in (7, 300, 64, 2, 129, 40, 31):
+        leaves, labels = make_case(rows, torch.bfloat16, "cuda")
+        cases.append([leaf.detach() for leaf in leaves] + [labels])
+    compiles_twice(linear_cross_entropy, cases)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu_and_memory_is_bounded() -> None:
+    """At base size: the products and passes take at most 1 GiB beside the inputs."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    leaves, labels = make_case(19_660, torch.bfloat16, "cuda", 50_368, 768)
+    run(linear_cross_entropy, leaves, labels)  # compiles
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = run(linear_cross_entropy, leaves, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    print(f"peak {peak:.2f} GiB beside the inputs")
+    assert peak <= 1
+    assert results[0].item() > 0
