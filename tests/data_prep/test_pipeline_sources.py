@@ -70,8 +70,9 @@ def test_two_editions_have_ids_of_their_own(raw: Path, tmp_path: Path) -> None:
     found = _documents(config)
     assert len({d.id for d in found}) == len(found) == 2 * len(lines)
     pipeline = Pipeline(config)
-    for stage in (pipeline.cleaning.digests(), pipeline.cleaning.unique()):
-        stage.run()
+    cleaning = pipeline.cleaning
+    for stage in (cleaning.evaluation, cleaning.checks, cleaning.digests, cleaning.unique):
+        stage().run()
     summary = json.loads((tmp_path / "out" / "unique" / "summary.json").read_text())
     assert summary["counts"]["icd10cm"]["unique"] == len(lines) + 1
 
