@@ -64,7 +64,7 @@ def _run(asked: argparse.Namespace, ranks: Ranks, device: torch.device) -> int:
         rank = next(number for number, text in enumerate(problems) if text)
         everywhere = all(text == problem for text in problems)
         text = problems[rank] if everywhere else f"rank {rank}: {problems[rank]}"
-        return _fail(text) if ranks.is_first else 2
+        return _fail_together(text, ranks)
     assert run is not None
 
     # Imported late, for DeepSpeed takes seconds to import and reads what `join` set.
@@ -74,8 +74,7 @@ def _run(asked: argparse.Namespace, ranks: Ranks, device: torch.device) -> int:
     try:
         train(run, ranks, device)
     except (CheckpointError, ConfigError, TrainingError) as error:
-        # Raised on every rank alike.
-        return _fail(str(error)) if ranks.is_first else 2
+        return _fail_together(str(error), ranks)
     except DataError as error:
         return _fail(f"rank {ranks.rank}: {error}")
     torch.distributed.destroy_process_group()
@@ -91,6 +90,17 @@ def _prepare(
         return resolve(config, ranks.size, device.type == "cuda"), ""
     except (ConfigError, DataError) as error:
         return None, str(error)
+
+
+def _fail_together(problem: str, ranks: Ranks) -> int:
+    """End a run for a reason that every rank has; one of them says it."""
+    if ranks.is_first:
+        _fail(problem)
+    # A launcher ends everybody once one has ended: not before it is said. And left open, the
+    # group's threads may abort the process as it exits.
+    gather("said")
+    torch.distributed.destroy_process_group()
+    return 2
 
 
 def _fail(problem: str) -> int:
