@@ -33,7 +33,7 @@ demo: install
 	python -m evaluation.fill_mask demo/model \
 	  "In the ED, initial vitals were T 101.0 BP 106/58 [MASK] 115 RR 24 O2 92% RA." \
 	  "Hemoglobin was 7.9 g/dL. He was given [MASK] and admitted to MEDICINE." \
-	  "ICD 10 code for E03: [MASK]"
+	  "ICD 10 code for E11: Type 2 [MASK] mellitus"
 	@echo "== 6/6 the report"
 	python -m train.report demo/run
 	@echo "model: demo/model"
