@@ -37,6 +37,7 @@ def write_manifest(
     twice.
     """
     excluded = [*tokenizer["special_ids"].values(), *tokenizer["excluded_ids"]]
+    splits = {split: _split(config.row_tokens, split, shards, files, excluded) for split in SPLITS}
     manifest = {
         "format": FORMAT_VERSION,
         "row_tokens": config.row_tokens,
@@ -46,9 +47,8 @@ def write_manifest(
         "tokenizer": tokenizer,
         "configuration": describe(config, max_length),
         "inputs": inputs,
-        "splits": {
-            split: _split(config.row_tokens, split, shards, files, excluded) for split in SPLITS
-        },
+        "totals": _totals(config.row_tokens, list(splits.values())),
+        "splits": splits,
     }
     write_json(folder / MANIFEST_NAME, manifest)
     return manifest
@@ -75,7 +75,7 @@ def _split(
     occurrences: Any = 0
     for part in sorted(part for part in shards if part[0] == split):
         _compare(part, shards[part], files[part])
-        sources[part[1]] = _totals(row_tokens, shards[part]) | {"shards": list(shards[part])}
+        sources[part[1]] = _of_part(row_tokens, shards[part])
         occurrences = occurrences + sum(file.counts() for file in files[part])
     counts = np.array(occurrences, np.int64, ndmin=1)
     if sources:
@@ -86,10 +86,18 @@ def _split(
     }
 
 
+def _of_part(row_tokens: int, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entry of a split and source; `least_rows`: no packing of so many tokens has fewer."""
+    tokens = sum(shard["tokens"] for shard in shards)
+    least = {"least_rows": -(-tokens // row_tokens)}
+    entry = _totals(row_tokens, [{**shard, "least_rows": 0} for shard in shards])
+    return entry | least | {"shards": list(shards)}
+
+
 def _totals(row_tokens: int, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     totals = {
         name: sum(part[name] for part in parts)
-        for name in ("rows", "tokens", "documents", "pieces")
+        for name in ("rows", "least_rows", "tokens", "documents", "pieces")
     }
     slots = totals["rows"] * row_tokens
     return totals | {"fill": round(totals["tokens"] / slots, 6) if slots else 0.0}
