@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from data_prep.card.statistics import OTHER, UNKNOWN
+from data_prep.card.statistics import DECADES, OTHER, UNKNOWN
 from data_prep.card.terms import TOPICS
 
 
@@ -46,11 +46,7 @@ ALL = (
         Breakdown(topic, f"Documents with terms of {topic}.", values=tuple(groups))
         for topic, groups in TOPICS.items()
     ),
-    Breakdown(
-        "stated age",
-        "First age stated, in years, by decade (90: 90 or more).",
-        values=tuple(str(decade) for decade in range(0, 100, 10)),
-    ),
+    Breakdown("stated age", "First age stated, in years.", values=DECADES),
     Breakdown("sex in the heading", "Sex in the heading of discharge summaries."),
     Breakdown("note type", "Note types (DS, RR: first versions; AD, AR: addenda)."),
     Breakdown(

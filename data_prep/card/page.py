@@ -129,7 +129,7 @@ def _lengths(page: Page, facts: Facts) -> None:
     }
     most = [f"Most of {source}: {names[int(np.argmax(s))]}." for source, s in series.items()]
     page.figure(
-        plots.columns(names, series, "share of the documents", share=True),
+        plots.columns(names, series, "share of the documents", share=True, order=facts.sources),
         "Tokens of whole documents, before long ones are cut.",
         f"Columns: share of documents by tokens. {' '.join(most)}",
     )
@@ -231,7 +231,7 @@ def _clusters(page: Page, facts: Facts) -> None:
         return
     series = {source: [float(found[n] or 0) for n in names] for source, found in cells.items()}
     page.figure(
-        plots.columns(names, series, "clusters", logarithmic=True),
+        plots.columns(names, series, "clusters", logarithmic=True, order=facts.sources),
         "Clusters by their number of documents, before any was dropped.",
         "Columns: clusters by size. "
         + " ".join(f"{source}: {int(facts.clusters[source].sum()):,}." for source in cells),
@@ -274,7 +274,7 @@ def _mixture(page: Page, facts: Facts, mixture: Mixture) -> None:
     names = ["rows there are", "rows read"]
     series = {part.source: [part.share_of_rows, part.share_read] for part in found}
     page.figure(
-        plots.stacked(names, series, "share of the rows"),
+        plots.stacked(names, series, "share of the rows", order=facts.sources),
         "Training rows, and those read at these weights.",
         _alt("share of rows read", [p.source for p in found], [p.share_read for p in found], True),
     )
@@ -324,7 +324,8 @@ def _breakdown(
             _alt(f"{breakdown.name} in {source}", top, shares, percent=True)
             for source, shares in series.items()
         )
-        svg = plots.bars(top, series, "share of the documents", share=True)
+        label = "share of the documents"
+        svg = plots.bars(top, series, label, share=True, order=facts.sources)
         page.figure(svg, breakdown.caption, alt)
     _folded(page, breakdown.name, values, cells)
 

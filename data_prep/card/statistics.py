@@ -17,7 +17,7 @@ from data_prep.document import Document, read_documents
 
 UNKNOWN = "not stated"
 OTHER = "other"
-_OLDEST_DECADE = 90
+DECADES = (*(f"{first} to {first + 9}" for first in range(0, 90, 10)), "90 or more")
 _NOTE_NUMBERS = ((1, "1st"), (5, "2nd to 5th"), (20, "6th to 20th"))
 _HEADING_BYTES = 4000
 
@@ -111,7 +111,7 @@ def _said(document: Document, words: Sequence[bytes]) -> list[tuple[str, str]]:
     found = [(topic, group) for topic, group in _TERMS.find(words)]
     age = stated_age(words)
     if age is not None:
-        found.append(("stated age", f"{min(age // 10 * 10, _OLDEST_DECADE)}"))
+        found.append(("stated age", DECADES[min(age // 10, len(DECADES) - 1)]))
     return found + describe(document)
 
 
