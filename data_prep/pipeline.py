@@ -49,7 +49,7 @@ from data_prep.token_files import FILES, TokenFile, write_tokens
 _LOG = logging.getLogger(__name__)
 
 # Raised when a stage makes something else of the same input; results of an older one are redone.
-VERSION = 2
+VERSION = 3
 
 
 def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
