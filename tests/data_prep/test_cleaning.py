@@ -229,6 +229,25 @@ def test_the_order_of_the_tasks_changes_nothing(planted: Path, tmp_path: Path) -
         assert path.read_bytes() == (tmp_path / "backwards" / name).read_bytes(), name
 
 
+def test_the_order_of_the_files_changes_neither_texts_nor_sides(
+    planted: Path, tmp_path: Path
+) -> None:
+    """Only which of equal documents is the first, and stays, depends on it."""
+    clean(planted, tmp_path / "one", **SETTINGS)
+    for name, other in (("a", "z"), ("b", "a")):
+        (planted / f"{name}.csv.gz").rename(planted / f"{other}.csv.gz")
+    clean(planted, tmp_path / "two", **SETTINGS)
+    found = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        documents = kept(out).values()
+        texts = Counter(" ".join(document.text.casefold().split()) for _, document in documents)
+        found.append((texts, {document.group: side for side, document in documents}))
+    (texts, sides), (other_texts, other_sides) = found
+    assert texts == other_texts
+    assert len(sides.keys() & other_sides.keys()) > 4
+    assert all(sides[group] == other_sides[group] for group in sides.keys() & other_sides.keys())
+
+
 def test_a_changed_key_redoes_what_it_decides(
     planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
