@@ -33,10 +33,8 @@ def checked(data: DataSet) -> list[str]:
     for split, parts in data.manifest["splits"].items():
         for source, entry in parts["sources"].items():
             shards = entry["shards"]
-            size = sum(shard["bytes"] for shard in shards)
-            lines.append(
-                f"{split} {source}: {len(shards):,} shards, {entry['rows']:,} rows, {size:,} bytes"
-            )
+            rows, size = (sum(shard[name] for shard in shards) for name in ("rows", "bytes"))
+            lines.append(f"{split} {source}: {len(shards):,} shards, {rows:,} rows, {size:,} bytes")
     lines.append(
         f"{data.folder} is whole: every shard and index has the sha256 in the manifest, whose own "
         f"is {data.manifest_sha256}"

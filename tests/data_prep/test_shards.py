@@ -262,7 +262,8 @@ def test_the_command_that_verifies_says_what_it_read_or_names_the_spoilt_shard(
     out = capsys.readouterr().out
     sources = DataSet(folder).manifest["splits"]["train"]["sources"]
     for source, entry in sources.items():
-        assert f"train {source}: {len(entry['shards'])} shards, {entry['rows']} rows" in out
+        rows = sum(shard["rows"] for shard in entry["shards"])
+        assert f"train {source}: {len(entry['shards'])} shards, {rows} rows" in out
     assert f"{folder} is whole" in out
 
     shard = folder / sources[min(sources)]["shards"][-1]["name"]
