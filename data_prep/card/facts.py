@@ -74,12 +74,14 @@ class Facts:
         return sum(entry[name] for _, found, entry in self.parts() if found == source)
 
 
-def data_sets(out_dir: Path) -> list[Path]:
-    """The data sets below an `out_dir`, shorter documents first; InputError if there are none."""
-    found = [path.parent for path in out_dir.glob(f"rows-*/{MANIFEST_NAME}")]
+def data_sets(folder: Path) -> list[Path]:
+    """A data set itself, or those of an `out_dir`, shorter documents first; InputError for none."""
+    if (folder / MANIFEST_NAME).is_file():
+        return [folder]
+    found = [path.parent for path in folder.glob(f"rows-*/{MANIFEST_NAME}")]
     if not found:
         raise InputError(
-            f"{out_dir} holds no data set (rows-…/{MANIFEST_NAME}); give the out_dir of a finished "
+            f"{folder} holds no data set (rows-…/{MANIFEST_NAME}); give the out_dir of a finished "
             "`python -m data_prep`, or run it again to its end"
         )
     return sorted(found, key=lambda path: int(path.name.removeprefix("rows-")))
@@ -87,7 +89,7 @@ def data_sets(out_dir: Path) -> list[Path]:
 
 def gather(data_set: Path) -> Facts:
     """The facts of a data set; raises InputError naming the file that is missing."""
-    out_dir = data_set.parent
+    out_dir = data_set.resolve().parent
     manifest = _read_json(data_set / MANIFEST_NAME)
     parts = {(split, source) for split in SPLITS for source in manifest["splits"][split]["sources"]}
     sources = sorted({source for _, source in parts})

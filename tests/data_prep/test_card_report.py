@@ -178,7 +178,9 @@ def test_equal_data_sets_have_equal_pages(made: Path, written: Path, tmp_path: P
     out = Path(shutil.copytree(made, tmp_path / "out"))
     content = written.read_bytes()
     (out / "rows-128" / "report.html").unlink()
-    assert main(["report", str(out), "weights.discharge=1", "weights.pubmed=3"]) == 0
+    # The data set itself, this time.
+    words = ["weights.discharge=1", "weights.pubmed=3"]
+    assert main(["report", str(out / "rows-128"), *words]) == 0
     assert (out / "rows-128" / "report.html").read_bytes() == content
 
 
