@@ -2,10 +2,10 @@
 
 FOLDER is the `out_dir` of a finished `python -m data_prep`, or one data set in it. For every data
 set one page, `OUT_DIR/rows-…/report.html`, is written: what the data set holds, where it is from,
-what was left out, and what a reader needs to judge its bias. It is made beside the results of the
-stages; copied elsewhere alone, a data set does not say how it was made, and its page goes with it. The words give a mixture, as training takes it:
-`weights.SOURCE=SHARE` for each source, and `tokens=N` for the length of the run in slots. The page
-holds numbers and names of lists (data_prep/card/terms.py), never text of a document.
+what was left out, and what a reader needs to judge its bias. It is made from what the stages left
+beside the data set. The words give a mixture, as training takes it: `weights.SOURCE=SHARE` for each
+source, and `tokens=N` for the length of the run in slots. The page holds numbers and names of lists
+(data_prep/card/terms.py), never text of a document.
 """
 
 import argparse
