@@ -7,9 +7,9 @@ time and in batches, so memory does not grow with the corpus.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,22 +133,21 @@ def bin_names(edges: tuple[int, ...]) -> list[str]:
 
 
 def cluster_sizes(out_dir: Path, source: str) -> NDArray[np.int64]:
-    """Clusters of duplicates of a source by CLUSTER_EDGES; the table has one after another."""
-    path = out_dir / "clusters" / source / "clusters.parquet"
+    """Clusters of duplicates of a source by CLUSTER_EDGES.
+
+    A table has its clusters one after another, each whole.
+    """
     sizes = np.zeros(len(CLUSTER_EDGES), np.int64)
-    if not path.is_file():
-        raise InputError(f"{path} is missing; run python -m data_prep again")
-    with pq.ParquetFile(path) as file:
-        last, open_size = None, 0
-        for batch in file.iter_batches(columns=["cluster"]):
-            runs = _runs(batch.column("cluster").to_pylist())
-            for name, size in runs:
-                if name != last and open_size:
-                    sizes += binned(np.array([open_size]), CLUSTER_EDGES)
-                    open_size = 0
-                last, open_size = name, open_size + size
-        if open_size:
-            sizes += binned(np.array([open_size]), CLUSTER_EDGES)
+    for path in _files(out_dir / "clusters" / source, "*.parquet"):
+        last, size = "", 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["cluster"]):
+                for name, members in groupby(batch.column("cluster").to_pylist()):
+                    if name != last:
+                        sizes += binned(np.array([size]), CLUSTER_EDGES)
+                        last, size = name, 0
+                    size += len(list(members))
+        sizes += binned(np.array([size]), CLUSTER_EDGES)
     return sizes
 
 
@@ -165,18 +164,6 @@ def shown(source: str, counts: Mapping[str, int]) -> Cells:
     if len(small) == 1 and large:
         small.add(min(large, key=lambda name: (large[name], name)))
     return {name: None if name in small else count for name, count in counts.items()}
-
-
-def _runs(names: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """(name, how often in a row)."""
-    last, size = "", 0
-    for name in names:
-        if name != last and size:
-            yield last, size
-            size = 0
-        last, size = name, size + 1
-    if size:
-        yield last, size
 
 
 def _steps(out_dir: Path) -> dict[str, dict[str, Counter[str]]]:

@@ -53,10 +53,12 @@ def test_clusters_are_counted_over_batches(tmp_path: Path) -> None:
     names = [f"pubmed-{number}" for number, size in enumerate(sizes) for _ in range(size)]
     folder = tmp_path / "clusters" / "pubmed"
     folder.mkdir(parents=True)
-    pq.write_table(pa.table({"cluster": names}), folder / "clusters.parquet", row_group_size=1000)
-    expected = binned(np.array(sizes), CLUSTER_EDGES)
+    pq.write_table(pa.table({"cluster": names}), folder / "a.parquet", row_group_size=1000)
+    pq.write_table(pa.table({"cluster": ["pubmed-x"] * 4}), folder / "b.parquet")
+    pq.write_table(pa.table({"cluster": pa.array([], pa.string())}), folder / "c.parquet")
+    expected = binned(np.array([*sizes, 4]), CLUSTER_EDGES)
     assert cluster_sizes(tmp_path, "pubmed").tolist() == expected.tolist()
-    with pytest.raises(InputError, match=r"clusters/discharge.* is missing"):
+    with pytest.raises(InputError, match=r"clusters/discharge holds no"):
         cluster_sizes(tmp_path, "discharge")
 
 
