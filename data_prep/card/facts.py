@@ -168,7 +168,7 @@ def shown(source: str, counts: Mapping[str, int]) -> Cells:
 
 def _steps(out_dir: Path) -> dict[str, dict[str, Counter[str]]]:
     found: dict[str, dict[str, Counter[str]]] = {}
-    for stage in ("documents", "checks", "unique", "clusters", "copied", "kept"):
+    for stage in ("scan", "documents", "checks", "clusters", "kept"):
         for source, counts in _summary(out_dir, stage).items():
             found.setdefault(source, {})[stage] = Counter(counts)
     return found

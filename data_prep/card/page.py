@@ -169,6 +169,8 @@ def _left_out(page: Page, facts: Facts) -> None:
         "A PubMed record may become several documents, a book none. The last step before those "
         "kept: validation documents whose cluster was on both sides, and notes copied whole."
     )
+    deletions = sum(steps.get("scan", Counter())["deletions"] for steps in facts.steps.values())
+    page.paragraph(f"Deletions listed in PubMed's files: {deletions:,}.")
     _quality(page, facts)
     page.table(
         ["source", "template copies kept", "paragraphs copied", "characters", "notes emptied"],

@@ -182,6 +182,13 @@ def test_links_that_would_tie_too_many_leave_out_of_validation(
     assert 2 < len(template) < 12
     left_out = counts(tmp_path / "out", "split", "groups")["left_out_of_validation"]
     assert left_out >= 12 - len(template)
+    log = [
+        json.loads(line)
+        for path in tmp_path.glob("out/kept/apart/**/*.jsonl")
+        for line in path.open()
+    ]
+    assert len({entry["id"] for entry in log}) == len(log) == left_out
+    assert not {entry["id"] for entry in log} & set(found)
 
 
 def test_no_text_is_anywhere_but_in_documents(planted: Path, tmp_path: Path) -> None:
