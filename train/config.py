@@ -44,10 +44,21 @@ class Batch:
 
 @config
 class Masking:
-    """Masked-language-model targets."""
+    """Masked-language-model targets of training; validation masks single tokens, all alike."""
 
     rate: float = 0.3
     """share of the maskable tokens that is masked"""
+    kind: Literal["token", "whole_word", "token_aware"] = "token"
+    """token: every token alone, all equally likely; whole_word: all tokens of a word; token_aware:
+    every token alone, rarer ones and medical terms more often (the next four keys)"""
+    frequency_exponent: float = 0.5
+    """a token's weight falls with this power of its frequency; 0 weights all alike"""
+    weight_cap: float = 3.0
+    """largest weight; the typical token (half of all training tokens are no rarer) has 1"""
+    term_sources: list[str] = field(default_factory=lambda: ["icd10cm", "icd9cm"])
+    """sources whose texts are medical terms: tokens that are frequent there are boosted; [] none"""
+    term_boost: float = 1.5
+    """factor to the weight of these"""
     mask_share: float = 0.8
     """share of these that becomes [MASK]"""
     random_share: float = 0.1
@@ -143,12 +154,15 @@ class Train:
             "validation.rows": self.validation.rows,
             "optimizer.lr": self.optimizer.lr,
             "optimizer.eps": self.optimizer.eps,
+            "masking.weight_cap": self.masking.weight_cap,
+            "masking.term_boost": self.masking.term_boost,
         }
         for key, value in positive.items():
             _require(value > 0, f"{key} is {value}, it must be above 0")
         not_negative = {
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "optimizer.gradient_clipping": self.optimizer.gradient_clipping,
+            "masking.frequency_exponent": self.masking.frequency_exponent,
         }
         for key, value in not_negative.items():
             _require(value >= 0, f"{key} is {value}, it must not be negative")

@@ -1,6 +1,7 @@
 """Loss and accuracy on the validation rows: the same rows under the same masks every time."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from model.modernbert import ModernBertForMaskedLM
 from train.batch import BatchShape, PackedBatch, pack
 from train.engine import Engine
 from train.loader import RowCounts
+from train.mask_order import TokenOrder
 from train.masking import IGNORED
 from train.ranks import Ranks, sum_over_ranks
 from train.resolve import Run
@@ -29,6 +31,8 @@ class Validation:
             (source, row) for source in self._sources for row in range(run.validation_rows[source])
         ]
         self._counts = RowCounts(run.data, "validation")
+        # Plain, however training masks, so that losses of different runs compare.
+        self._masker = replace(run.masker, order=TokenOrder())
         self._shape = BatchShape(
             rows=run.shape.rows,
             row_tokens=run.shape.row_tokens,
@@ -71,7 +75,7 @@ class Validation:
             maskable = self._counts.maskable(source, at) if number < len(self._rows) else 0
             rows.append(row)
             masks.append(
-                self._run.masker.mask(
+                self._masker.mask(
                     row.input_ids,
                     maskable,
                     self._run.config.validation.rate,
