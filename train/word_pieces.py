@@ -19,10 +19,14 @@ from numpy.typing import NDArray
 from data_prep.shards import TOKENIZER_FILE, DataError
 
 SENTENCEPIECE_SPACE = "\u2581"
-# Kinds of characters, a bit each. A fragment is a part of a character that is spelled in bytes.
+# Kinds of characters, a bit each. A fragment goes on with a character that is spelled in bytes.
 _LETTER, _DIGIT, _SIGN, _SPACE, _FRAGMENT = (1 << bit for bit in range(5))
-_FRAGMENT_MARK = "\ufffd"
 _KINDS = {"L": _LETTER, "M": _LETTER, "N": _DIGIT, "Z": _SPACE}
+# Bytes with which the UTF-8 of Latin-1's signs, of mathematics and punctuation, and of emoji begin;
+# nearly all that begins otherwise is letters.
+_SIGN_BYTES = (0xC2, 0xE2, 0xF0)
+# Python's mark of a byte that is no character by itself (PEP 383).
+_BYTE = 0xDC00
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ class WordPieces:
         for token, text in enumerate(texts):
             if not text or special[token]:
                 continue
-            left[token] = 0 if text[0] == " " else _kind(text[0])
+            left[token] = 0 if text[0] == " " else _first_kind(text[0])
             # A lone space is the one before a word, whatever the word is made of.
-            right[token] = _kind(text[-1]) if text != " " else _LETTER | _DIGIT | _SIGN | _FRAGMENT
+            right[token] = _last_kind(text[-1]) if text != " " else _LETTER | _DIGIT | _SIGN
         return cls(left, right)
 
     def begins(self, input_ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
@@ -60,8 +64,9 @@ def token_texts(tokenizer_folder: Path) -> list[str]:
     """The text of every token by its id, with the space before it as a space.
 
     Byte-level BPE (GPT-2's, ModernBERT's), SentencePiece's (BPE or unigram) and WordPiece
-    vocabularies are understood; a token of WordPiece that does not continue a word gets a space. A
-    part of a character stands as U+FFFD. Raises DataError for any other tokenizer.json.
+    vocabularies are understood; a token of WordPiece that does not continue a word gets a space.
+    Bytes that are no whole character stand as in PEP 383. Raises DataError for any other
+    tokenizer.json.
     """
     path = tokenizer_folder / TOKENIZER_FILE
     try:
@@ -92,7 +97,9 @@ def _reader(content: dict[str, Any], vocabulary: dict[str, int]) -> Callable[[st
         return lambda piece: piece.removeprefix(prefix) if piece.startswith(prefix) else f" {piece}"
     if "ByteLevel" in _types(content.get("pre_tokenizer")) | _types(content.get("decoder")):
         to_byte = _byte_of_character()
-        return lambda piece: bytes(map(to_byte.__getitem__, piece)).decode("utf-8", "replace")
+        return lambda piece: bytes(map(to_byte.__getitem__, piece)).decode(
+            "utf-8", "surrogateescape"
+        )
     if not any(piece.startswith(SENTENCEPIECE_SPACE) for piece in vocabulary):
         raise ValueError("no piece of its vocabulary marks a space")
     return _sentencepiece_text
@@ -101,7 +108,7 @@ def _reader(content: dict[str, Any], vocabulary: dict[str, int]) -> Callable[[st
 def _sentencepiece_text(piece: str) -> str:
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         byte = int(piece[3:5], 16)
-        return chr(byte) if byte < 0x80 else _FRAGMENT_MARK
+        return chr(byte if byte < 0x80 else _BYTE + byte)
     return piece.replace(SENTENCEPIECE_SPACE, " ")
 
 
@@ -128,9 +135,27 @@ def _byte_of_character() -> dict[str, int]:
     }
 
 
-def _kind(character: str) -> int:
-    if character == _FRAGMENT_MARK:
+def _first_kind(character: str) -> int:
+    """What a token that begins with `character` goes on with."""
+    byte = ord(character) - _BYTE
+    if 0x80 <= byte < 0xC0:
         return _FRAGMENT
+    if 0xC0 <= byte < 0x100:
+        return _SIGN if byte in _SIGN_BYTES else _LETTER
+    return _kind(character)
+
+
+def _last_kind(character: str) -> int:
+    """What goes on with a token that ends with `character`."""
+    byte = ord(character) - _BYTE
+    if 0x80 <= byte < 0xC0:  # Its character may be complete, or not.
+        return _FRAGMENT | _LETTER
+    if 0xC0 <= byte < 0x100:
+        return _FRAGMENT
+    return _kind(character)
+
+
+def _kind(character: str) -> int:
     if character.isspace():
         return _SPACE
     return _KINDS.get(unicodedata.category(character)[0], _SIGN)
