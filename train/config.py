@@ -64,6 +64,14 @@ class Masking:
     random_share: float = 0.1
     """share of these that becomes a random token; the rest keeps its token"""
 
+    def __post_init__(self) -> None:
+        for name in ("weight_cap", "term_boost"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, not above 0")
+        _require(
+            self.frequency_exponent >= 0,
+            f"frequency_exponent is {self.frequency_exponent}, it must not be negative",
+        )
+
 
 @config
 class Optimizer:
@@ -154,15 +162,12 @@ class Train:
             "validation.rows": self.validation.rows,
             "optimizer.lr": self.optimizer.lr,
             "optimizer.eps": self.optimizer.eps,
-            "masking.weight_cap": self.masking.weight_cap,
-            "masking.term_boost": self.masking.term_boost,
         }
         for key, value in positive.items():
             _require(value > 0, f"{key} is {value}, it must be above 0")
         not_negative = {
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "optimizer.gradient_clipping": self.optimizer.gradient_clipping,
-            "masking.frequency_exponent": self.masking.frequency_exponent,
         }
         for key, value in not_negative.items():
             _require(value >= 0, f"{key} is {value}, it must not be negative")

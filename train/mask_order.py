@@ -116,9 +116,7 @@ def make_order(
     texts = token_texts(tokenizer_folder)
     if masking.kind == "whole_word":
         return WholeWordOrder(WordPieces.from_texts(texts, special))
-    counts = {
-        source: np.where(special, 0, numbers) for source, numbers in data.token_counts().items()
-    }
+    counts = ordinary_counts(data, special)
     for source in masking.term_sources:
         if source not in counts:
             raise ConfigError(
@@ -134,3 +132,10 @@ def make_order(
             masking.term_boost,
         )
     )
+
+
+def ordinary_counts(data: DataSet, special: NDArray[np.bool_]) -> dict[str, NDArray[np.int64]]:
+    """How often each token occurs in each source in training, 0 for special tokens."""
+    return {
+        source: np.where(special, 0, numbers) for source, numbers in data.token_counts().items()
+    }
