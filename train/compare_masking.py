@@ -42,19 +42,16 @@ from train.batch import pack
 from train.checkpoint import checkpoints, folder_of
 from train.config import Train
 from train.loader import RowCounts
-from train.mask_order import TokenOrder, ordinary_counts
+from train.mask_order import KINDS, TokenOrder, token_statistics
 from train.masking import MaskedRow
 from train.ranks import choose_device, find_ranks
 from train.resolve import Run, resolve, tokenizer_folder
-from train.token_weights import medical_terms
+from train.token_weights import BANDS, frequency_bands
 from train.validation import predict
 from train.word_pieces import WordPieces, token_texts
 
-KINDS = ("token", "whole_word", "token_aware")
 MAIN = Path(__file__).parent / "main.py"
 WORD_SHARE = 0.1
-# Upper ends of the bands of tokens, in shares of the training text, from the most frequent on.
-BANDS = {"frequent half": 0.5, "next four tenths": 0.9, "rarest tenth": 1.0}
 
 Record = dict[str, Any]
 
@@ -117,12 +114,11 @@ def score(run: Run, model: ModernBertForMaskedLM, device: torch.device) -> Recor
     """
     special = run.masker.vocabulary.special
     texts = token_texts(tokenizer_folder(run.data))
-    counts = ordinary_counts(run.data, special)
-    terms = medical_terms(counts, run.config.masking.term_sources, texts)
+    counts, terms = token_statistics(run.config.masking, run.data, texts, special)
     if not terms.any():
         raise ConfigError("masking.term_sources names no source that makes a token a medical term")
     plain = _predict(run, model, device, _plain_masks(run))
-    bands = frequency_bands(np.sum(list(counts.values()), axis=0))
+    bands = frequency_bands(counts)
     masks, starts = _word_masks(run, WordPieces.from_texts(texts, special), terms)
     words = _predict(run, model, device, masks)
     right = np.minimum.reduceat(words.correct, starts)
@@ -189,16 +185,6 @@ def table(records: Sequence[Record]) -> str:
 
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
-
-
-def frequency_bands(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The number of each token's band, (vocab_size,), from the most frequent tokens on."""
-    falling = np.argsort(-counts, kind="stable")
-    before = np.cumsum(counts[falling]) - counts[falling]
-    ends = np.array(list(BANDS.values())) * counts.sum()
-    bands = np.empty(len(counts), np.int64)
-    bands[falling] = np.searchsorted(ends[:-1], before, side="right")
-    return bands
 
 
 def _rows(run: Run) -> Iterator[Row]:

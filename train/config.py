@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from common.config import ConfigError, config
 
+MaskingKind = Literal["token", "whole_word", "token_aware"]
+
 
 @config
 class Data:
@@ -48,7 +50,7 @@ class Masking:
 
     rate: float = 0.3
     """share of the maskable tokens that is masked"""
-    kind: Literal["token", "whole_word", "token_aware"] = "token"
+    kind: MaskingKind = "token"
     """token: every token alone, all equally likely; whole_word: all tokens of a word; token_aware:
     every token alone, rarer ones and medical terms more often (the next four keys)"""
     frequency_exponent: float = 0.5

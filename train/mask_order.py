@@ -5,9 +5,10 @@ ones, as many as the rate says. So all ways mask exactly the same number of toke
 lower rate masks a part of what a higher one does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from common.config import ConfigError
 from common.counter_random import random_bits
 from data_prep.shards import DataSet
-from train.config import Masking
+from train.config import Masking, MaskingKind
 from train.token_weights import medical_terms, token_weights
 from train.word_pieces import WordPieces, token_texts
 
+KINDS: tuple[MaskingKind, ...] = get_args(MaskingKind)
 # Bits of a whole-word key that hold a token's place in its word; no row has so many tokens.
 _PLACE_BITS = np.uint64(24)
 
@@ -116,26 +118,29 @@ def make_order(
     texts = token_texts(tokenizer_folder)
     if masking.kind == "whole_word":
         return WholeWordOrder(WordPieces.from_texts(texts, special))
-    counts = ordinary_counts(data, special)
+    counts, terms = token_statistics(masking, data, texts, special)
+    weights = token_weights(
+        counts, terms, masking.frequency_exponent, masking.weight_cap, masking.term_boost
+    )
+    return TokenAwareOrder(weights)
+
+
+def token_statistics(
+    masking: Masking, data: DataSet, texts: Sequence[str], special: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """How often each token occurs in training, and which are medical terms, (vocab_size,) both.
+
+    texts: of the tokens by id; special: (vocab_size,), counted as 0. Raises ConfigError for a
+    source of terms that the data set does not have, and DataError where it has no counts.
+    """
+    counts = {
+        source: np.where(special, 0, numbers) for source, numbers in data.token_counts().items()
+    }
     for source in masking.term_sources:
         if source not in counts:
             raise ConfigError(
                 f"masking.term_sources: the data set {data.folder} has no source {source!r}; it "
                 f"has {', '.join(counts)}; with [] no terms are boosted"
             )
-    return TokenAwareOrder(
-        token_weights(
-            np.sum(list(counts.values()), axis=0),
-            medical_terms(counts, masking.term_sources, texts),
-            masking.frequency_exponent,
-            masking.weight_cap,
-            masking.term_boost,
-        )
-    )
-
-
-def ordinary_counts(data: DataSet, special: NDArray[np.bool_]) -> dict[str, NDArray[np.int64]]:
-    """How often each token occurs in each source in training, 0 for special tokens."""
-    return {
-        source: np.where(special, 0, numbers) for source, numbers in data.token_counts().items()
-    }
+    terms = medical_terms(counts, masking.term_sources, texts)
+    return np.sum(list(counts.values()), axis=0), terms

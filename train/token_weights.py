@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+BANDS = {"frequent half": 0.5, "next four tenths": 0.9, "rarest tenth": 1.0}
+"""upper ends of the bands of tokens, in shares of the training text, from the most frequent on"""
 _LETTERS = re.compile(r"[^\W\d_]{3}")
 
 
@@ -57,6 +59,16 @@ def medical_terms(
     words = np.zeros(len(everywhere), np.bool_)
     words[: len(texts)] = [_LETTERS.search(text) is not None for text in texts]
     return key & words
+
+
+def frequency_bands(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The number of each token's band, (vocab_size,), from the most frequent tokens on."""
+    falling = np.argsort(-counts, kind="stable")
+    before = np.cumsum(counts[falling]) - counts[falling]
+    ends = np.array(list(BANDS.values())) * counts.sum()
+    bands = np.empty(len(counts), np.int64)
+    bands[falling] = np.searchsorted(ends[:-1], before, side="right")
+    return bands
 
 
 def _typical(shares: NDArray[np.float64]) -> float:

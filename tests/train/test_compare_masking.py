@@ -14,10 +14,10 @@ import torch.distributed as dist
 from common.config import ConfigError
 from model.modernbert import ModernBertForMaskedLM
 from train import compare_masking
-from train.compare_masking import BANDS, frequency_bands, score, table
-from train.mask_order import ordinary_counts
+from train.compare_masking import score, table
+from train.mask_order import token_statistics
 from train.ranks import Ranks, join
-from train.token_weights import medical_terms
+from train.token_weights import BANDS
 from train.validation import Validation
 
 TERMS = {"term_sources": ["notes"]}
@@ -86,7 +86,7 @@ def test_a_word_is_right_when_all_its_tokens_are(
     found = score(run, ModernBertForMaskedLM(run.model_config), torch.device("cpu"))["words"]
     special = run.masker.vocabulary.special
     texts = ["" if special[i] else "word" for i in range(64)]
-    terms = medical_terms(ordinary_counts(run.data, special), ["notes"], texts)
+    _, terms = token_statistics(run.config.masking, run.data, texts, special)
     words = []
     for source, rows in run.validation_rows.items():
         for number in range(rows):
@@ -96,12 +96,6 @@ def test_a_word_is_right_when_all_its_tokens_are(
     assert 0 < sum(right) < len(right) == found["words"]
     assert found["accuracy"] == pytest.approx(np.mean(right))
     assert found["loss"] == pytest.approx(sum(map(len, words)) / len(words))
-
-
-def test_bands_are_shares_of_the_training_text() -> None:
-    counts = np.array([0, 30, 5, 25, 5, 30, 4, 1])
-    # Falling: 30 (id 1), 30 (5) | 25 (3), 5 (2) | 5 (4), 4 (6), 1 (7), 0 (0).
-    assert frequency_bands(counts).tolist() == [2, 0, 1, 1, 2, 0, 2, 2]
 
 
 def make_record(kind: str, seed: int, value: float) -> dict[str, Any]:

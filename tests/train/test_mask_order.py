@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -56,6 +56,7 @@ def words_of(ids: np.ndarray[Any, Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: type(order).__name__)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(1, 40), max_size=6),
     padding=st.integers(0, 30),
@@ -105,7 +106,7 @@ def test_words_are_drawn_like_a_shuffle_of_them() -> None:
     """How often each token is masked, against words shuffled by NumPy and cut at the same count."""
     ids = make_row([40], 0, seed=5)
     words = words_of(ids)
-    rows, number = 2500, masked_count(0.3, 40)
+    rows, number = 1500, masked_count(0.3, 40)
     random = np.random.default_rng(0)
     wanted, found = np.zeros((2, len(ids)))
     for row in range(rows):
@@ -126,7 +127,7 @@ def test_tokens_are_drawn_by_their_weights(number: int) -> None:
     share = weights[tokens] / weights[tokens].sum()
     # First i then j: share i × share j / (1 - share i).
     pairs = share[:, None] * share / (1 - share[:, None]) * (1 - np.eye(10))
-    rows = 3000
+    rows = 1500
     found = np.zeros((10, 10))
     for row in range(rows):
         mask = masker(TokenAwareOrder(weights)).mask(ids, 10, number / 10, "train", row)

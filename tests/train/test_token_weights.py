@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.token_weights import medical_terms, token_weights
+from train.token_weights import frequency_bands, medical_terms, token_weights
 
 COUNTS = np.array([0, 100, 60, 25, 10, 4, 1, 0])
 
@@ -37,3 +37,9 @@ def test_terms_are_words_that_are_frequent_where_terms_are() -> None:
     # "of" and "mice" are rarer there than elsewhere, "code" is wording, "71" no word, "xy" short.
     assert np.flatnonzero(terms).tolist() == [3, 4]
     assert not medical_terms(counts, [], texts).any()
+
+
+def test_bands_are_shares_of_the_training_text() -> None:
+    counts = np.array([0, 30, 5, 25, 5, 30, 4, 1])
+    # Falling: 30 (id 1), 30 (5) | 25 (3), 5 (2) | 5 (4), 4 (6), 1 (7), 0 (0).
+    assert frequency_bands(counts).tolist() == [2, 0, 1, 1, 2, 0, 2, 2]
