@@ -72,20 +72,16 @@ def main(arguments: list[str] | None = None) -> int:
     records = []
     try:
         device = choose_device(find_ranks())
-        for seed in asked.seeds:
-            for kind in KINDS:
-                words = [
-                    *asked.overrides,
-                    f"masking.kind={kind}",
-                    f"seed={seed}",
-                    f"run_dir={asked.out / f'{kind}-{seed}'}",
-                ]
-                command = [sys.executable, str(MAIN), "--config", str(asked.config), *words]
-                subprocess.run(command, check=True)
-                config = load_config(Train, "train", asked.config, words)
-                run = resolve(config, 1, device.type == "cuda")
-                records.append({"kind": kind, "seed": seed, **score_run(run, device)})
-                write_json(asked.out / "masking.json", records)
+        # All of them before the first is trained, for what does not fit to show at once.
+        runs = [
+            _run(asked, kind, seed, device.type == "cuda") for seed in asked.seeds for kind in KINDS
+        ]
+        for words, run in runs:
+            command = [sys.executable, str(MAIN), "--config", str(asked.config), *words]
+            subprocess.run(command, check=True)
+            figures = score_run(run, device)
+            records.append({"kind": run.config.masking.kind, "seed": run.config.seed, **figures})
+            write_json(asked.out / "masking.json", records)
     except (ConfigError, DataError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -181,6 +177,17 @@ def table(records: Sequence[Record]) -> str:
             cells.append(f"{statistics.mean(values):.4f}{spread}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _run(asked: argparse.Namespace, kind: str, seed: int, on_gpu: bool) -> tuple[list[str], Run]:
+    """The `key=value` words of one of the runs, and what they resolve to."""
+    words = [
+        *asked.overrides,
+        f"masking.kind={kind}",
+        f"seed={seed}",
+        f"run_dir={asked.out / f'{kind}-{seed}'}",
+    ]
+    return words, resolve(load_config(Train, "train", asked.config, words), 1, on_gpu)
 
 
 def _numbers(text: str) -> list[int]:
