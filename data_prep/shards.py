@@ -209,7 +209,12 @@ class DataSet:
         return dict(zip(entry["sources"], _load_array(content), strict=True))
 
     def verify(self) -> None:
-        """Read every shard whole and compare its sha256 with the manifest's; DataError if not."""
+        """Read every shard whole and compare its sha256 with the manifest's; DataError if not.
+
+        The counts of tokens, too, where the manifest names them.
+        """
+        if "token_counts" in self.manifest:
+            self.token_counts()
         for parts in self.manifest["splits"].values():
             for entry in parts["sources"].values():
                 for shard in entry["shards"]:

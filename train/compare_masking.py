@@ -18,7 +18,6 @@ deviation.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from common.checkpoint_manifest import read_manifest
 from common.config import ConfigError, load_config
 from common.counter_random import derive_key, random_bits
 from common.files import make_private, whole_file, write_json
@@ -99,7 +99,7 @@ def score_run(run: Run, device: torch.device) -> Record:
     checkpoint = checkpoints(folder_of(run.config.run_dir))[0]
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     model = load_checkpoint(checkpoint).to(device, dtype).eval()
-    progress = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    progress = read_manifest(checkpoint, ["step", "tokens"])
     return {"step": progress["step"], "tokens": progress["tokens"], **score(run, model, device)}
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from common.config import ConfigError
-from data_prep.shards import DataError
+from data_prep.shards import DataError, DataSet
 from train.mask_order import MaskOrder, TokenAwareOrder, TokenOrder, WholeWordOrder
 from train.masking import Masker, Vocabulary, masked_count
 from train.word_pieces import WordPieces
@@ -170,6 +170,8 @@ def test_what_the_data_set_lacks_is_named(
     counts.write_bytes(counts.read_bytes()[:-8] + b"\1" * 8)
     with pytest.raises(DataError, match=r"token_counts\.npy is not what manifest\.json says"):
         resolved(masking=aware, data={"dir": data})
+    with pytest.raises(DataError, match=r"token_counts\.npy is not what"):
+        DataSet(data).verify()
     counts.unlink()
     with pytest.raises(DataError, match=r"token_counts\.npy cannot be read"):
         resolved(masking=aware, data={"dir": data})
