@@ -8,15 +8,21 @@ division by the number of micro-steps is off. The learning rate is set by the ru
 import contextlib
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from train.config import Train
-from train.optimizer import make_optimizer, set_lr
+from common.config import ConfigError
+from train.config import Optimizer, Train
+from train.optimizer import make_optimizer, set_rates
+from train.ranks import sum_over_ranks
+from train.stable_adamw import StableAdamW
+from train.zero import held, without_waits
 
 Engine = Any
 """deepspeed.DeepSpeedEngine, which has no types"""
@@ -25,29 +31,70 @@ Engine = Any
 _NEVER = 2**62
 
 
+def choose_dtypes(config: Train, precision: str) -> tuple[str, str]:
+    """The dtypes of gradient accumulation and of reduction for weights of `precision`.
+
+    Raises ConfigError for an accumulation that DeepSpeed has no buffers for.
+    """
+    accumulation, reduction = config.grad_accum_dtype, config.reduce_dtype
+    only_bf16 = precision == "bf16" and config.zero_stage == 0
+    if accumulation == "auto":
+        accumulation = "bf16" if only_bf16 else "fp32"
+    if only_bf16 and accumulation == "fp32":
+        raise ConfigError(
+            "grad_accum_dtype is fp32, but zero_stage 0 keeps the gradients of bf16 weights in bf16 "
+            "alone; set zero_stage=1, or grad_accum_dtype=bf16"
+        )
+    if precision == "fp32" and accumulation == "bf16":
+        raise ConfigError(
+            "grad_accum_dtype is bf16, but weights are fp32; leave it out, or set precision=bf16"
+        )
+    return accumulation, "fp32" if reduction == "auto" else reduction
+
+
 def deepspeed_config(config: Train, precision: str, micro_steps: int, ranks: int) -> dict[str, Any]:
     """The configuration that DeepSpeed gets, the run's own `deepspeed` keys included."""
     stage = config.zero_stage
+    accumulation, reduction = choose_dtypes(config, precision)
     own: dict[str, Any] = {
         "train_batch_size": config.batch.rows,
         "train_micro_batch_size_per_gpu": config.batch.micro_rows,
         "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": config.optimizer.gradient_clipping,
+        # Clipped by `step`, on the device.
+        "gradient_clipping": 0.0,
         "steps_per_print": _NEVER,
         # Its throughput timer waits for the device in every step.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "zero_optimization": {"stage": stage},
+        "data_types": {"grad_accum_dtype": accumulation},
+        "communication_data_type": reduction,
     }
+    if stage > 0:
+        own["zero_optimization"] |= {
+            # Buckets are reduced on a stream of their own while backward goes on.
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            # Elements. DeepSpeed's 500 million are more than most models have: a bucket would be full
+            # when backward ends, with nothing left to overlap, and two of them stay allocated.
+            "reduce_bucket_size": 25_000_000,
+        }
+    checks_itself = config.optimizer.name == "muon"
     if precision == "bf16":
-        # A step whose gradients overflow is skipped rather than taken.
-        own["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if stage > 0:
-            own["data_types"] = {"grad_accum_dtype": "fp32"}
+        own["bf16"] = {"enabled": True, "check_grad_overflow": checks_itself}
+    steps_by_bf16_optimizer = stage == 1 and precision == "bf16" and accumulation == "fp32"
+    if stage in (1, 2) and not steps_by_bf16_optimizer:
+        own["zero_optimization"]["compute_grad_norm"] = checks_itself
+    if checks_itself and stage == 3:
+        # DeepSpeed's Muon refuses it.
+        own["zero_optimization"]["reduce_scatter"] = False
     return _merge(own, config.deepspeed)
 
 
 def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> Engine:
-    """Wrap `model` with its optimizer; every rank calls this once they have joined."""
+    """Wrap `model` with its optimizer; every rank calls this once they have joined.
+
+    `engine.rule` holds what `step` needs.
+    """
     deepspeed = _import_deepspeed()
     optimizer = make_optimizer(model, config.optimizer)
     with quiet():
@@ -57,7 +104,9 @@ def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> E
     # The step that ZeRO 0 takes in bf16 to allocate the moments is none of the run's, and AdamW's
     # bias correction must not count it.
     for state in optimizer.state.values():
-        state["step"].zero_()
+        if "step" in state:
+            state["step"] *= 0
+    engine.rule = Rule(engine, optimizer, config.optimizer)
     return engine
 
 
@@ -81,20 +130,108 @@ def backward(
     engine.backward(loss_sum * (ranks / masked_tokens), scale_wrt_gas=False)
 
 
-def step(engine: Engine, lr: float, want_norm: bool) -> float | None:
-    """Take the optimizer step at `lr`; the gradient norm before clipping if `want_norm`.
+@dataclass(frozen=True)
+class Norms:
+    """What is known of a step that is logged; over all ranks.
 
-    Asking for the norm may wait for the device.
+    gradient: before clipping (of Muon's matrices: of what Muon makes of it). update: of the change
+    of the fp32 weights. skipped_in_a_row: this step and those before it whose gradients were
+    not finite, so that they were left out.
     """
-    set_lr(engine.optimizer.param_groups, lr)
-    norm: Tensor | float | None = None
-    if want_norm and engine.zero_optimization_stage() == 0:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-    engine.step()
-    if not want_norm:
-        return None
-    return float(norm if norm is not None else engine.get_global_grad_norm())
+
+    gradient: float
+    update: float
+    skipped_in_a_row: int
+
+
+class Rule:
+    """How a step is taken: the norm, the clipping and the check for infinities on the device.
+
+    Whether a step was left out is known to the host when its flag, sent behind the step, has arrived:
+    one step late, or at a step that is logged.
+    """
+
+    def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer, config: Optimizer) -> None:
+        self.config = config
+        self.skipped_in_a_row = 0
+        self._engine, self._optimizer = engine, optimizer
+        self._held = held(engine.optimizer)
+        self._flags: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        # Muon's work is done by DeepSpeed's wrappers before its optimizer is asked for a step, so
+        # it is they who must see to it that infinities do no harm. They wait for it.
+        self._checks = config.name != "muon"
+        if self._checks:
+            without_waits(engine.optimizer)
+        if isinstance(optimizer, StableAdamW):
+            optimizer.set_layouts(self._held.layouts)
+
+    def step(self, lr: float, want_norms: bool) -> Norms | None:
+        """See `step` below."""
+        self._read_flags(wait=False)
+        set_rates(self._engine.optimizer.param_groups, lr, self.config)
+        before = [weights.detach().clone() for weights in self._held.weights] if want_norms else []
+        norm = self._guard() if self._checks else None
+        self._engine.step()
+        if not self._checks:
+            norm = self._engine.get_global_grad_norm()
+            self._count(not self._engine.was_step_applied())
+        if not want_norms:
+            return None
+        self._read_flags(wait=True)
+        after = [weights.detach() for weights in self._held.weights]
+        update = self._norm([b - a for a, b in zip(after, before, strict=True)])
+        return Norms(float(norm), float(update), self.skipped_in_a_row)
+
+    def _guard(self) -> Tensor:
+        """Tell the optimizer how to scale the gradient, and whether to leave the step out."""
+        norm = self._norm(self._held.gradients())
+        skip = (~norm.isfinite()).float()
+        largest = self.config.gradient_clipping
+        optimizer: Any = self._optimizer
+        # The names by which torch's fused AdamW knows them as well.
+        optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1) if largest else None
+        optimizer.found_inf = skip
+        if skip.device.type != "cuda":
+            self._flags.append((skip, None))
+        else:
+            flag = torch.empty((), pin_memory=True)
+            flag.copy_(skip, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._flags.append((flag, arrived))
+        return norm
+
+    def _norm(self, pieces: list[Tensor]) -> Tensor:
+        """The norm over all ranks of what lies in pieces on them, fp32, on the device."""
+        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
+        square = torch.stack(norms).square().sum()
+        return (sum_over_ranks(square) if self._held.sharded else square).sqrt()
+
+    def _read_flags(self, wait: bool) -> None:
+        while self._flags:
+            flag, arrived = self._flags[0]
+            if arrived is not None and not wait and not arrived.query():
+                return
+            if arrived is not None:
+                arrived.synchronize()
+            self._flags.popleft()
+            # numpy() refuses what is not on the host.
+            self._count(bool(flag.numpy()))
+
+    def _count(self, skipped: bool) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self._checks:
+            self._engine.skipped_steps += skipped
+
+
+def step(engine: Engine, lr: float, want_norms: bool) -> Norms | None:
+    """Take the optimizer step at `lr`; what is to be logged of it if `want_norms`.
+
+    A step whose gradient is not finite changes nothing and is counted in `engine.skipped_steps`. The
+    device is waited for if `want_norms`, and otherwise not.
+    """
+    rule: Rule = engine.rule
+    return rule.step(lr, want_norms)
 
 
 def _import_deepspeed() -> Any:
@@ -102,7 +239,11 @@ def _import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+    # It keeps a list of the optimizers that were tested with ZeRO; tests/train/test_zero.py is ours.
+    if StableAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(StableAdamW)
     # Compiled at first use, and needed for inference alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
