@@ -124,9 +124,9 @@ class Train:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype of weights and activations; auto: bf16 on a GPU, fp32 on CPU. Steps are always fp32"""
     grad_accum_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """in which gradients of micro-steps are summed; auto: fp32, but in bf16 under zero_stage 0 bf16"""
+    """of the sum of gradients over micro-steps; auto: fp32, but bf16 with zero_stage 0 and bf16"""
     reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """in which gradients are summed over ranks; auto: fp32"""
+    """of the sum of gradients over ranks; auto: fp32"""
     zero_stage: Literal[0, 1, 2, 3] = 1
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest checkpoint that verifies; never: refuse a run_dir with checkpoints"""
@@ -186,12 +186,14 @@ class Train:
             _require(weight > 0, f"data.weights.{name} is {weight}, it must be above 0")
         _require(
             self.optimizer.name != "muon" or self.zero_stage > 0,
-            "zero_stage is 0, and nothing there keeps Muon from taking a step that is not finite; set "
-            "zero_stage=1",
+            "zero_stage is 0, and nothing there keeps Muon from taking a step that is not finite; "
+            "set zero_stage=1",
         )
         zero = self.deepspeed.get("zero_optimization") or {}
         owned = sorted(set(self.deepspeed) & OWNED_DEEPSPEED_KEYS)
-        owned += [f"zero_optimization.{key}" for key in ("stage", "compute_grad_norm") if key in zero]
+        owned += [
+            f"zero_optimization.{key}" for key in ("stage", "compute_grad_norm") if key in zero
+        ]
         _require(
             not owned, f"deepspeed.{', deepspeed.'.join(owned)}: set the run's own key instead"
         )
@@ -206,8 +208,8 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     decay, is_muon = optimizer.weight_decay, optimizer.name == "muon"
     _require(
         decay < 1e-3,
-        f"optimizer.weight_decay is {decay}: it is the share that a step at the peak rate takes away, "
-        f"ModernBERT's 1e-5. For AdamW's usual lr × {decay} set {decay * optimizer.lr:.2g}",
+        f"optimizer.weight_decay is {decay}: it is the share that a step at the peak rate takes "
+        f"away, ModernBERT's 1e-5. For AdamW's usual lr × {decay} set {decay * optimizer.lr:.2g}",
     )
     for key in ("muon_lr", "muon_momentum"):
         value = getattr(optimizer, key)

@@ -8,21 +8,17 @@ division by the number of micro-steps is off. The learning rate is set by the ru
 import contextlib
 import os
 import warnings
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from common.config import ConfigError
-from train.config import Optimizer, Train
-from train.optimizer import make_optimizer, set_rates
-from train.ranks import sum_over_ranks
+from train.config import Train
+from train.optimizer import make_optimizer
+from train.optimizer_step import Norms, OptimizerStep
 from train.stable_adamw import StableAdamW
-from train.zero import held, without_waits
 
 Engine = Any
 """deepspeed.DeepSpeedEngine, which has no types"""
@@ -42,8 +38,8 @@ def choose_dtypes(config: Train, precision: str) -> tuple[str, str]:
         accumulation = "bf16" if only_bf16 else "fp32"
     if only_bf16 and accumulation == "fp32":
         raise ConfigError(
-            "grad_accum_dtype is fp32, but zero_stage 0 keeps the gradients of bf16 weights in bf16 "
-            "alone; set zero_stage=1, or grad_accum_dtype=bf16"
+            "grad_accum_dtype is fp32, but zero_stage 0 keeps the gradients of bf16 weights in "
+            "bf16 alone; set zero_stage=1, or grad_accum_dtype=bf16"
         )
     if precision == "fp32" and accumulation == "bf16":
         raise ConfigError(
@@ -74,8 +70,8 @@ def deepspeed_config(config: Train, precision: str, micro_steps: int, ranks: int
             # Buckets are reduced on a stream of their own while backward goes on.
             "overlap_comm": True,
             "contiguous_gradients": True,
-            # Elements. DeepSpeed's 500 million are more than most models have: a bucket would be full
-            # when backward ends, with nothing left to overlap, and two of them stay allocated.
+            # Elements. DeepSpeed's 500 million are more than most models have: nothing would be
+            # reduced before backward ends, and two such buckets stay allocated.
             "reduce_bucket_size": 25_000_000,
         }
     checks_itself = config.optimizer.name == "muon"
@@ -93,7 +89,7 @@ def deepspeed_config(config: Train, precision: str, micro_steps: int, ranks: int
 def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> Engine:
     """Wrap `model` with its optimizer; every rank calls this once they have joined.
 
-    `engine.rule` holds what `step` needs.
+    `engine.optimizer_step` is what `step` calls.
     """
     deepspeed = _import_deepspeed()
     optimizer = make_optimizer(model, config.optimizer)
@@ -106,7 +102,7 @@ def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> E
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] *= 0
-    engine.rule = Rule(engine, optimizer, config.optimizer)
+    engine.optimizer_step = OptimizerStep(engine, optimizer, config.optimizer)
     return engine
 
 
@@ -130,108 +126,14 @@ def backward(
     engine.backward(loss_sum * (ranks / masked_tokens), scale_wrt_gas=False)
 
 
-@dataclass(frozen=True)
-class Norms:
-    """What is known of a step that is logged; over all ranks.
-
-    gradient: before clipping (of Muon's matrices: of what Muon makes of it). update: of the change
-    of the fp32 weights. skipped_in_a_row: this step and those before it whose gradients were
-    not finite, so that they were left out.
-    """
-
-    gradient: float
-    update: float
-    skipped_in_a_row: int
-
-
-class Rule:
-    """How a step is taken: the norm, the clipping and the check for infinities on the device.
-
-    Whether a step was left out is known to the host when its flag, sent behind the step, has arrived:
-    one step late, or at a step that is logged.
-    """
-
-    def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer, config: Optimizer) -> None:
-        self.config = config
-        self.skipped_in_a_row = 0
-        self._engine, self._optimizer = engine, optimizer
-        self._held = held(engine.optimizer)
-        self._flags: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        # Muon's work is done by DeepSpeed's wrappers before its optimizer is asked for a step, so
-        # it is they who must see to it that infinities do no harm. They wait for it.
-        self._checks = config.name != "muon"
-        if self._checks:
-            without_waits(engine.optimizer)
-        if isinstance(optimizer, StableAdamW):
-            optimizer.set_layouts(self._held.layouts)
-
-    def step(self, lr: float, want_norms: bool) -> Norms | None:
-        """See `step` below."""
-        self._read_flags(wait=False)
-        set_rates(self._engine.optimizer.param_groups, lr, self.config)
-        before = [weights.detach().clone() for weights in self._held.weights] if want_norms else []
-        norm = self._guard() if self._checks else None
-        self._engine.step()
-        if not self._checks:
-            norm = self._engine.get_global_grad_norm()
-            self._count(not self._engine.was_step_applied())
-        if not want_norms:
-            return None
-        self._read_flags(wait=True)
-        after = [weights.detach() for weights in self._held.weights]
-        update = self._norm([b - a for a, b in zip(after, before, strict=True)])
-        return Norms(float(norm), float(update), self.skipped_in_a_row)
-
-    def _guard(self) -> Tensor:
-        """Tell the optimizer how to scale the gradient, and whether to leave the step out."""
-        norm = self._norm(self._held.gradients())
-        skip = (~norm.isfinite()).float()
-        largest = self.config.gradient_clipping
-        optimizer: Any = self._optimizer
-        # The names by which torch's fused AdamW knows them as well.
-        optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1) if largest else None
-        optimizer.found_inf = skip
-        if skip.device.type != "cuda":
-            self._flags.append((skip, None))
-        else:
-            flag = torch.empty((), pin_memory=True)
-            flag.copy_(skip, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._flags.append((flag, arrived))
-        return norm
-
-    def _norm(self, pieces: list[Tensor]) -> Tensor:
-        """The norm over all ranks of what lies in pieces on them, fp32, on the device."""
-        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
-        square = torch.stack(norms).square().sum()
-        return (sum_over_ranks(square) if self._held.sharded else square).sqrt()
-
-    def _read_flags(self, wait: bool) -> None:
-        while self._flags:
-            flag, arrived = self._flags[0]
-            if arrived is not None and not wait and not arrived.query():
-                return
-            if arrived is not None:
-                arrived.synchronize()
-            self._flags.popleft()
-            # numpy() refuses what is not on the host.
-            self._count(bool(flag.numpy()))
-
-    def _count(self, skipped: bool) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self._checks:
-            self._engine.skipped_steps += skipped
-
-
 def step(engine: Engine, lr: float, want_norms: bool) -> Norms | None:
     """Take the optimizer step at `lr`; what is to be logged of it if `want_norms`.
 
-    A step whose gradient is not finite changes nothing and is counted in `engine.skipped_steps`. The
-    device is waited for if `want_norms`, and otherwise not.
+    A step whose gradient is not finite changes nothing and is counted in `engine.skipped_steps`.
+    The device is waited for if `want_norms`, and otherwise not.
     """
-    rule: Rule = engine.rule
-    return rule.step(lr, want_norms)
+    optimizer_step: OptimizerStep = engine.optimizer_step
+    return optimizer_step(lr, want_norms)
 
 
 def _import_deepspeed() -> Any:
@@ -241,7 +143,7 @@ def _import_deepspeed() -> Any:
     import deepspeed.ops
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    # It keeps a list of the optimizers that were tested with ZeRO; tests/train/test_zero.py is ours.
+    # A list of the optimizers that were tested with ZeRO; tests/train/test_zero.py is our test.
     if StableAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(StableAdamW)
     # Compiled at first use, and needed for inference alone.

@@ -48,7 +48,9 @@ def set_rates(groups: Iterable[dict[str, Any]], lr: float, config: Optimizer) ->
     for group in groups:
         scale = muon_lr(config) / config.lr if group.get("use_muon") else 1.0
         group["lr"] = lr * scale
-        group["weight_decay"] = config.weight_decay / (config.lr * scale) if group["decays"] else 0.0
+        group["weight_decay"] = (
+            config.weight_decay / (config.lr * scale) if group["decays"] else 0.0
+        )
 
 
 def muon_lr(config: Optimizer) -> float:
@@ -74,6 +76,8 @@ def _muon(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
             if use_muon:
                 keys = {"momentum": config.muon_momentum or 0.95}
             if parameters:
-                groups.append({**group, "params": parameters, "use_muon": use_muon, "lr": 0.0} | keys)
+                groups.append(
+                    {**group, "params": parameters, "use_muon": use_muon, "lr": 0.0} | keys
+                )
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
     return optimizer

@@ -9,8 +9,8 @@ With gradient g, moments m and v, and t counting the steps taken:
 
 Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language models",
 arXiv 2304.13013, algorithm 2: AdamW with the update clipping of AdaFactor (Shazeer and Stern 2018,
-arXiv 1804.04235, section 6). With `decay` = (decay a step at the peak rate) / (peak rate) it is what
-trained ModernBERT, where the step decays weights by lr / max_lr times a constant.
+arXiv 1804.04235, section 6). With decay = (decay a step at the peak rate) / (peak rate) it is what
+trained ModernBERT, whose steps decay weights by a constant times lr / max_lr.
 
 R belongs to a whole parameter. ZeRO flattens parameters and gives each rank a stretch of the
 whole, so each rank sums g² / max(v, ε²) over its pieces and one all-reduce of as many numbers as
@@ -55,10 +55,10 @@ def whole(tensor: Tensor) -> Layout:
 class StableAdamW(torch.optim.Optimizer):
     """StableAdamW of fp32 tensors, each a parameter or flat pieces of several (`set_layouts`).
 
-    groups: parameter groups with `params` and `weight_decay`, the decay at a rate of 1. Its rate is 0
-    until it is set. As with torch's fused optimizers, `grad_scale` (what gradients are divided by) and
-    `found_inf` (1: leave weights, moments and the count of steps as they are) may be set to
-    scalars on the device before a step.
+    groups: parameter groups with `params` and `weight_decay`, the decay at a rate of 1. Their `lr`
+    is 0 until it is set. As with torch's fused optimizers, scalars on the device may be set before
+    a step: `grad_scale`, what gradients are divided by, and `found_inf`, 1 to leave weights,
+    moments and the count of steps as they are.
     """
 
     def __init__(

@@ -10,8 +10,8 @@ DeepSpeed 0.19.8 steps through one of five:
 | DeepSpeedZeroOptimizer | ZeRO 1 otherwise, ZeRO 2 | a stretch of each flattened group |
 | DeepSpeedZeroOptimizer_Stage3 | ZeRO 3 | the flattened pieces of a sub-group's parameters |
 
-Before a step some of them wait for the device: whether the gradient's norm is finite comes to the host.
-`without_waits` takes that out; train/engine.py does the check on the device instead.
+Before a step some wait for the device, for they ask on the host whether the gradient's norm is
+finite. `without_waits` takes that out; train/optimizer_step.py asks on the device instead.
 """
 
 import types
@@ -33,8 +33,8 @@ Wrapper = Any
 class Held:
     """What a rank updates, and with which gradients.
 
-    weights: the tensors that the optimizer steps, with the layout of each. gradients: the averaged
-    gradients of a step before it is taken, each element of the weights' once, padding zero.
+    layouts: the tensors that the optimizer steps, fp32, with the layout of each. gradients:
+    averaged over ranks, complete before a step, an element for each of the weights', padding zero.
     sharded: other ranks hold other elements.
     """
 
@@ -43,14 +43,23 @@ class Held:
     sharded: bool
 
     @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return next(iter(self.layouts)).device
+
     def weights(self) -> list[Tensor]:
-        """The tensors that the optimizer steps, fp32."""
-        return list(self.layouts)
+        """This rank's fp32 weights, without padding, which may hold anything."""
+        return [
+            weights.detach().view(-1)[start:stop]
+            for weights, layout in self.layouts.items()
+            for start, stop in layout.pieces
+            if start < stop
+        ]
 
 
 def held(wrapper: Wrapper) -> Held:
     """What this rank's wrapper holds; wrapper: `engine.optimizer`."""
-    return _HELD[type(wrapper).__name__](wrapper) if type(wrapper).__name__ in _HELD else _plain(wrapper)
+    return _HELD.get(type(wrapper).__name__, _plain)(wrapper)
 
 
 def without_waits(wrapper: Wrapper) -> None:
@@ -90,7 +99,7 @@ def _step_unfused(wrapper: Wrapper, closure: None = None) -> None:
     """FP16_UnfusedOptimizer.step without its norms."""
     pairs = _unfused_pairs(wrapper)
     for weights, parameter in pairs:
-        weights.grad = parameter.grad.to(weights.dtype)
+        weights.grad = _gradient(parameter).to(weights.dtype)
     wrapper.optimizer.step()
     for weights, parameter in pairs:
         weights.grad = None
@@ -106,14 +115,19 @@ def _unfused_pairs(wrapper: Wrapper) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "reduction gives every parameter one"
+    return parameter.grad
+
+
 def _plain(optimizer: torch.optim.Optimizer) -> Held:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return Held({p: whole(p) for p in parameters}, lambda: [p.grad for p in parameters], False)
+    return Held({p: whole(p) for p in parameters}, lambda: [*map(_gradient, parameters)], False)
 
 
 def _unfused(wrapper: Wrapper) -> Held:
     pairs = _unfused_pairs(wrapper)
-    return Held({w: whole(w) for w, _ in pairs}, lambda: [p.grad for _, p in pairs], False)
+    return Held({w: whole(w) for w, _ in pairs}, lambda: [_gradient(p) for _, p in pairs], False)
 
 
 def _bf16(wrapper: Wrapper) -> Held:
@@ -162,9 +176,7 @@ def _stage_3(wrapper: Wrapper) -> Held:
     return Held(layouts, gradients, True)
 
 
-def _stretch(
-    offsets: list[int], sizes: list[int], length: int, group: dist.ProcessGroup
-) -> Layout:
+def _stretch(offsets: list[int], sizes: list[int], length: int, group: dist.ProcessGroup) -> Layout:
     """The layout of a rank's stretch of `length` elements of parameters flattened at `offsets`."""
     first = dist.get_rank(group) * length
     pieces = []
