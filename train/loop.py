@@ -73,7 +73,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
             interval.add(loss_sum, loaded.counts)
             if norms is not None:
                 record = interval.close()
-                _check_finite(plan.step, record["loss"], norms)
+                check_finite(plan.step, record["loss"], norms)
                 if metrics is not None:
                     metrics.train(
                         {
@@ -100,7 +100,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 interval.restart()
 
 
-def _check_finite(step_number: int, loss: float, norms: Norms) -> None:
+def check_finite(step_number: int, loss: float, norms: Norms) -> None:
     """Raise TrainingError, on every rank alike, where the run has gone wrong.
 
     Called before every checkpoint, so that none is written of spoilt weights. A step that was left

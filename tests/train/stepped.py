@@ -1,11 +1,12 @@
 """Steps with given gradients under every wrapper of DeepSpeed's; started by launched.py.
 
 The gradients depend on no weight, so what a rule makes of them can be computed in one process,
-without DeepSpeed. Step `POISONED` has an infinity in them on one rank.
+without DeepSpeed. The steps `POISONED` have an infinity in them on one rank.
 """
 
 import json
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from train.config import Train
 from train.ranks import Ranks
 
-STEPS, MICRO_STEPS, POISONED, LOGGED = 12, 2, 6, (3, 6, 11)
+STEPS, MICRO_STEPS, POISONED, LOGGED = 12, 2, (6, 9), (3, 9, 11)
 PEAK, DECAY, CLIPPING = 0.02, 1e-4, 40.0
 SHAPES = {
     "tied": (50, 3),
@@ -130,12 +131,34 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         if name.startswith("aten._local_scalar_dense"):
-            frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename][:-1]
-            self.places.append(f"{Path(frames[-1].filename).name} {frames[-1].name}")
+            self.note()
         if name.startswith("c10d.") and "gather" not in name:
             tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
             self.dtypes |= {str(t.dtype) for t in tensors if t.numel() >= 50}
         return func(*args, **(kwargs or {}))
+
+    def note(self, *warning: Any) -> None:
+        """Note where we are."""
+        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename]
+        frame = [f for f in frames if f.filename != __file__][-1]
+        self.places.append(f"{Path(frame.filename).name} {frame.name}")
+
+    def __enter__(self) -> "Watch":
+        super().__enter__()
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        if torch.cuda.is_available():
+            # On a GPU, whatever waits for it: torch warns of it.
+            torch.cuda.set_sync_debug_mode("warn")
+            warnings.simplefilter("always")
+            warnings.showwarning = self.note
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
+        self._warnings.__exit__(*error)
+        super().__exit__(*error)
 
 
 def make_engine(ranks: Ranks, changes: dict[str, Any]) -> Any:
@@ -154,12 +177,14 @@ def take_step(engine: Any, number: int, ranks: Ranks, dtype: torch.dtype) -> dic
     """A step, as the loop takes it; what there is to know of it."""
     from train.engine import backward, step
 
+    given = [factors(number, micro_step, ranks.rank) for micro_step in range(MICRO_STEPS)]
+    if number in POISONED and ranks.rank == ranks.size - 1:
+        given[0]["long"][5, 5] = torch.inf
+    device = engine.device
+    given = [{name: part[name].to(device, dtype) for name in part} for part in given]
     with Watch() as watch:
         for micro_step in range(MICRO_STEPS):
-            given = factors(number, micro_step, ranks.rank)
-            if (number, micro_step, ranks.rank) == (POISONED, 0, ranks.size - 1):
-                given["long"][5, 5] = torch.inf
-            loss = engine({name: value.to(dtype) for name, value in given.items()})
+            loss = engine(given[micro_step])
             # As many masked tokens as ranks: the loss itself.
             backward(engine, loss, ranks.size, ranks.size, micro_step == MICRO_STEPS - 1)
         sums = {str(piece.dtype) for piece in engine.optimizer_step.held.gradients()}
@@ -169,6 +194,7 @@ def take_step(engine: Any, number: int, ranks: Ranks, dtype: torch.dtype) -> dic
         "places": watch.places if norms is None else [],
         "reduced": sorted(watch.dtypes),
         "sums": sorted(sums),
+        "skipped": int(engine.skipped_steps),
     }
 
 
@@ -186,7 +212,7 @@ def full_weights(engine: Any) -> dict[str, np.ndarray]:
             full = copies.get(id(parameter), parameter)
         else:
             full = safe_get_full_fp32_param(parameter)
-        found[name.removesuffix(".weight")] = full.detach().numpy().reshape(-1).copy()
+        found[name.removesuffix(".weight")] = full.detach().cpu().numpy().reshape(-1).copy()
     return found
 
 
@@ -211,8 +237,7 @@ def run_case(ranks: Ranks, name: str, out: Path, resume_at: int | None = None) -
         np.savez(
             out / f"{name}.npz", **{key: np.stack([w[key] for w in weights]) for key in SHAPES}
         )
-        facts = {"steps": known, "skipped": int(engine.skipped_steps)}
-        (out / f"{name}.json").write_text(json.dumps(facts))
+        (out / f"{name}.json").write_text(json.dumps(known))
 
 
 def main(ranks: Ranks, out: Path, kind: str) -> None:

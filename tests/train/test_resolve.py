@@ -110,3 +110,17 @@ def test_deepspeed_gets_what_the_run_says_and_its_own_keys(resolved: Callable[..
     half = resolved(precision="bf16").deepspeed
     assert half["bf16"]["enabled"]
     assert half["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_stage": 0, "precision": "bf16", "grad_accum_dtype": "fp32"}, "set zero_stage=1"),
+        ({"precision": "fp32", "grad_accum_dtype": "bf16"}, "weights are fp32"),
+    ],
+)
+def test_sums_that_deepspeed_has_no_place_for_are_refused(
+    resolved: Callable[..., Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"grad_accum_dtype is .*{message}"):
+        resolved(**changes)
