@@ -215,7 +215,8 @@ class Launcher:
     def run(self, ranks: int, *words: str, script: Path | None = None) -> Finished:
         """Start it and wait for its end."""
         with self.start(ranks, *words, script=script) as process:
-            out, err = process.communicate(timeout=300)
+            # Long, for a busy machine; what hangs is found out all the same.
+            out, err = process.communicate(timeout=1200)
         return Finished(process.returncode, out, err)
 
     def records(self, name: str, kind: str) -> list[dict[str, Any]]:
