@@ -68,8 +68,8 @@ class Optimizer:
     """share of a weight that a step at the peak rate takes away; at a lower rate, that much less"""
     gradient_clipping: float = 0.0
     """largest norm of the gradient of all parameters; 0 leaves it as it is, as ModernBERT does"""
-    muon_lr: float | None = None
-    """muon alone: the peak rate of its matrices (0.02 by default), whose course is that of lr"""
+    muon_lr_factor: float | None = None
+    """muon alone: the rate of its matrices as a multiple of lr, 25 by default"""
     muon_momentum: float | None = None
     """muon alone: 0.95 by default"""
 
@@ -209,9 +209,9 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     _require(
         decay < 1e-3,
         f"optimizer.weight_decay is {decay}: it is the share that a step at the peak rate takes "
-        f"away, ModernBERT's 1e-5. For AdamW's usual lr × {decay} set {decay * optimizer.lr:.2g}",
+        f"away, ModernBERT's 1e-5. Where AdamW has {decay} elsewhere, set {decay} × the peak rate",
     )
-    for key in ("muon_lr", "muon_momentum"):
+    for key in ("muon_lr_factor", "muon_momentum"):
         value = getattr(optimizer, key)
         _require(
             value is None or is_muon,

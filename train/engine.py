@@ -126,14 +126,15 @@ def backward(
     engine.backward(loss_sum * (ranks / masked_tokens), scale_wrt_gas=False)
 
 
-def step(engine: Engine, lr: float, want_norms: bool) -> Norms | None:
+def step(engine: Engine, lr: float, peak_lr: float, want_norms: bool) -> Norms | None:
     """Take the optimizer step at `lr`; what is to be logged of it if `want_norms`.
 
+    peak_lr: the schedule's highest rate, where a step decays weights by `optimizer.weight_decay`.
     A step whose gradient is not finite changes nothing and is counted in `engine.skipped_steps`.
     The device is waited for if `want_norms`, and otherwise not.
     """
     optimizer_step: OptimizerStep = engine.optimizer_step
-    return optimizer_step(lr, want_norms)
+    return optimizer_step(lr, peak_lr, want_norms)
 
 
 def _import_deepspeed() -> Any:

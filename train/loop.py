@@ -63,7 +63,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
             logs = plan.step % config.log.every_steps == 0 or plan.step == 1 or saves or validates
 
             loss_sum = accumulate(engine, loaded, ranks, device)
-            norms = step(engine, plan.lr, want_norms=logs)
+            norms = step(engine, plan.lr, config.optimizer.lr, want_norms=logs)
             progress = Progress(
                 step=plan.step,
                 next_row=plan.first_row + plan.rows,

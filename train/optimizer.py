@@ -11,6 +11,10 @@ from train.stable_adamw import StableAdamW
 
 Groups = list[dict[str, Any]]
 
+MUON_LR_FACTOR = 25.0
+"""Muon's own rate of 0.02 at ModernBERT's peak of 8e-4"""
+MUON_MOMENTUM = 0.95
+
 
 def make_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     """The optimizer that `config.name` names, for `model`'s parameters.
@@ -39,23 +43,19 @@ def parameter_groups(model: nn.Module) -> Groups:
     ]
 
 
-def set_rates(groups: Iterable[dict[str, Any]], lr: float, config: Optimizer) -> None:
-    """Take the next step at `lr`.
+def set_rates(
+    groups: Iterable[dict[str, Any]], lr: float, peak_lr: float, config: Optimizer
+) -> None:
+    """Take the next step at `lr`, where the schedule's highest rate is `peak_lr`.
 
     Rules multiply a group's `weight_decay` by its rate; so that a step at the peak rate decays by
     `config.weight_decay`, whatever the rate, it is divided by the peak.
     """
     for group in groups:
-        scale = muon_lr(config) / config.lr if group.get("use_muon") else 1.0
+        scale = (config.muon_lr_factor or MUON_LR_FACTOR) if group.get("use_muon") else 1.0
         group["lr"] = lr * scale
-        group["weight_decay"] = (
-            config.weight_decay / (config.lr * scale) if group["decays"] else 0.0
-        )
-
-
-def muon_lr(config: Optimizer) -> float:
-    """The peak rate of Muon's matrices."""
-    return 0.02 if config.muon_lr is None else config.muon_lr
+        decay = config.weight_decay if group["decays"] else 0.0
+        group["weight_decay"] = decay / (peak_lr * scale)
 
 
 def _muon(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -74,7 +74,7 @@ def _muon(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
         for use_muon, parameters in by_rule.items():
             keys: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
             if use_muon:
-                keys = {"momentum": config.muon_momentum or 0.95}
+                keys = {"momentum": config.muon_momentum or MUON_MOMENTUM}
             if parameters:
                 groups.append(
                     {**group, "params": parameters, "use_muon": use_muon, "lr": 0.0} | keys

@@ -49,10 +49,10 @@ class OptimizerStep:
         if isinstance(optimizer, StableAdamW):
             optimizer.set_layouts(self.held.layouts)
 
-    def __call__(self, lr: float, want_norms: bool) -> Norms | None:
+    def __call__(self, lr: float, peak_lr: float, want_norms: bool) -> Norms | None:
         """Take a step at `lr`; if `want_norms`, wait for the device and say what to log."""
         self._read_flags(wait=False)
-        set_rates(self._engine.optimizer.param_groups, lr, self.config)
+        set_rates(self._engine.optimizer.param_groups, lr, peak_lr, self.config)
         before = [weights.clone() for weights in self.held.weights()] if want_norms else []
         norm: Tensor | None = self._guard() if self._checks else None
         self._engine.step()

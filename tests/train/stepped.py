@@ -188,7 +188,7 @@ def take_step(engine: Any, number: int, ranks: Ranks, dtype: torch.dtype) -> dic
             # As many masked tokens as ranks: the loss itself.
             backward(engine, loss, ranks.size, ranks.size, micro_step == MICRO_STEPS - 1)
         sums = {str(piece.dtype) for piece in engine.optimizer_step.held.gradients()}
-        norms = step(engine, lr_of(number), want_norms=number in LOGGED)
+        norms = step(engine, lr_of(number), PEAK, want_norms=number in LOGGED)
     return {
         "norms": norms and [norms.gradient, norms.update, norms.skipped_in_a_row],
         "places": watch.places if norms is None else [],

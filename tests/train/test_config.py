@@ -25,10 +25,10 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
         ("validation.rows=0", r"validation\.rows is 0"),
         ("optimizer.betas=[1.5, 0.9]", r"optimizer\.betas has 1.5"),
         ("optimizer.weight_decay=-1", r"optimizer\.weight_decay is -1"),
-        ("optimizer.weight_decay=0.01", "usual lr × 0.01 set 8e-06"),
+        ("optimizer.weight_decay=0.01", "set 0.01 × the peak rate"),
         (
-            "optimizer.muon_lr=0.01",
-            r"optimizer\.muon_lr is set but optimizer\.name is stable_adamw",
+            "optimizer.muon_lr_factor=9",
+            r"optimizer\.muon_lr_factor is set but optimizer\.name is stable_adamw",
         ),
         ("optimizer={name: muon, gradient_clipping: 1}", r"optimizer\.gradient_clipping"),
         ("deepspeed={communication_data_type: fp16}", r"deepspeed\.communication_data_type"),
