@@ -19,7 +19,7 @@ from train import checkpoint
 from train.engine import Engine, Norms, backward, start_engine, step
 from train.loader import LoadedStep, Loader, StepMaker
 from train.metrics import Interval, Metrics
-from train.ranks import Ranks
+from train.ranks import Ranks, only_run_in
 from train.resolve import Run, parameter_count
 from train.schedule import Progress
 from train.validation import Validation
@@ -33,7 +33,15 @@ class TrainingError(RuntimeError):
 
 
 def train(run: Run, ranks: Ranks, device: torch.device) -> None:
-    """Train `run` from its newest checkpoint, or from the start, to its end."""
+    """Train `run` from its newest checkpoint, or from the start, to its end.
+
+    Raises ConfigError, on every rank alike, while another process trains in its `run_dir`.
+    """
+    with only_run_in(run.config.run_dir, ranks):
+        _train(run, ranks, device)
+
+
+def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
     found = checkpoint.find(run, ranks)
     engine = start_engine(make_model(run).to(device), run.config, run.deepspeed)
     progress = Progress()
@@ -158,7 +166,6 @@ def _begin(run: Run, found: checkpoint.Found, progress: Progress, device: torch.
     for change in found.changed:
         print(f"warning: since {found.path} was written, {change}", flush=True)
     run_dir = run.config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(run_dir / "config.yaml") as file:
         file.write(config_to_yaml(run.config).encode())
     write_json(run_dir / "data_manifest.json", run.data.manifest)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.files import only_user_of
+
 SCRIPT = Path(__file__).parent / "launched.py"
 
 
@@ -80,6 +82,7 @@ def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_fo
         # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 7, 9 and 10.
         wait_until(lambda: steps_logged(run_dir) >= 8, process)
         os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()  # until every rank has closed its end
     assert (run_dir / "checkpoints" / "step_00000010").is_dir()
     assert not (run_dir / "checkpoints" / "step_00000040").exists()
     done = launcher.run(2, "--config", str(config))
@@ -91,6 +94,22 @@ def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_fo
     steps = [record["step"] for record in launcher.records("killed", "validation")]
     assert steps == [7, 14, 21, 28, 35, 40]
     assert len(list((run_dir / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_run_dir_in_use_is_refused_on_every_rank(launcher: Any, data_folder: Path) -> None:
+    """While another run has it; afterwards the same command runs."""
+    config = launcher.write("busy", data_folder)
+    run_dir = launcher.folder / "busy"
+    with only_user_of(run_dir):
+        done = launcher.run(2, "--config", str(config))
+    assert done.code == 2
+    text = done.out + done.err
+    assert text.count(f"error: run_dir: {run_dir} is in use by process {os.getpid()} on") == 1
+    assert "choose another folder" in text
+    assert "Traceback" not in text
+    assert not (run_dir / "metrics.jsonl").exists()
+    assert launcher.run(2, "--config", str(config)).code == 0
 
 
 @pytest.mark.slow
