@@ -1,12 +1,12 @@
 """The end of a process that runs libraries whose threads may outlive it.
 
-The process groups of `torch.distributed` have threads of their own in C++. They end with the last
-reference to their group, and DeepSpeed keeps references for good, so that
-`destroy_process_group` does not end them. When such a thread lets go of a tensor that Python knows
-it must take the interpreter's lock, inside a function that may not throw; once the interpreter has
-begun to finalise, Python 3.11 answers by unwinding the thread, and C++ ends the whole process:
-`terminate called without an active exception`, and an exit status of SIGABRT for a run that was
-complete. So a process with process groups ends without finalising the interpreter.
+The process groups of `torch.distributed` have threads of their own in C++, which end with the last
+reference to their group: where a library keeps one, `destroy_process_group` does not end them. A
+complete run was once seen to die of SIGABRT as it ended (`terminate called without an active
+exception`). The likely cause: such a thread lets go of a tensor that Python knows, and must take
+the interpreter's lock inside a function that may not throw; once the interpreter has begun to
+finalise, Python 3.11 answers by unwinding the thread, and C++ ends the process. So a process with
+process groups ends without finalising the interpreter, nor running C++'s static destructors.
 """
 
 import atexit

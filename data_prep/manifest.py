@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.files import write_json
+from common.files import file_hash, whole_file, write_json
 from data_prep.config import DataPrep, describe
 from data_prep.packing import SPECIAL_TOKENS
 from data_prep.rows import Part
 from data_prep.shard_writer import token_dtype
-from data_prep.shards import FORMAT_VERSION, MANIFEST_NAME
-from data_prep.split import SPLITS
+from data_prep.shards import FORMAT_VERSION, MANIFEST_NAME, TOKEN_COUNTS_NAME
+from data_prep.split import SPLITS, TRAIN
 from data_prep.token_files import TokenFile
 
 
@@ -47,6 +47,7 @@ def write_manifest(
         "tokenizer": tokenizer,
         "configuration": describe(config, max_length),
         "inputs": inputs,
+        "token_counts": _write_token_counts(folder, tokenizer["vocab_size"], files),
         "totals": _totals(config.row_tokens, list(splits.values())),
         "splits": splits,
     }
@@ -62,6 +63,24 @@ def unigram_entropy(counts: NDArray[np.int64]) -> float:
     shares = counts[counts > 0] / max(counts.sum(), 1)
     # Rounded, because the order in which machines add may differ in the last bits.
     return round(float(-(shares * np.log(shares)).sum()), 9)
+
+
+def _write_token_counts(
+    folder: Path, vocab_size: int, files: Mapping[Part, Sequence[TokenFile]]
+) -> dict[str, Any]:
+    """How often each token occurs in training, by source, (sources, vocab_size) int64, as a file.
+
+    Returns its entry in the manifest. Token-aware masking weights tokens by it.
+    """
+    sources = sorted(source for split, source in files if split == TRAIN)
+    counts = np.zeros((len(sources), vocab_size), np.int64)
+    for row, source in zip(counts, sources, strict=True):
+        for tokens in files[TRAIN, source]:
+            row += tokens.counts()
+    path = folder / TOKEN_COUNTS_NAME
+    with whole_file(path) as file:
+        np.save(file, counts)
+    return {"sha256": file_hash(path), "sources": sources}
 
 
 def _split(

@@ -133,6 +133,8 @@ def test_manifest_counts_are_those_of_documents_and_rows(made: Path, length: int
     data = DataSet(made / f"rows-{length}")
     tokenizer = load_tokenizer(made / "tokenizer")
     special = set(manifest["tokenizer"]["special_ids"].values())
+    token_counts = data.token_counts()
+    assert list(token_counts) == sorted(data.sources("train"))
     for split in SPLITS:
         content = manifest["splits"][split]
         occurrences: Counter[int] = Counter()
@@ -145,6 +147,11 @@ def test_manifest_counts_are_those_of_documents_and_rows(made: Path, length: int
             tokens = [ids.tolist() for ids in encode(tokenizer, texts)]
             occurrences.update(token for ids in tokens for token in ids)
             rows = [data.read(split, source, row) for row in range(entry["rows"])]
+            if split == "train":
+                ids = np.concatenate([row.input_ids for row in rows])
+                found = np.bincount(ids, minlength=manifest["tokenizer"]["vocab_size"])
+                found[list(special)] = 0
+                np.testing.assert_array_equal(token_counts[source], found)
             pieces = sum(len(row.documents) for row in rows)
             assert entry["documents"] == len(texts)
             assert entry["pieces"] == pieces
