@@ -37,6 +37,7 @@ def write_manifest(
     twice.
     """
     excluded = [*tokenizer["special_ids"].values(), *tokenizer["excluded_ids"]]
+    splits = {split: _split(config, split, shards, files, excluded) for split in SPLITS}
     manifest = {
         "format": FORMAT_VERSION,
         "row_tokens": config.row_tokens,
@@ -47,9 +48,8 @@ def write_manifest(
         "configuration": describe(config, max_length),
         "inputs": inputs,
         "token_counts": _write_token_counts(folder, tokenizer["vocab_size"], files),
-        "splits": {
-            split: _split(config.row_tokens, split, shards, files, excluded) for split in SPLITS
-        },
+        "totals": _totals(config.row_tokens, list(splits.values())),
+        "splits": splits,
     }
     write_json(folder / MANIFEST_NAME, manifest)
     return manifest
@@ -84,7 +84,7 @@ def _write_token_counts(
 
 
 def _split(
-    row_tokens: int,
+    config: DataPrep,
     split: str,
     shards: Mapping[Part, Sequence[dict[str, Any]]],
     files: Mapping[Part, Sequence[TokenFile]],
@@ -94,21 +94,30 @@ def _split(
     occurrences: Any = 0
     for part in sorted(part for part in shards if part[0] == split):
         _compare(part, shards[part], files[part])
-        sources[part[1]] = _totals(row_tokens, shards[part]) | {"shards": list(shards[part])}
+        sources[part[1]] = _of_part(config, shards[part])
         occurrences = occurrences + sum(file.counts() for file in files[part])
     counts = np.array(occurrences, np.int64, ndmin=1)
     if sources:
         counts[excluded] = 0
-    return _totals(row_tokens, list(sources.values())) | {
+    return _totals(config.row_tokens, list(sources.values())) | {
         "unigram_entropy": unigram_entropy(counts),
         "sources": sources,
     }
 
 
+def _of_part(config: DataPrep, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entry of a split and source; `least_rows`: no packing of its pieces has fewer."""
+    entry = _totals(config.row_tokens, [shard | {"least_rows": 0} for shard in shards])
+    least = max(
+        -(-entry["tokens"] // config.row_tokens), -(-entry["pieces"] // config.max_documents)
+    )
+    return entry | {"least_rows": least, "shards": list(shards)}
+
+
 def _totals(row_tokens: int, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     totals = {
         name: sum(part[name] for part in parts)
-        for name in ("rows", "tokens", "documents", "pieces")
+        for name in ("rows", "least_rows", "tokens", "documents", "pieces")
     }
     slots = totals["rows"] * row_tokens
     return totals | {"fill": round(totals["tokens"] / slots, 6) if slots else 0.0}

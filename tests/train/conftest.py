@@ -207,6 +207,17 @@ class Launcher:
         path.write_text(yaml.safe_dump({"train": values}))
         return path
 
+    def write_long(self, name: str, data: Path) -> Path:
+        """A run of 40 steps with checkpoints, validations and log lines out of step."""
+        return self.write(
+            name,
+            data,
+            schedule={"total_tokens": 40 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 4096},
+            checkpoint={"every_steps": 10},
+            validation={"every_steps": 7, "rows": 5},
+            log={"every_steps": 3},
+        )
+
     def command(self, ranks: int, script: Path, *words: str) -> list[str]:
         """What starts `script` with so many processes."""
         if ranks == 1:
@@ -261,9 +272,24 @@ def launcher(tmp_path: Path) -> Launcher:
 
 
 @pytest.fixture(scope="session")
-def launcher_in() -> Callable[[Path], Launcher]:
-    """A launcher of runs in a folder of one's choice."""
-    return Launcher
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> Launcher:
+    """What several tests look at, in one start: runs, gradients, and steps of an optimizer."""
+    launcher = Launcher(tmp_path_factory.mktemp("two_ranks"))
+    # Without this every parameter of a tiny model is kept whole on every rank, tied decoder too.
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    runs: dict[str, dict[str, Any]] = {
+        f"zero{stage}": {"zero_stage": stage, "deepspeed": settings} for stage in range(4)
+    }
+    runs |= {f"half{stage}": {"zero_stage": stage, "precision": "bf16"} for stage in (0, 1)}
+    runs["muon"] = {"zero_stage": 2, "optimizer": {"name": "muon", "lr": 5e-3}}
+    tasks = [f"train:{launcher.write(name, data_folder, **run)}" for name, run in runs.items()]
+    tasks.append(f"train:{launcher.write_long('whole', data_folder)}")
+    split = launcher.write("split", data_folder, zero_stage=0)
+    tasks.append(f"gradients:{split}:{launcher.folder / 'gradients.npz'}")
+    tasks.append(f"steps:some:{launcher.folder / 'steps'}")
+    done = launcher.run(2, *tasks, script=ROOT / "tests" / "train" / "launched.py")
+    assert done.code == 0, done.out + done.err
+    return launcher
 
 
 def free_port() -> int:

@@ -29,36 +29,6 @@ def steps_logged(run_dir: Path) -> int:
     return path.read_text().count('"kind": "train"') if path.exists() else 0
 
 
-LONG = {
-    "schedule": {"total_tokens": 40 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 4096},
-    "checkpoint": {"every_steps": 10},
-    "validation": {"every_steps": 7, "rows": 5},
-    "log": {"every_steps": 3},
-}
-
-
-@pytest.fixture(scope="module")
-def two_ranks(launcher_in: Callable[[Path], Any], tmp_path_factory: Any, data_folder: Path) -> Any:
-    """What several tests look at, in one start: a run a ZeRO stage, a long run, gradients."""
-    launcher = launcher_in(tmp_path_factory.mktemp("two_ranks"))
-    # Without this every parameter of a tiny model is kept whole on every rank, tied decoder too.
-    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    tasks = [
-        f"train:{launcher.write(f'zero{stage}', data_folder, zero_stage=stage, deepspeed=settings)}"
-        for stage in range(4)
-    ]
-    tasks += [
-        f"train:{launcher.write(name, data_folder, zero_stage=stage, precision='bf16')}"
-        for stage, name in enumerate(("half0", "half1"))
-    ]
-    tasks.append(f"train:{launcher.write('whole', data_folder, **LONG)}")
-    split = launcher.write("split", data_folder, zero_stage=0)
-    tasks.append(f"gradients:{split}:{launcher.folder / 'gradients.npz'}")
-    done = launcher.run(2, *tasks, script=SCRIPT)
-    assert done.code == 0, done.out + done.err
-    return launcher
-
-
 def test_gradients_are_the_same_however_rows_are_split(
     two_ranks: Any, launcher: Any, data_folder: Path
 ) -> None:
@@ -100,8 +70,13 @@ def test_bf16_follows_the_curve_of_fp32_from_the_first_step(two_ranks: Any, name
     np.testing.assert_allclose(two_ranks.losses(name), two_ranks.losses("zero0"), rtol=5e-4)
 
 
+def test_muon_trains(two_ranks: Any) -> None:
+    losses = two_ranks.losses("muon")
+    assert losses[-1] < losses[0] - 0.1
+
+
 def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_folder: Path) -> None:
-    config = launcher.write("killed", data_folder, **LONG)
+    config = launcher.write_long("killed", data_folder)
     run_dir = launcher.folder / "killed"
     with launcher.start(2, "--config", str(config)) as process:
         # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 7, 9 and 10.
