@@ -277,24 +277,6 @@ def test_mimic_hcpcs_and_labitems(tmp_path: Path, shared_data: Path) -> None:
     assert alone.text == "MIMIC-IV laboratory items\n52999: Delete"
 
 
-def test_real_laboratory_items_stand_in_their_category(tmp_path: Path, shared_data: Path) -> None:
-    """The items of MIMIC's published mapping, in the columns of d_labitems."""
-    mapping = shared_data / "codes" / "mimic_mapping" / "d_labitems_to_loinc.csv"
-    with mapping.open(encoding="utf-8-sig", newline="") as file:
-        items = [list(row.values())[:4] for row in csv.DictReader(file)]
-    path = _write(tmp_path / "d_labitems.csv", _csv(_schema(shared_data, "d_labitems"), *items))
-    trees = list(documents(path, "d-labitems", templates=["hierarchy"]))
-    # Four have no label, and so no text.
-    items = [item for item in items if item[1]]
-    assert len(trees) == len(items) == 1_626
-    for (item, label, fluid, category), tree in zip(items, trees, strict=True):
-        assert tree.id == f"mimic-lab-{item}"
-        above, below = tree.text.splitlines()[1:-1], tree.text.splitlines()[-1]
-        expected = (("Category", category), ("Fluid", fluid))
-        assert above == [f"{name}: {' '.join(value.split())}" for name, value in expected if value]
-        assert " ".join(label.split()) in below
-
-
 # ------------------------------------------------------------------------------------------ LOINC
 
 LOINC_COLUMNS = (
