@@ -270,11 +270,6 @@ def test_mimic_hcpcs_and_labitems(tmp_path: Path, shared_data: Path) -> None:
     assert gas.text == "MIMIC laboratory item code for 50809: Glucose (Blood, Blood Gas)"
     assert (bare.id, bare.text.rpartition(": ")[2]) == ("mimic-lab-52999", "Delete")
     assert gas.group == chemistry.group != bare.group
-    tree, *_, alone = documents(path, "d-labitems", templates=["hierarchy"])
-    assert tree.text.splitlines()[1:] == [
-        *("Category: Blood Gas", "Fluid: Blood", "50809: Glucose (Blood, Blood Gas)"),
-    ]
-    assert alone.text == "MIMIC-IV laboratory items\n52999: Delete"
 
 
 # ------------------------------------------------------------------------------------------ LOINC
@@ -344,10 +339,7 @@ def test_loinc(tmp_path: Path) -> None:
         *("Class: CHEM", "Short name: Glucose SerPl-mCnc"),
     ]
     tree, _ = documents(path, "loinc", templates=["hierarchy"])
-    assert tree.text.splitlines() == [
-        *("LOINC codes", "Class: CHEM", "Component: Glucose"),
-        "2345-7: Glucose [Mass/volume] in Serum or Plasma",
-    ]
+    assert tree.text.splitlines()[1:-1] == ["Class: CHEM", "Component: Glucose"]
 
 
 def test_codes_for_one_component_are_one_group(tmp_path: Path) -> None:
