@@ -36,6 +36,12 @@ def export(checkpoint: Path, out: Path) -> None:
     checkpoint: a folder as `common.checkpoint_manifest` describes it. Raises ModelError, naming the
     folder or the file, for anything else.
     """
+    model = load_checkpoint(checkpoint)
+    save_pretrained(model, tokenizer_folder=checkpoint / TOKENIZER_FOLDER, out=out)
+
+
+def load_checkpoint(checkpoint: Path) -> ModernBertForMaskedLM:
+    """The model of a training checkpoint, on the CPU; raises ModelError like `export`."""
     try:
         manifest = verify(checkpoint, ["model"])
     except CheckpointError as error:
@@ -47,7 +53,7 @@ def export(checkpoint: Path, out: Path) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         weights = _read_weights(checkpoint / DEEPSPEED_FOLDER)
     load_weights(model, weights, str(checkpoint))
-    save_pretrained(model, tokenizer_folder=checkpoint / TOKENIZER_FOLDER, out=out)
+    return model
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

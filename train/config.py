@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from common.config import ConfigError, config
 
+MaskingKind = Literal["token", "whole_word", "token_aware"]
+
 
 @config
 class Data:
@@ -44,14 +46,33 @@ class Batch:
 
 @config
 class Masking:
-    """Masked-language-model targets."""
+    """Masked-language-model targets of training; validation masks single tokens, all alike."""
 
     rate: float = 0.3
     """share of the maskable tokens that is masked"""
+    kind: MaskingKind = "token"
+    """token: every token alone, all equally likely; whole_word: all tokens of a word; token_aware:
+    every token alone, rarer ones and medical terms more often (the next four keys)"""
+    frequency_exponent: float = 0.5
+    """a token's weight falls with this power of its frequency; 0 weights all alike"""
+    weight_cap: float = 3.0
+    """largest weight; the typical token (half of all training tokens are no rarer) has 1"""
+    term_sources: list[str] = field(default_factory=lambda: ["icd10cm", "icd9cm"])
+    """sources whose texts are medical terms: tokens that are frequent there are boosted; [] none"""
+    term_boost: float = 1.5
+    """factor to the weight of these"""
     mask_share: float = 0.8
     """share of these that becomes [MASK]"""
     random_share: float = 0.1
     """share of these that becomes a random token; the rest keeps its token"""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_cap", "term_boost"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, not above 0")
+        _require(
+            self.frequency_exponent >= 0,
+            f"frequency_exponent is {self.frequency_exponent}, it must not be negative",
+        )
 
 
 @config
