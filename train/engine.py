@@ -74,6 +74,7 @@ def deepspeed_config(config: Train, precision: str, micro_steps: int, ranks: int
             # reduced before backward ends, and two such buckets stay allocated.
             "reduce_bucket_size": 25_000_000,
         }
+    # See OptimizerStep.
     checks_itself = config.optimizer.name == "muon"
     if precision == "bf16":
         own["bf16"] = {"enabled": True, "check_grad_overflow": checks_itself}

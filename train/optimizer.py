@@ -48,6 +48,7 @@ def set_rates(
 ) -> None:
     """Take the next step at `lr`, where the schedule's highest rate is `peak_lr`.
 
+    Sets what else the configuration says too, for a checkpoint brings what it was written with.
     Rules multiply a group's `weight_decay` by its rate; so that a step at the peak rate decays by
     `config.weight_decay`, whatever the rate, it is divided by the peak.
     """
@@ -56,6 +57,13 @@ def set_rates(
         group["lr"] = lr * scale
         decay = config.weight_decay if group["decays"] else 0.0
         group["weight_decay"] = decay / (peak_lr * scale)
+        group |= _constants(config, is_muon=bool(group.get("use_muon")))
+
+
+def _constants(config: Optimizer, is_muon: bool) -> dict[str, Any]:
+    if is_muon:
+        return {"momentum": config.muon_momentum or MUON_MOMENTUM}
+    return {"betas": config.betas, "eps": config.eps}
 
 
 def _muon(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -72,12 +80,8 @@ def _muon(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
             parameter.use_muon = group["decays"] and id(parameter) not in embeddings
             by_rule[parameter.use_muon].append(parameter)
         for use_muon, parameters in by_rule.items():
-            keys: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
-            if use_muon:
-                keys = {"momentum": config.muon_momentum or MUON_MOMENTUM}
             if parameters:
-                groups.append(
-                    {**group, "params": parameters, "use_muon": use_muon, "lr": 0.0} | keys
-                )
+                keys = {"params": parameters, "use_muon": use_muon, "lr": 0.0}
+                groups.append(group | keys | _constants(config, use_muon))
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
     return optimizer

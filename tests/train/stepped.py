@@ -92,13 +92,17 @@ class Model(nn.Module):
 
 
 def factors(step: int, micro_step: int, rank: int) -> dict[str, Tensor]:
-    """Gradients of a micro-step, small whole eighths whose sums are exact, some of them leaping."""
+    """Gradients of a micro-step, some of them leaping.
+
+    Small whole multiples of 3/8: their sums, and means over two or three ranks, are exact. Where
+    they add up to nothing, a residue would make a step of its own.
+    """
     draw = torch.Generator().manual_seed(step * 100 + micro_step * 10 + rank)
     shapes = SHAPES | {"again": SHAPES["tied"]}
     leaps = dict(zip(shapes, (1, 8, 64, 2, 32, 16, 1), strict=True))
     return {
         name: torch.randint(-3, 4, shape, generator=draw)
-        / 8
+        * (3 / 8)
         * (leaps[name] if step % 4 == 3 else 1)
         for name, shape in shapes.items()
     }

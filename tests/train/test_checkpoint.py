@@ -132,6 +132,7 @@ def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
         ({"seed": 18}, "row_order"),
         ({"zero_stage": 2}, "zero_stage"),
         ({"precision": "bf16"}, "dtype"),
+        ({"optimizer": {"name": "adamw"}}, "optimizer"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
