@@ -25,7 +25,7 @@ from model.modernbert import ModernBertForMaskedLM
 
 _DEEPSPEED = "deepspeed"
 _TAG = "state"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -34,13 +34,18 @@ def export(checkpoint: Path, out: Path) -> None:
     checkpoint: a folder with `manifest.json` (which names every file and its sha256), `deepspeed/`
     and `tokenizer/`. Raises ModelError, naming the folder or the file, for anything else.
     """
+    save_pretrained(load_checkpoint(checkpoint), tokenizer_folder=checkpoint / "tokenizer", out=out)
+
+
+def load_checkpoint(checkpoint: Path) -> ModernBertForMaskedLM:
+    """The model of a training checkpoint, on the CPU; raises ModelError like `export`."""
     manifest = _read_manifest(checkpoint)
     model = ModernBertForMaskedLM(ModernBertConfig(**manifest["model"]))
     # DeepSpeed, which unpickling its files imports, prints to stdout.
     with contextlib.redirect_stdout(sys.stderr):
         weights = _read_weights(checkpoint / _DEEPSPEED)
     load_weights(model, weights, str(checkpoint))
-    save_pretrained(model, tokenizer_folder=checkpoint / "tokenizer", out=out)
+    return model
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from train.config import Train
 from train.optimizer import make_optimizer, set_lr
+from train.phase_config import Batch
 
 Engine = Any
 """deepspeed.DeepSpeedEngine, which has no types"""
@@ -25,12 +26,18 @@ Engine = Any
 _NEVER = 2**62
 
 
-def deepspeed_config(config: Train, precision: str, micro_steps: int, ranks: int) -> dict[str, Any]:
-    """The configuration that DeepSpeed gets, the run's own `deepspeed` keys included."""
+def deepspeed_config(
+    config: Train, precision: str, batch: Batch, micro_steps: int, ranks: int
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets, the run's own `deepspeed` keys included.
+
+    batch, micro_steps: those of the run's largest step. DeepSpeed wants one size; where each step
+    ends it is told outright, see `backward`.
+    """
     stage = config.zero_stage
     own: dict[str, Any] = {
-        "train_batch_size": config.batch.rows,
-        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "train_batch_size": batch.rows,
+        "train_micro_batch_size_per_gpu": batch.micro_rows,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "steps_per_print": _NEVER,

@@ -8,20 +8,20 @@ import contextlib
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.config import ConfigError, config_to_yaml
-from common.counter_random import derive_key
+from common.config import config_to_yaml
 from common.files import whole_file, write_json
 from model.attention import choose_attention
-from model.modernbert import ModernBertForMaskedLM
 from train import checkpoint
+from train.describe import describe_phase, parameter_count
 from train.engine import Engine, backward, start_engine, step
 from train.loader import LoadedStep, Loader, StepMaker
 from train.metrics import Interval, Metrics
 from train.ranks import Ranks
-from train.resolve import Run, parameter_count
-from train.schedule import Progress
+from train.resolve import Run, RunPhase
+from train.schedule import Progress, StepPlan
+from train.start import make_model
 from train.validation import Validation
 
 
@@ -31,29 +31,33 @@ class TrainingError(RuntimeError):
 
 def train(run: Run, ranks: Ranks, device: torch.device) -> None:
     """Train `run` from its newest checkpoint, or from the start, to its end."""
-    found = checkpoint.find(run, ranks)
-    engine = start_engine(make_model(run).to(device), run.config, run.deepspeed)
-    progress = Progress()
-    if found.path is not None:
-        progress = checkpoint.load(engine, found.path)
-    if ranks.is_first:
-        _begin(run, found, progress, device)
-
     config = run.config
-    maker = StepMaker(run.data, run.order, run.masker, run.shape, ranks.rank, ranks.size)
-    validate = Validation(run, ranks, device)
+    found = checkpoint.find(run, ranks)
+    engine = start_engine(make_model(config, run.start).to(device), config, run.deepspeed)
+    if found.path is not None:
+        checkpoint.load(engine, found.path)
+    progress = found.progress
+    if ranks.is_first:
+        _begin(run, found, device)
+
     with contextlib.ExitStack() as stack:
         metrics = None
         if ranks.is_first:
             metrics = stack.enter_context(
                 Metrics(config.run_dir, progress.step, run.last_step(progress))
             )
+        maker = StepMaker(run, ranks.rank)
         loader = stack.enter_context(Loader(maker, run.plans(progress), device.type == "cuda"))
         interval = Interval(loader, device)
+        phase: RunPhase | None = None
         for loaded in loader:
             plan = loaded.plan
-            saves = plan.step % config.checkpoint.every_steps == 0 or plan.is_last
-            validates = plan.step % config.validation.every_steps == 0 or plan.is_last
+            if phase is None or plan.phase != phase.name:
+                phase = run.phases[plan.phase]
+                validate = _enter(phase, run, ranks, engine, device)
+                interval.restart()
+            saves = plan.step % config.checkpoint.every_steps == 0 or plan.ends_phase
+            validates = plan.step % config.validation.every_steps == 0 or plan.ends_phase
             # An interval of the log ends with every checkpoint, so that the lines of a run that
             # continues from one are those of a run that never stopped; and with every validation,
             # whose time is none of training's.
@@ -61,33 +65,19 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
 
             loss_sum = accumulate(engine, loaded, ranks, device)
             norm = step(engine, plan.lr, want_norm=logs)
-            progress = Progress(
-                step=plan.step,
-                next_row=plan.first_row + plan.rows,
-                slots=plan.slots,
-                tokens=progress.tokens + loaded.counts.tokens,
-            )
-            interval.add(loss_sum, loaded.counts)
+            counts = loaded.counts
+            progress = progress.after(plan, counts.rows_by_source, counts.tokens_by_source)
+            interval.add(loss_sum, counts)
             if logs:
                 record = interval.close()
-                _check_finite(engine, plan.step, record["loss"], norm)
+                _check_finite(engine, plan, record["loss"], norm)
                 if metrics is not None:
-                    metrics.train(
-                        {
-                            "step": plan.step,
-                            "slots": progress.slots,
-                            "tokens": progress.tokens,
-                            "lr": plan.lr,
-                            "mask_rate": plan.mask_rate,
-                            "grad_norm": norm,
-                            "skipped_steps": engine.skipped_steps,
-                            **record,
-                        }
-                    )
+                    state = {"grad_norm": norm, "skipped_steps": engine.skipped_steps}
+                    metrics.train({**_where(run, plan, progress), **state, **record})
             if validates:
                 figures = validate(engine)
                 if metrics is not None:
-                    metrics.validation({"step": plan.step, **figures})
+                    metrics.validation({"step": plan.step, "phase": plan.phase, **figures})
             if saves:
                 path = checkpoint.save(engine, run, ranks, progress)
                 if ranks.is_first:
@@ -96,7 +86,43 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 interval.restart()
 
 
-def _check_finite(engine: Engine, step_number: int, loss: float, norm: float | None) -> None:
+def _enter(
+    phase: RunPhase, run: Run, ranks: Ranks, engine: Engine, device: torch.device
+) -> Validation:
+    """Make ready for the steps of a phase, on every rank; its validation.
+
+    The engine goes on with its weights and its optimizer: what is new is the data, which the
+    loader knows, the base of the rotary positions, and what is validated on.
+    """
+    engine.module.set_global_rope_theta(phase.model_config.global_rope_theta)
+    if ranks.is_first:
+        print("\n".join(describe_phase(phase, ranks.size)), flush=True)
+    return Validation(phase, run.config.validation.rate, ranks, device)
+
+
+def _where(run: Run, plan: StepPlan, progress: Progress) -> dict[str, object]:
+    """The part of a record that follows from the counters alone.
+
+    sources: what has been read so far of each, in real tokens and in epochs.
+    """
+    epochs = run.epochs_read(progress)
+    tokens = progress.tokens_by_source
+    return {
+        "step": plan.step,
+        "phase": plan.phase,
+        "slots": plan.slots,
+        "tokens": progress.all_tokens,
+        "phase_tokens": progress.tokens_of(plan.phase),
+        "rows_per_step": plan.rows,
+        "lr": plan.lr,
+        "mask_rate": plan.mask_rate,
+        "sources": {
+            name: {"tokens": tokens[name], "epochs": epochs[name]} for name in sorted(tokens)
+        },
+    }
+
+
+def _check_finite(engine: Engine, plan: StepPlan, loss: float, norm: float | None) -> None:
     """Raise TrainingError, on every rank alike, where the weights are spoilt or about to be.
 
     Called before every checkpoint, so that none is written of such weights. A step that DeepSpeed
@@ -105,9 +131,9 @@ def _check_finite(engine: Engine, step_number: int, loss: float, norm: float | N
     norm_is_fine = norm is None or math.isfinite(norm) or not engine.was_step_applied()
     if not (math.isfinite(loss) and norm_is_fine):
         raise TrainingError(
-            f"at step {step_number} the loss is {loss} and the gradient norm {norm}: lower "
-            "optimizer.lr or lengthen schedule.warmup_tokens; the same command continues from the "
-            "newest checkpoint"
+            f"at step {plan.step} the loss is {loss} and the gradient norm {norm}: lower "
+            f"phases.{plan.phase}.lr.peak or lengthen its lr.warmup_tokens; the same command "
+            "continues from the newest checkpoint"
         )
 
 
@@ -130,37 +156,27 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
     return loss_sum
 
 
-def make_model(run: Run) -> nn.Module:
-    """The model a run starts from: random weights, the same on every rank, or those of a folder."""
-    if run.config.init_from is not None:
-        # Only here, for it brings transformers with it, which takes seconds.
-        from model.huggingface import load_pretrained
-
-        try:
-            return load_pretrained(run.config.init_from)
-        except ValueError as error:
-            raise ConfigError(f"init_from: {error}") from None
-    seed = derive_key(run.config.seed, "weights") >> 1
-    return ModernBertForMaskedLM(run.model_config, torch.Generator().manual_seed(seed))
-
-
-def _begin(run: Run, found: checkpoint.Found, progress: Progress, device: torch.device) -> None:
+def _begin(run: Run, found: checkpoint.Found, device: torch.device) -> None:
     """Say what is about to run, and put what the report needs into the run's folder."""
     for reason in found.skipped:
         print(f"warning: a checkpoint is passed over: {reason}", flush=True)
     for change in found.changed:
         print(f"warning: since {found.path} was written, {change}", flush=True)
     run_dir = run.config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "data").mkdir(parents=True, exist_ok=True)
     with whole_file(run_dir / "config.yaml") as file:
         file.write(config_to_yaml(run.config).encode())
-    write_json(run_dir / "data_manifest.json", run.data.manifest)
+    for phase in run.phases.values():
+        write_json(run_dir / "data" / f"{phase.name}.json", phase.data.manifest)
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    start = f"continues from {found.path}" if found.path else "starts anew"
+    start = "starts anew"
+    if found.path is not None:
+        start = f"continues from {found.path}"
+    elif run.config.init_from is not None:
+        start = f"starts from the weights of {run.config.init_from}"
     print(
-        f"{run_dir}: {parameter_count(run.model_config):,} parameters, {run.ranks} ranks on "
+        f"{run_dir}: {parameter_count(run.start):,} parameters, {run.ranks} ranks on "
         f"{device.type}, {run.precision}, ZeRO {run.config.zero_stage}, attention "
-        f"{choose_attention(device, dtype)}; {run.last_step(progress):,} steps of "
-        f"{run.slots_per_step:,} token slots; {start}",
+        f"{choose_attention(device, dtype)}; {run.last_step(found.progress):,} steps; {start}",
         flush=True,
     )

@@ -127,10 +127,13 @@ def data_maker() -> Callable[..., Path]:
 
 @pytest.fixture
 def resolved(data_folder: Path, tmp_path: Path) -> Callable[..., Run]:
-    """Works out the tiny run for so many ranks, sections replaced by `changes`, untrained."""
+    """Works out the tiny run for so many ranks, sections replaced by `changes`, untrained.
+
+    `phase` in `changes` replaces sections of the run's only phase, "main".
+    """
 
     def resolve_it(ranks: int = 1, **changes: Any) -> Run:
-        values = run_config(data_folder, tmp_path / "run") | changes
+        values = changed(run_config(data_folder, tmp_path / "run"), changes)
         return resolve(TypeAdapter(Train).validate_python(values), ranks, on_gpu=False)
 
     return resolve_it
@@ -141,20 +144,36 @@ def run_config(data: Path, run_dir: Path) -> dict[str, Any]:
     return {
         "run_dir": str(run_dir),
         "zero_stage": 1,
-        "data": {"dir": str(data)},
+        "phases": {
+            "main": {
+                "data": {"dir": str(data)},
+                "tokens": 12 * 8 * 64,
+                "batch": {"rows": 8, "micro_rows": 2},
+                "lr": {
+                    "peak": 5e-3,
+                    "warmup_tokens": 1024,
+                    "decay": "sqrt",
+                    "decay_tokens": 2048,
+                },
+            },
+        },
         "model": {
             "hidden_size": 32,
             "intermediate_size": 48,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
         },
-        "batch": {"rows": 8, "micro_rows": 2},
-        "optimizer": {"lr": 5e-3},
-        "schedule": {"total_tokens": 12 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 2048},
         "validation": {"every_steps": 6, "rows": 5},
         "checkpoint": {"every_steps": 4},
         "log": {"every_steps": 1},
     }
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with sections replaced, those under `phase` in its phase "main"."""
+    top = {key: value for key, value in changes.items() if key != "phase"}
+    main = values["phases"]["main"] | changes.get("phase", {})
+    return values | {"phases": {"main": main}} | top
 
 
 @dataclass(frozen=True)
@@ -174,10 +193,10 @@ class Launcher:
         self.accelerator = "cpu"
 
     def write(self, name: str, data: Path, **changes: Any) -> Path:
-        """A configuration file of a run in `folder/name`; `changes` replace whole sections."""
-        values = run_config(data, self.folder / name) | changes
+        """A configuration file of a run in `folder/name`; for `changes` see `resolved`."""
+        values = changed(run_config(data, self.folder / name), changes)
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"train": values}))
+        path.write_text(yaml.safe_dump({"train": values}, sort_keys=False))
         return path
 
     def command(self, ranks: int, script: Path, *words: str) -> list[str]:

@@ -12,7 +12,7 @@ from train.optimizer import make_optimizer, parameter_groups, set_lr
 
 
 def test_norms_and_biases_do_not_decay(resolved: Callable[..., Any]) -> None:
-    model = ModernBertForMaskedLM(resolved().model_config)
+    model = ModernBertForMaskedLM(resolved().start)
     decayed, plain = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -23,7 +23,7 @@ def test_norms_and_biases_do_not_decay(resolved: Callable[..., Any]) -> None:
 
 def test_one_step_is_adamw_by_hand() -> None:
     layer = torch.nn.Linear(3, 2)
-    config = Optimizer(lr=0.5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    config = Optimizer(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     optimizer = make_optimizer(layer, config)
     set_lr(optimizer.param_groups, 0.25)
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}

@@ -9,10 +9,11 @@ from train.report import main
 
 SOURCE = {"rows": 3, "tokens": 900, "documents": 7, "fill": 0.99}
 MANIFEST = {
+    "max_length": 1024,
     "splits": {
         "train": {"unigram_entropy": 7.1, "sources": {"pubmed": SOURCE}},
         "validation": {"unigram_entropy": 6.875, "sources": {"pubmed": SOURCE}},
-    }
+    },
 }
 
 
@@ -20,7 +21,12 @@ def record(step: int) -> dict[str, object]:
     return {
         "kind": "train",
         "step": step,
+        "phase": "short",
         "tokens": 1000 * step,
+        "phase_tokens": 1000 * step,
+        "rows_per_step": 8,
+        "mask_rate": 0.3,
+        "sources": {"pubmed": {"tokens": 1000 * step, "epochs": 0.5 * step}},
         "loss": 9.0 - step,
         "lr": 1e-3,
         "grad_norm": 1.0,
@@ -31,6 +37,7 @@ def record(step: int) -> dict[str, object]:
 
 VALIDATION = {
     "kind": "validation",
+    "phase": "short",
     "step": 2,
     "loss": 5.5,
     "accuracy": 0.25,
@@ -40,7 +47,8 @@ VALIDATION = {
 
 def write_run(folder: Path, records: list[dict[str, object]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (folder / "data_manifest.json").write_text(json.dumps(MANIFEST))
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data" / "short.json").write_text(json.dumps(MANIFEST))
     (folder / "config.yaml").write_text("seed: 17 # <b>\n")
 
 
@@ -50,7 +58,7 @@ def test_report_holds_both_figures_and_their_difference(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     for figure in ("6.8750", "5.5000", "1.3750", "0.2500", "seed: 17 # &lt;b&gt;"):
         assert figure in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
 
 
 def test_equal_runs_give_equal_pages(tmp_path: Path) -> None:

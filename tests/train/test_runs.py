@@ -28,7 +28,10 @@ def steps_logged(run_dir: Path) -> int:
 
 
 LONG = {
-    "schedule": {"total_tokens": 40 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 4096},
+    "phase": {
+        "tokens": 40 * 8 * 64,
+        "lr": {"peak": 5e-3, "warmup_tokens": 1024, "decay": "sqrt", "decay_tokens": 4096},
+    },
     "checkpoint": {"every_steps": 10},
     "validation": {"every_steps": 7, "rows": 5},
     "log": {"every_steps": 3},
