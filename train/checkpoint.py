@@ -57,7 +57,8 @@ def folder_of(run_dir: Path) -> Path:
 def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
     """Save a checkpoint; every rank calls this after the same step.
 
-    The newest `checkpoint.keep` stay. Returns the checkpoint's folder.
+    The newest `checkpoint.keep` stay, and those at the end of a phase, from which other runs may
+    start. Returns the checkpoint's folder.
     """
     folder = folder_of(run.config.run_dir)
     final = folder / f"step_{progress.step:08d}"
@@ -83,7 +84,8 @@ def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
             temporary.rename(final)
             sync_folder(folder)
             for old in checkpoints(folder)[run.config.checkpoint.keep :]:
-                _remove(old)
+                if not _ends_phase(old):
+                    _remove(old)
         except OSError as error:
             problem = f"{final} cannot be written: {error}"
     # Also a barrier: a rank that went on and ended the run would end rank 0 too, before the rename.
@@ -271,6 +273,8 @@ def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, s
         **asdict(progress),
         **_identity(run),
         "model": asdict(phase.model_config),
+        "ends_phase": progress.rows_of(phase.name) * phase.schedule.row_tokens
+        >= phase.schedule.tokens,
         "config": config_to_dict(run.config),
         "files": hashes,
     }
@@ -296,6 +300,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if absent:
         raise CheckpointError(f"{path / MANIFEST_NAME} is damaged: it lacks {min(absent)!r}")
     return dict(manifest)
+
+
+def _ends_phase(path: Path) -> bool:
+    """Whether a checkpoint was made at the end of a phase, as far as its manifest can be read."""
+    try:
+        return bool(_read_manifest(path).get("ends_phase"))
+    except CheckpointError:
+        return False
 
 
 def _owner(path: Path, ranks: int) -> int:

@@ -55,7 +55,8 @@ class Checkpoint:
 
     every_steps: int = 500
     keep: int = 2
-    """newest checkpoints to keep, at least 2: the newest may turn out to be damaged"""
+    """newest checkpoints to keep, at least 2: the newest may turn out to be damaged; those at the
+    end of a phase are kept besides"""
 
 
 @config

@@ -17,10 +17,10 @@ from train import checkpoint
 from train.describe import describe_phase, parameter_count
 from train.engine import Engine, backward, start_engine, step
 from train.loader import LoadedStep, Loader, StepMaker
-from train.metrics import Interval, Metrics
+from train.metrics import Interval, Metrics, counters
 from train.ranks import Ranks
 from train.resolve import Run, RunPhase
-from train.schedule import Progress, StepPlan
+from train.schedule import StepPlan
 from train.start import make_model
 from train.validation import Validation
 
@@ -73,7 +73,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 _check_finite(engine, plan, record["loss"], norm)
                 if metrics is not None:
                     state = {"grad_norm": norm, "skipped_steps": engine.skipped_steps}
-                    metrics.train({**_where(run, plan, progress), **state, **record})
+                    metrics.train({**counters(run, plan, progress), **state, **record})
             if validates:
                 figures = validate(engine)
                 if metrics is not None:
@@ -98,28 +98,6 @@ def _enter(
     if ranks.is_first:
         print("\n".join(describe_phase(phase, ranks.size)), flush=True)
     return Validation(phase, run.config.validation.rate, ranks, device)
-
-
-def _where(run: Run, plan: StepPlan, progress: Progress) -> dict[str, object]:
-    """The part of a record that follows from the counters alone.
-
-    sources: what has been read so far of each, in real tokens and in epochs.
-    """
-    epochs = run.epochs_read(progress)
-    tokens = progress.tokens_by_source
-    return {
-        "step": plan.step,
-        "phase": plan.phase,
-        "slots": plan.slots,
-        "tokens": progress.all_tokens,
-        "phase_tokens": progress.tokens_of(plan.phase),
-        "rows_per_step": plan.rows,
-        "lr": plan.lr,
-        "mask_rate": plan.mask_rate,
-        "sources": {
-            name: {"tokens": tokens[name], "epochs": epochs[name]} for name in sorted(tokens)
-        },
-    }
 
 
 def _check_finite(engine: Engine, plan: StepPlan, loss: float, norm: float | None) -> None:

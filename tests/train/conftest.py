@@ -1,5 +1,6 @@
 """Small data sets of learnable structure, and launches of real runs on them."""
 
+import functools
 import hashlib
 import json
 import os
@@ -120,9 +121,22 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def long_folder(data_folder: Path) -> Path:
+    """A data set of the same sources and tokenizer: rows of 128 tokens, documents of up to 64."""
+    rows = {"train": {"notes": 15, "papers": 24}, "validation": {"notes": 2, "papers": 3}}
+    return make_data(data_folder.parent, rows, row_tokens=128, max_length=64)
+
+
+@pytest.fixture(scope="session")
 def data_maker() -> Callable[..., Path]:
     """`make_data`, for tests that need another data set."""
     return make_data
+
+
+@pytest.fixture(scope="session")
+def phases(data_folder: Path, long_folder: Path) -> Callable[..., Any]:
+    """`two_phases` on the session's data sets, of so many times 8 and 4 steps."""
+    return functools.partial(two_phases, data_folder, long_folder)
 
 
 @pytest.fixture
@@ -166,6 +180,29 @@ def run_config(data: Path, run_dir: Path) -> dict[str, Any]:
         "validation": {"every_steps": 6, "rows": 5},
         "checkpoint": {"every_steps": 4},
         "log": {"every_steps": 1},
+    }
+
+
+def two_phases(short: Path, long: Path, scale: int = 1) -> dict[str, Any]:
+    """Phases of 8 and 4 steps times `scale`: the batch grows in the first, which reads rows of 64
+    tokens; the second reads rows of 128, with another mixture, another base and fewer masks."""
+    warmup = {"rows": 2, "increment": 2, "tokens": scale * 2 * (2 + 4 + 6) * 64}
+    return {
+        "short": {
+            "data": {"dir": str(short)},
+            "tokens": scale * 2 * (2 + 4 + 6 + 8) * 64,
+            "batch": {"rows": 8, "micro_rows": 1, "warmup": warmup},
+            "lr": {"peak": 5e-3, "warmup_tokens": 512},
+            "global_rope_theta": 10_000,
+        },
+        "long": {
+            "data": {"dir": str(long), "weights": {"notes": 1, "papers": 1}},
+            "tokens": scale * 4 * 4 * 128,
+            "batch": {"rows": 4, "micro_rows": 2},
+            "masking": {"rate": 0.3, "final_rate": 0.15},
+            "lr": {"peak": 3e-3, "decay": "sqrt"},
+            "global_rope_theta": 160_000,
+        },
     }
 
 

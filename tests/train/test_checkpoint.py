@@ -89,9 +89,17 @@ def test_the_newest_is_found_and_brings_the_counters_back(resolved: Callable[...
 
 def test_only_the_newest_stay(resolved: Callable[..., Any]) -> None:
     run = resolved(checkpoint={"every_steps": 4, "keep": 2})
-    for step in (4, 8, 12):
+    for step in (4, 8, 10):
         save(run, step)
-    assert names(run) == ["step_00000008", "step_00000012"]
+    assert names(run) == ["step_00000008", "step_00000010"]
+
+
+def test_the_end_of_a_phase_stays(resolved: Callable[..., Any], phases: Callable[..., Any]) -> None:
+    run = resolved(phases=phases(), checkpoint={"keep": 2})
+    for step, phase in ((4, "short"), (5, "short"), (6, "long"), (7, "long"), (8, "long")):
+        checkpoint.save(FakeEngine(), run, Ranks(), at(step, phase))
+    # 40 rows of the phase short: all.
+    assert names(run) == ["step_00000005", "step_00000007", "step_00000008"]
 
 
 @pytest.mark.parametrize(
@@ -217,3 +225,46 @@ def test_a_full_disk_is_an_error_and_leaves_no_checkpoint(
     with pytest.raises(CheckpointError, match=r"step_00000004 cannot be written: .*No space left"):
         save(run, 4)
     assert checkpoint.checkpoints(run.config.run_dir / "checkpoints") == []
+
+
+def test_phases_may_be_added_and_the_others_stay(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    """Those to come are checked like those that have begun."""
+    parts = phases()
+    run = resolved(phases=parts)
+    path = checkpoint.save(FakeEngine(), run, Ranks(), at(3, "short"))
+    decay = {**parts["long"], "tokens": 512}
+    longer = resolved(phases={**parts, "decay": decay})
+    assert checkpoint.find(longer, Ranks()).path == path
+    for changed, key in (
+        ({"short": parts["short"]}, "phases"),
+        ({"long": parts["long"], "short": parts["short"]}, "phases"),
+        ({**parts, "long": {**decay, "data": parts["short"]["data"]}}, r"phases\.long\.data_man"),
+        ({**parts, "long": {**decay, "global_rope_theta": 1e6}}, r"phases\.long\.global_rope"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{path} is of another run: its {key}"):
+            checkpoint.find(resolved(phases=changed), Ranks())
+
+
+def test_a_length_that_moves_what_a_later_phase_reads_is_refused(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    parts = phases()
+    twice = {"one": parts["short"], "two": parts["short"]}
+    path = checkpoint.save(FakeEngine(), resolved(phases=twice), Ranks(), at(3, "one"))
+    longer = {"one": {**parts["short"], "tokens": 5120}, "two": parts["short"]}
+    with pytest.raises(CheckpointError, match=rf"{path} .* its phases\.two\.row_order is"):
+        checkpoint.find(resolved(phases=longer), Ranks())
+    last = {"one": parts["short"], "two": {**parts["short"], "tokens": 5120}}
+    found = checkpoint.find(resolved(phases=last), Ranks())
+    assert found.changed == ["phases.two.tokens: 2560 -> 5120"]
+
+
+def test_the_base_of_the_phase_is_the_models(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    run = resolved(phases=phases())
+    for step, phase, theta in ((4, "short", 10_000.0), (12, "long", 160_000.0)):
+        path = checkpoint.save(FakeEngine(), run, Ranks(), at(step, phase))
+        assert checkpoint.verify(path)["model"]["global_rope_theta"] == theta

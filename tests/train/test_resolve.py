@@ -1,6 +1,7 @@
 """What a configuration, a data set and a number of ranks make together."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from data_prep.shards import DataError
 from model.config import BASE, LARGE
 from model.modernbert import ModernBertForMaskedLM
 from train.describe import parameter_count
+from train.schedule import Progress
 
 
 def test_sizes_come_from_the_configuration_and_ids_from_the_tokenizer(
@@ -74,3 +76,128 @@ def test_deepspeed_gets_what_the_run_says_and_its_own_keys(resolved: Callable[..
     half = resolved(precision="bf16").deepspeed
     assert half["bf16"]["enabled"]
     assert half["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_phases_follow_one_another_on_their_own_data(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    run = resolved(2, phases=phases())
+    short, long = run.phases.values()
+    assert (short.shape.tokens, long.shape.tokens) == (64, 2 * 128)
+    assert (short.shape.max_length, long.shape.max_length) == (32, 64)
+    assert long.shape.masked == 2 * 38, "room for the highest rate of the phase"
+    assert (short.micro_steps, long.micro_steps) == (4, 1)
+    assert short.validation_rows == {"notes": 2, "papers": 3}
+    assert long.validation_rows == {"notes": 2, "papers": 3}
+    assert run.deepspeed["gradient_accumulation_steps"] == 4
+    assert run.last_step(Progress()) == 12
+    assert run.start.max_position_embeddings == 8192
+    thetas = [phase.model_config.global_rope_theta for phase in (short, long)]
+    assert thetas == [10_000, 160_000]
+
+
+def test_a_phase_keeps_the_base_of_the_one_before(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    parts = phases()
+    del parts["long"]["global_rope_theta"]
+    assert resolved(phases=parts).phases["long"].model_config.global_rope_theta == 10_000
+
+
+def test_a_phase_reads_on_where_another_left_the_same_data(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    parts = phases()
+    again = {**parts["short"], "tokens": 5120}
+    run = resolved(phases={**parts, "again": again})
+    short, long, third = run.phases.values()
+    assert third.order.start == short.order.rows_read(40)
+    assert sum(third.order.start.values()) == short.schedule.rows() == 40
+    assert sum(long.order.start.values()) == 0
+
+
+def test_phases_of_other_tokenizers_are_refused(
+    resolved: Callable[..., Any],
+    phases: Callable[..., Any],
+    data_maker: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    rows = {"train": {"notes": 8}, "validation": {"notes": 2}}
+    other = data_maker(tmp_path / "other", rows)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "1" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    parts = phases()
+    parts["long"]["data"] = {"dir": str(other)}
+    with pytest.raises(ConfigError, match=r"phases\.long\.data\.dir = .* another tokenizer"):
+        resolved(phases=parts)
+
+
+def test_epochs_of_every_source_make_the_length_of_a_phase(
+    resolved: Callable[..., Any], data_folder: Path
+) -> None:
+    """40 rows of notes three times, 90 of papers once and a half."""
+    data = {"dir": str(data_folder), "epochs": {"notes": 3, "papers": 1.5}}
+    phase = resolved(phase={"data": data, "tokens": None}).phases["main"]
+    assert phase.schedule.tokens == (120 + 135) * 64
+    rows = phase.schedule.rows()
+    assert rows == 256, "whole steps of 8"
+    for source, number in phase.order.rows_read(rows).items():
+        assert number / phase.order.rows[source] == pytest.approx(data["epochs"][source], abs=0.2)
+    exact = {name: quota / 16_384 for name, quota in phase.order.quotas.items()}
+    assert exact == pytest.approx({"notes": 120 / 255, "papers": 135 / 255}, abs=1e-4)
+
+
+def test_epochs_of_some_sources_leave_the_rest_to_the_others(
+    resolved: Callable[..., Any], data_folder: Path
+) -> None:
+    data = {"dir": str(data_folder), "epochs": {"notes": 2}}
+    phase = resolved(phase={"data": data, "tokens": 160 * 64}).phases["main"]
+    assert phase.order.quotas == {"notes": 8192, "papers": 8192}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "tokens", "message"),
+    [
+        ({"notes": 1, "papers": 1}, 6144, "names every source, so that 130 rows are read, 8,320"),
+        ({"notes": 3}, 6144, r"asks for 7,680 slots, which leaves nothing of tokens = 6,144"),
+        ({"labels": 3}, 6144, r"phases\.main\.data\.epochs\.labels: .* it has notes, papers"),
+    ],
+)
+def test_epochs_that_do_not_fit_are_refused(
+    resolved: Callable[..., Any],
+    data_folder: Path,
+    epochs: dict[str, float],
+    tokens: int,
+    message: str,
+) -> None:
+    data = {"dir": str(data_folder), "epochs": epochs}
+    with pytest.raises(ConfigError, match=message):
+        resolved(phase={"data": data, "tokens": tokens})
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        (
+            {"lr": {"warmup_tokens": 7000}},
+            r"lr\.decay_tokens is 7,000, more than the phase's 6,144",
+        ),
+        ({"lr": {"warmup_tokens": 6144, "decay": "sqrt"}}, r"leaves no tokens for lr\.decay"),
+        (
+            {
+                "batch": {
+                    "rows": 8,
+                    "micro_rows": 2,
+                    "warmup": {"rows": 2, "increment": 2, "tokens": 7000},
+                }
+            },
+            r"batch\.warmup\.tokens is 7,000",
+        ),
+    ],
+)
+def test_ramps_longer_than_their_phase_are_refused(
+    resolved: Callable[..., Any], phase: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"phases.main: .*{message}"):
+        resolved(phase=phase)
