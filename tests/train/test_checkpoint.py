@@ -96,8 +96,9 @@ def test_only_the_newest_stay(resolved: Callable[..., Any]) -> None:
 
 def test_the_end_of_a_phase_stays(resolved: Callable[..., Any], phases: Callable[..., Any]) -> None:
     run = resolved(phases=phases(), checkpoint={"keep": 2})
-    for step, phase in ((4, "short"), (5, "short"), (6, "long"), (7, "long"), (8, "long")):
-        checkpoint.save(FakeEngine(), run, Ranks(), at(step, phase))
+    for step in (4, 5, 6, 7, 8):
+        rows = {"short": {"notes": min(40, 8 * step)}, "long": {"notes": 2 * max(0, step - 5)}}
+        checkpoint.save(FakeEngine(), run, Ranks(), Progress(step, rows, rows))
     # 40 rows of the phase short: all.
     assert names(run) == ["step_00000005", "step_00000007", "step_00000008"]
 
