@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.config import config
-from train.phase_config import Phase, require
+from train.phase_config import Phase, check_decay, require
 
 
 @config
@@ -28,14 +28,21 @@ class Model:
 
 @config
 class Optimizer:
-    """AdamW; weight decay is decoupled, and zero on norms and biases."""
+    """The rule of a step; weight decay is decoupled, and zero on norms and biases."""
 
+    name: Literal["stable_adamw", "adamw", "muon"] = "stable_adamw"
+    """stable_adamw: ModernBERT's; muon: Muon on the layers' matrices, AdamW on the rest"""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
-    weight_decay: float = 1e-2
-    """a step shrinks weights by lr × weight_decay"""
-    gradient_clipping: float = 1.0
-    """largest norm of the gradient of all parameters; 0 leaves it as it is"""
+    weight_decay: float = 1e-5
+    """share of a weight that a step at the peak rate takes away; at a lower rate, that much less. A
+    phase may have its own"""
+    gradient_clipping: float = 0.0
+    """largest norm of the gradient of all parameters; 0 leaves it as it is, as ModernBERT does"""
+    muon_lr: float | None = None
+    """muon alone: the peak rate of its matrices (0.02 by default), whose course is that of lr"""
+    muon_momentum: float | None = None
+    """muon alone: 0.95 by default"""
 
 
 @config
@@ -81,7 +88,11 @@ class Train:
     init_optimizer: Literal["fresh", "kept"] = "fresh"
     """kept: the optimizer's state, too, is that of init_from, a checkpoint of as many ranks"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on CPU"""
+    """dtype of weights and activations; auto: bf16 on a GPU, fp32 on CPU. Steps are always fp32"""
+    grad_accum_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the sum of gradients over micro-steps; auto: fp32, but bf16 with zero_stage 0 and bf16"""
+    reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the sum of gradients over ranks; auto: fp32"""
     zero_stage: Literal[0, 1, 2, 3] = 1
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest checkpoint that verifies; never: refuse a run_dir with checkpoints"""
@@ -110,12 +121,9 @@ class Train:
         }
         for key, value in positive.items():
             require(value > 0, f"{key} is {value}, it must be above 0")
-        not_negative = {
-            "optimizer.weight_decay": self.optimizer.weight_decay,
-            "optimizer.gradient_clipping": self.optimizer.gradient_clipping,
-        }
-        for key, value in not_negative.items():
-            require(value >= 0, f"{key} is {value}, it must not be negative")
+        clipping = self.optimizer.gradient_clipping
+        require(clipping >= 0, f"optimizer.gradient_clipping is {clipping}, it is negative")
+        _check_optimizer(self.optimizer)
         for beta in self.optimizer.betas:
             require(0 <= beta < 1, f"optimizer.betas has {beta}, it must be at least 0, below 1")
         rate = self.validation.rate
@@ -125,10 +133,39 @@ class Train:
             self.init_optimizer == "fresh" or self.init_from is not None,
             "init_optimizer is kept, but init_from names no checkpoint to keep it from",
         )
+        require(
+            self.optimizer.name != "muon" or self.zero_stage > 0,
+            "zero_stage is 0, and nothing there keeps Muon from taking a step that is not finite; "
+            "set zero_stage=1",
+        )
+        zero = self.deepspeed.get("zero_optimization") or {}
         owned = sorted(set(self.deepspeed) & OWNED_DEEPSPEED_KEYS)
-        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
-            owned.append("zero_optimization.stage")
+        owned += [
+            f"zero_optimization.{key}" for key in ("stage", "compute_grad_norm") if key in zero
+        ]
         require(not owned, f"deepspeed.{', deepspeed.'.join(owned)}: set the run's own key instead")
+        require(
+            not zero.get("offload_optimizer"),
+            "deepspeed.zero_optimization.offload_optimizer: optimizer steps run on the GPU alone; "
+            "leave it out, and use a higher zero_stage or more GPUs to save memory",
+        )
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    is_muon = optimizer.name == "muon"
+    check_decay("optimizer.weight_decay", optimizer.weight_decay)
+    for key in ("muon_lr", "muon_momentum"):
+        value = getattr(optimizer, key)
+        require(
+            value is None or is_muon,
+            f"optimizer.{key} is set but optimizer.name is {optimizer.name}; leave it out",
+        )
+        require(value is None or value > 0, f"optimizer.{key} is {value}, it must be above 0")
+    require(
+        not (is_muon and optimizer.gradient_clipping),
+        "optimizer.gradient_clipping: Muon's steps have one size whatever the gradient's norm, and "
+        "DeepSpeed would clip them, not the gradient; set it to 0",
+    )
 
 
 OWNED_DEEPSPEED_KEYS = {
@@ -140,4 +177,7 @@ OWNED_DEEPSPEED_KEYS = {
     "scheduler",
     "bf16",
     "fp16",
+    "data_types",
+    "communication_data_type",
+    "zero_allow_untested_optimizer",
 }

@@ -15,7 +15,7 @@ from common.files import whole_file, write_json
 from model.attention import choose_attention
 from train import checkpoint
 from train.describe import describe_phase, parameter_count
-from train.engine import Engine, backward, start_engine, step
+from train.engine import Engine, Norms, backward, start_engine, step
 from train.loader import LoadedStep, Loader, StepMaker
 from train.metrics import Interval, Metrics, counters
 from train.ranks import Ranks
@@ -23,6 +23,9 @@ from train.resolve import Run, RunPhase
 from train.schedule import StepPlan
 from train.start import make_model
 from train.validation import Validation
+
+MOST_SKIPPED_IN_A_ROW = 20
+"""steps without a finite gradient, after which a run gives up"""
 
 
 class TrainingError(RuntimeError):
@@ -64,15 +67,19 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
             logs = plan.step % config.log.every_steps == 0 or plan.step == 1 or saves or validates
 
             loss_sum = accumulate(engine, loaded, ranks, device)
-            norm = step(engine, plan.lr, want_norm=logs)
+            norms = step(engine, plan.rates, want_norms=logs)
             counts = loaded.counts
             progress = progress.after(plan, counts.rows_by_source, counts.tokens_by_source)
             interval.add(loss_sum, counts)
-            if logs:
+            if norms is not None:
                 record = interval.close()
-                _check_finite(engine, plan, record["loss"], norm)
+                check_finite(plan, record["loss"], norms)
                 if metrics is not None:
-                    state = {"grad_norm": norm, "skipped_steps": engine.skipped_steps}
+                    state = {
+                        "grad_norm": norms.gradient,
+                        "update_norm": norms.update,
+                        "skipped_steps": engine.skipped_steps,
+                    }
                     metrics.train({**counters(run, plan, progress), **state, **record})
             if validates:
                 figures = validate(engine)
@@ -100,19 +107,22 @@ def _enter(
     return Validation(phase, run.config.validation.rate, ranks, device)
 
 
-def _check_finite(engine: Engine, plan: StepPlan, loss: float, norm: float | None) -> None:
-    """Raise TrainingError, on every rank alike, where the weights are spoilt or about to be.
+def check_finite(plan: StepPlan, loss: float, norms: Norms) -> None:
+    """Raise TrainingError, on every rank alike, where the run has gone wrong.
 
-    Called before every checkpoint, so that none is written of such weights. A step that DeepSpeed
-    skipped, because a gradient overflowed, spoils nothing.
+    Called before every checkpoint, so that none is written of spoilt weights. A step that was left
+    out, because its gradient was not finite, spoils nothing; many in a row never end.
     """
-    norm_is_fine = norm is None or math.isfinite(norm) or not engine.was_step_applied()
-    if not (math.isfinite(loss) and norm_is_fine):
-        raise TrainingError(
-            f"at step {plan.step} the loss is {loss} and the gradient norm {norm}: lower "
-            f"phases.{plan.phase}.lr.peak or lengthen its lr.warmup_tokens; the same command "
-            "continues from the newest checkpoint"
-        )
+    if norms.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        what = f"the gradients of {norms.skipped_in_a_row} steps in a row were not finite"
+    elif not (math.isfinite(loss) and math.isfinite(norms.update)):
+        what = f"the loss is {loss} and the norm of the update {norms.update}"
+    else:
+        return
+    raise TrainingError(
+        f"at step {plan.step} {what}: lower phases.{plan.phase}.lr.peak or lengthen its "
+        "lr.warmup_tokens; the same command continues from the newest checkpoint"
+    )
 
 
 def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:

@@ -126,7 +126,7 @@ def counters(run: Run, plan: StepPlan, progress: Progress) -> Record:
         "tokens": progress.all_tokens,
         "phase_tokens": progress.tokens_of(plan.phase),
         "rows_per_step": plan.rows,
-        "lr": plan.lr,
+        "lr": plan.rates.lr,
         "mask_rate": plan.mask_rate,
         "sources": {
             name: {"tokens": tokens[name], "epochs": epochs[name]} for name in sorted(tokens)

@@ -16,6 +16,16 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_decay(key: str, decay: float) -> None:
+    """Raise ConfigError unless `decay` can be the share that a step takes away."""
+    require(decay >= 0, f"{key} is {decay}, it must not be negative")
+    require(
+        decay < 1e-3,
+        f"{key} is {decay}: it is the share that a step at the peak rate takes away, ModernBERT's "
+        f"1e-5. For AdamW's usual lr × {decay} set {decay * 8e-4:.2g} at a peak of 8e-4",
+    )
+
+
 @config
 class Data:
     """What is read; sources by `weights`, by `epochs`, or by default as many rows as each has."""
@@ -149,6 +159,8 @@ class Phase:
     batch: Batch = field(default_factory=Batch)
     masking: Masking = field(default_factory=Masking)
     lr: LearningRate = field(default_factory=LearningRate)
+    weight_decay: float | None = None
+    """by default optimizer.weight_decay, where it says what it means"""
     global_rope_theta: float | None = None
     """base of the rotary positions in global attention; by default it stays what it was"""
 
@@ -158,6 +170,8 @@ class Phase:
             self.tokens is not None or self.data.epochs is not None,
             "tokens is missing: give the length of the phase in token slots, or data.epochs",
         )
+        if self.weight_decay is not None:
+            check_decay("weight_decay", self.weight_decay)
         require(
             self.global_rope_theta is None or self.global_rope_theta > 0,
             f"global_rope_theta is {self.global_rope_theta}, it must be above 0",

@@ -13,7 +13,7 @@ from data_prep.shards import DataError, DataSet
 from model.config import ModernBertConfig
 from train.batch import BatchShape
 from train.config import Train
-from train.engine import deepspeed_config
+from train.engine import choose_dtypes, deepspeed_config
 from train.masking import Masker, Vocabulary
 from train.phase_config import Data, Phase, micro_steps
 from train.row_order import RowOrder
@@ -86,6 +86,8 @@ class Run:
 
 def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
     """Work out a run; raises ConfigError or DataError for whatever does not fit together."""
+    precision = _precision(config.precision, on_gpu)
+    choose_dtypes(config, precision)
     steps = {name: micro_steps(name, part.batch, ranks) for name, part in config.phases.items()}
     opened = _open_data(config)
     max_length = max(data.max_length for data in opened.values())
@@ -100,7 +102,7 @@ def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
     return Run(
         config=config,
         start=start,
-        precision=_precision(config.precision, on_gpu),
+        precision=precision,
         ranks=ranks,
         phases=phases,
     )
@@ -129,7 +131,17 @@ def _resolve_phase(
         data=data,
         model_config=model,
         micro_steps=steps,
-        schedule=PhaseSchedule(name, tokens, data.row_tokens, part.batch, part.lr, part.masking),
+        schedule=PhaseSchedule(
+            name=name,
+            tokens=tokens,
+            row_tokens=data.row_tokens,
+            batch=part.batch,
+            lr=part.lr,
+            masking=part.masking,
+            weight_decay=(
+                config.optimizer.weight_decay if part.weight_decay is None else part.weight_decay
+            ),
+        ),
         order=RowOrder(config.seed, rows, weights, read),
         masker=Masker(
             seed=config.seed,

@@ -58,6 +58,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """How far a step goes: its learning rate, the phase's peak, and the share of the weights that
+    a step at the peak takes away."""
+
+    lr: float
+    peak: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One optimizer step before it is taken."""
 
@@ -68,7 +78,7 @@ class StepPlan:
     rows: int
     slots: int
     """slots of the whole run taken once the step is"""
-    lr: float
+    rates: Rates
     mask_rate: float
     ends_phase: bool
 
@@ -86,6 +96,7 @@ class PhaseSchedule:
     batch: Batch
     lr: LearningRate
     masking: Masking
+    weight_decay: float
 
     def rows(self) -> int:
         """Rows of the whole phase."""
@@ -187,7 +198,11 @@ def plan_steps(phases: Sequence[PhaseSchedule], start: Progress) -> Iterator[Ste
                     first_row=row,
                     rows=rows,
                     slots=before,
-                    lr=phase.lr.peak * lr_factor(phase.lr, middle, phase.tokens),
+                    rates=Rates(
+                        lr=phase.lr.peak * lr_factor(phase.lr, middle, phase.tokens),
+                        peak=phase.lr.peak,
+                        weight_decay=phase.weight_decay,
+                    ),
                     mask_rate=mask_rate(phase.masking, middle, phase.tokens),
                     ends_phase=end >= phase.tokens,
                 )

@@ -236,6 +236,17 @@ class Launcher:
         path.write_text(yaml.safe_dump({"train": values}, sort_keys=False))
         return path
 
+    def write_long(self, name: str, data: Path, phases: dict[str, Any]) -> Path:
+        """A run whose checkpoints, validations and log lines are out of step."""
+        return self.write(
+            name,
+            data,
+            phases=phases,
+            checkpoint={"every_steps": 8},
+            validation={"every_steps": 7, "rows": 5},
+            log={"every_steps": 3},
+        )
+
     def command(self, ranks: int, script: Path, *words: str) -> list[str]:
         """What starts `script` with so many processes."""
         if ranks == 1:
@@ -260,7 +271,8 @@ class Launcher:
     def run(self, ranks: int, *words: str, script: Path | None = None) -> Finished:
         """Start it and wait for its end."""
         with self.start(ranks, *words, script=script) as process:
-            out, err = process.communicate(timeout=300)
+            # Long, for a busy machine; what hangs is found out all the same.
+            out, err = process.communicate(timeout=1200)
         return Finished(process.returncode, out, err)
 
     def records(self, name: str, kind: str) -> list[dict[str, Any]]:
@@ -286,9 +298,41 @@ def launcher(tmp_path: Path) -> Launcher:
 
 
 @pytest.fixture(scope="session")
-def launcher_in() -> Callable[[Path], Launcher]:
-    """A launcher of runs in a folder of one's choice."""
-    return Launcher
+def two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, data_folder: Path, phases: Callable[..., Any]
+) -> Launcher:
+    """What several tests look at, in one start: runs, gradients, and steps of an optimizer."""
+    launcher = Launcher(tmp_path_factory.mktemp("two_ranks"))
+    # Without this every parameter of a tiny model is kept whole on every rank, tied decoder too.
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    both = phases()
+    runs: dict[str, dict[str, Any]] = {
+        f"zero{stage}": {"zero_stage": stage, "deepspeed": settings, "phases": both}
+        for stage in range(4)
+    }
+    runs |= {
+        f"half{stage}": {"zero_stage": stage, "precision": "bf16", "phases": both}
+        for stage in (0, 1)
+    }
+    runs["muon"] = {"zero_stage": 2, "optimizer": {"name": "muon"}}
+    # The two phases as two runs, the second from where the first ended.
+    runs["first"] = {"phases": {"short": both["short"]}}
+    start = str(launcher.folder / "first" / "checkpoints" / "step_00000008")
+    for optimizer in ("kept", "fresh"):
+        runs[optimizer] = {
+            "phases": {"long": both["long"]},
+            "init_from": start,
+            "init_optimizer": optimizer,
+            "model": {},
+        }
+    tasks = [f"train:{launcher.write(name, data_folder, **run)}" for name, run in runs.items()]
+    tasks.append(f"train:{launcher.write_long('whole', data_folder, phases(3))}")
+    split = launcher.write("split", data_folder, zero_stage=0)
+    tasks.append(f"gradients:{split}:{launcher.folder / 'gradients.npz'}")
+    tasks.append(f"steps:some:{launcher.folder / 'steps'}")
+    done = launcher.run(2, *tasks, script=ROOT / "tests" / "train" / "launched.py")
+    assert done.code == 0, done.out + done.err
+    return launcher
 
 
 def free_port() -> int:

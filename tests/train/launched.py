@@ -1,5 +1,5 @@
 """What the tests start under a launcher, tasks one after another: `train:CONFIG`,
-`gradients:CONFIG:OUT.npz`.
+`gradients:CONFIG:OUT.npz`, `steps:KIND:FOLDER` (stepped.py).
 
 Runs share a start, for starting takes longer than training them.
 """
@@ -28,6 +28,11 @@ def main() -> None:
 
     for task in (word for word in sys.argv[1:] if not word.startswith("--local_rank")):
         kind, config, *out = task.split(":")
+        if kind == "steps":
+            import stepped
+
+            stepped.main(ranks, Path(out[0]), config)
+            continue
         run = resolve(load_config(Train, "train", Path(config)), ranks.size, device.type == "cuda")
         if kind == "train":
             train(run, ranks, device)

@@ -16,6 +16,7 @@ import torch
 from model.config import to_hugging_face
 from model.export import load_checkpoint
 from train.loader import StepMaker
+from train.optimizer import make_optimizer, set_rates
 from train.schedule import Progress
 from train.start import make_model
 
@@ -32,53 +33,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 def steps_logged(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return path.read_text().count('"kind": "train"') if path.exists() else 0
-
-
-LONG = {
-    "checkpoint": {"every_steps": 8},
-    "validation": {"every_steps": 7, "rows": 5},
-    "log": {"every_steps": 3},
-}
-
-
-@pytest.fixture(scope="module")
-def two_ranks(
-    launcher_in: Callable[[Path], Any],
-    tmp_path_factory: Any,
-    data_folder: Path,
-    phases: Callable[..., Any],
-) -> Any:
-    """What several tests look at, in one start: a run a ZeRO stage, a long run, gradients."""
-    launcher = launcher_in(tmp_path_factory.mktemp("two_ranks"))
-    # Without this every parameter of a tiny model is kept whole on every rank, tied decoder too.
-    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    both = phases()
-
-    def write(name: str, **changes: Any) -> str:
-        return f"train:{launcher.write(name, data_folder, **{'phases': both, **changes})}"
-
-    tasks = [write(f"zero{stage}", zero_stage=stage, deepspeed=settings) for stage in range(4)]
-    for stage, name in enumerate(("half0", "half1")):
-        tasks.append(write(name, zero_stage=stage, precision="bf16"))
-    tasks.append(write("whole", phases=phases(3), **LONG))
-    # The two phases as two runs, the second from where the first ended.
-    tasks.append(write("first", phases={"short": both["short"]}))
-    start = str(launcher.folder / "first" / "checkpoints" / "step_00000008")
-    for optimizer in ("kept", "fresh"):
-        tasks.append(
-            write(
-                optimizer,
-                phases={"long": both["long"]},
-                init_from=start,
-                init_optimizer=optimizer,
-                model={},
-            )
-        )
-    split = launcher.write("split", data_folder, zero_stage=0)
-    tasks.append(f"gradients:{split}:{launcher.folder / 'gradients.npz'}")
-    done = launcher.run(2, *tasks, script=SCRIPT)
-    assert done.code == 0, done.out + done.err
-    return launcher
 
 
 def test_gradients_are_the_same_however_rows_are_split(
@@ -129,13 +83,8 @@ def test_bf16_follows_the_curve_of_fp32_from_the_first_step(two_ranks: Any, name
 def plain_losses(run: Any) -> list[float]:
     """The losses of a run by a loop of PyTorch's own, one process, without an engine."""
     model = make_model(run.config, run.start)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
     config = run.config.optimizer
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+    optimizer = make_optimizer(model, config)
     maker, losses = StepMaker(run, rank=0), []
     for plan in run.plans(Progress()):
         model.set_global_rope_theta(run.phases[plan.phase].model_config.global_rope_theta)
@@ -147,9 +96,7 @@ def plain_losses(run: Any) -> list[float]:
             loss = model(*documents, batch.masked_indices, batch.labels)
             (loss / masked).backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr
+        set_rates(optimizer.param_groups, plan.rates, config)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total / masked)
@@ -212,11 +159,16 @@ def test_a_checkpoint_has_the_base_of_its_phase(two_ranks: Any) -> None:
     assert thetas == [10_000, 160_000]
 
 
+def test_muon_trains(two_ranks: Any) -> None:
+    losses = two_ranks.losses("muon")
+    assert losses[-1] < losses[0] - 0.1
+
+
 def test_a_killed_run_goes_on_bit_for_bit(
     two_ranks: Any, launcher: Any, data_folder: Path, phases: Callable[..., Any]
 ) -> None:
     """Killed while the batch grows; what follows is the rest of that, and another phase."""
-    config = launcher.write("killed", data_folder, phases=phases(3), **LONG)
+    config = launcher.write_long("killed", data_folder, phases(3))
     run_dir = launcher.folder / "killed"
     with launcher.start(2, "--config", str(config)) as process:
         # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 7 and 8.

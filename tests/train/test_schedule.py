@@ -21,7 +21,7 @@ from train.schedule import (
 )
 
 WARM = LearningRate(peak=2.0, warmup_tokens=100, decay="sqrt", decay_tokens=400)
-PHASE = PhaseSchedule("one", 1000, 50, Batch(rows=3, micro_rows=1), WARM, Masking(rate=0.3))
+PHASE = PhaseSchedule("one", 1000, 50, Batch(rows=3, micro_rows=1), WARM, Masking(rate=0.3), 1e-5)
 
 
 def read(phase: str, rows: int, step: int) -> Progress:
@@ -99,7 +99,7 @@ def test_every_size_of_a_batch_warm_up_has_as_many_steps() -> None:
     assert ends[4:] == [50_000_000_000, 1_719_000_000_000]
     # Σ b of the five sizes is 15 times the first.
     assert ends[0] == 50_000_000_000 // 15
-    phase = PhaseSchedule("short", 1_719_000_000_000, 8192, batch, LearningRate(), Masking())
+    phase = PhaseSchedule("short", 1_719_000_000_000, 8192, batch, LearningRate(), Masking(), 0.0)
     growing = [steps for _, steps in stretches(phase, 0)][:-1]
     assert max(growing) - min(growing) <= 2
 
@@ -126,8 +126,8 @@ def test_plan_counts_steps_rows_and_slots() -> None:
     assert [plan.step for plan in plans] == list(range(1, 8))
     assert [plan.first_row for plan in plans] == [0, 3, 6, 9, 12, 15, 18]
     assert [plan.slots for plan in plans] == [150 * step for step in range(1, 8)]
-    assert plans[0].lr == 2.0 * 0.75, "the rate of the middle slot"
-    assert all(plan.lr > 0 for plan in plans)
+    assert plans[0].rates.lr == 2.0 * 0.75, "the rate of the middle slot"
+    assert all(plan.rates.lr > 0 for plan in plans)
     assert all(plan.mask_rate == 0.3 for plan in plans)
     assert PHASE.rows() == 21
 
@@ -139,6 +139,7 @@ OTHER = PhaseSchedule(
     Batch(rows=2, micro_rows=1),
     LearningRate(peak=0.5, decay="linear"),
     Masking(rate=0.3, final_rate=0.1),
+    1e-6,
 )
 
 
@@ -150,9 +151,10 @@ def test_phases_follow_each_other_and_each_counts_from_its_own_start() -> None:
     second = plans[4:]
     assert [plan.first_row for plan in second] == [0, 2, 4, 6]
     assert [plan.slots for plan in second] == [1550, 1750, 1950, 2150]
-    assert [plan.lr for plan in second] == pytest.approx(
+    assert [plan.rates.lr for plan in second] == pytest.approx(
         [0.5 * f for f in (7 / 8, 5 / 8, 3 / 8, 1 / 8)]
     )
+    assert {(plan.rates.peak, plan.rates.weight_decay) for plan in second} == {(0.5, 1e-6)}
     assert [plan.mask_rate for plan in second] == pytest.approx([0.275, 0.225, 0.175, 0.125])
 
 

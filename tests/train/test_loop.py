@@ -1,0 +1,41 @@
+"""When a run must not go on."""
+
+import math
+
+import pytest
+
+from train.loop import MOST_SKIPPED_IN_A_ROW, TrainingError, check_finite
+from train.optimizer_step import Norms
+from train.schedule import Rates, StepPlan
+
+PLAN = StepPlan(
+    step=7,
+    phase="long",
+    first_row=0,
+    rows=8,
+    slots=512,
+    rates=Rates(lr=1e-3, peak=1e-3, weight_decay=0.0),
+    mask_rate=0.3,
+    ends_phase=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norms", "message"),
+    [
+        (1.0, Norms(gradient=1.0, update=0.1, skipped_in_a_row=0), None),
+        (1.0, Norms(gradient=math.inf, update=0.0, skipped_in_a_row=1), None),
+        (math.nan, Norms(gradient=1.0, update=0.1, skipped_in_a_row=0), "the loss is nan"),
+        (1.0, Norms(gradient=1.0, update=math.inf, skipped_in_a_row=0), "the update inf"),
+        (1.0, Norms(math.inf, 0.0, MOST_SKIPPED_IN_A_ROW), "gradients of 20 steps in a row"),
+    ],
+)
+def test_a_run_ends_where_its_weights_are_spoilt(
+    loss: float, norms: Norms, message: str | None
+) -> None:
+    """A step that was left out spoils nothing, but many in a row never end."""
+    if message is None:
+        check_finite(PLAN, loss, norms)
+    else:
+        with pytest.raises(TrainingError, match=f"at step 7 .*{message}.*lower phases.long.lr"):
+            check_finite(PLAN, loss, norms)
