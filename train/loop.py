@@ -18,7 +18,7 @@ from train.describe import describe_phase, parameter_count
 from train.engine import Engine, Norms, backward, start_engine, step
 from train.loader import LoadedStep, Loader, StepMaker
 from train.metrics import Interval, Metrics, counters
-from train.ranks import Ranks
+from train.ranks import Ranks, only_run_in
 from train.resolve import Run, RunPhase
 from train.schedule import StepPlan
 from train.start import make_model
@@ -33,7 +33,15 @@ class TrainingError(RuntimeError):
 
 
 def train(run: Run, ranks: Ranks, device: torch.device) -> None:
-    """Train `run` from its newest checkpoint, or from the start, to its end."""
+    """Train `run` from its newest checkpoint, or from the start, to its end.
+
+    Raises ConfigError, on every rank alike, while another process trains in its `run_dir`.
+    """
+    with only_run_in(run.config.run_dir, ranks):
+        _train(run, ranks, device)
+
+
+def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
     config = run.config
     found = checkpoint.find(run, ranks)
     engine = start_engine(make_model(config, run.start).to(device), config, run.deepspeed)
@@ -151,7 +159,7 @@ def _begin(run: Run, found: checkpoint.Found, device: torch.device) -> None:
     for change in found.changed:
         print(f"warning: since {found.path} was written, {change}", flush=True)
     run_dir = run.config.run_dir
-    (run_dir / "data").mkdir(parents=True, exist_ok=True)
+    (run_dir / "data").mkdir(exist_ok=True)
     with whole_file(run_dir / "config.yaml") as file:
         file.write(config_to_yaml(run.config).encode())
     for phase in run.phases.values():

@@ -1,9 +1,12 @@
 """Small data sets of learnable structure, and launches of real runs on them."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +28,8 @@ from train.resolve import Run, resolve
 
 ROOT = Path(__file__).parent.parent.parent
 CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
+HANGS_AFTER_S = 1200
+"""far longer than any run of these takes on a slow and busy machine"""
 UNUSED = 9
 """an ordinary-looking id that the tokenizer excludes from random replacement"""
 REAL_VOCABULARY, VOCABULARY = 61, 64
@@ -271,8 +276,11 @@ class Launcher:
     def run(self, ranks: int, *words: str, script: Path | None = None) -> Finished:
         """Start it and wait for its end."""
         with self.start(ranks, *words, script=script) as process:
-            # Long, for a busy machine; what hangs is found out all the same.
-            out, err = process.communicate(timeout=1200)
+            try:
+                out, err = process.communicate(timeout=HANGS_AFTER_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
         return Finished(process.returncode, out, err)
 
     def records(self, name: str, kind: str) -> list[dict[str, Any]]:
@@ -336,7 +344,10 @@ def two_ranks(
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port nobody listens on, and which the system gives nobody who asks for any port."""
+    # Linux gives out ports from 32768 on; what it gives could be taken before the run is up.
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("0.0.0.0", port))
+            return port
+    raise RuntimeError("no port from 20000 to 31999 is free")

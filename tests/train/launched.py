@@ -12,6 +12,7 @@ import torch
 
 from common.config import load_config
 from common.files import make_private
+from common.process import run_and_exit
 from train.config import Train
 from train.ranks import Ranks, choose_device, find_ranks, join, sum_over_ranks
 from train.resolve import Run, resolve
@@ -60,4 +61,4 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
         np.savez(out, loss=loss, mine=mine, counts=counts, **gradients)
 
 
-main()
+run_and_exit(main)

@@ -104,11 +104,11 @@ def test_a_row_that_its_tokenizer_does_not_know_is_refused() -> None:
 
 def test_masking_is_fast() -> None:
     ids = make_row([8190], 0, seed=1)
-    best = min(_seconds(ids, row) for row in range(200))
+    best = min(_cpu_seconds(ids, row) for row in range(200))
     assert best < 1e-3
 
 
-def _seconds(ids: np.ndarray[Any, Any], row: int) -> float:
-    begin = time.perf_counter()
+def _cpu_seconds(ids: np.ndarray[Any, Any], row: int) -> float:
+    begin = time.thread_time()
     MASKER.mask(ids, 8190, 0.3, "train", row)
-    return time.perf_counter() - begin
+    return time.thread_time() - begin

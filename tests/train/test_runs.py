@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.files import only_user_of
 from model.config import to_hugging_face
 from model.export import load_checkpoint
 from train.loader import StepMaker
@@ -174,6 +175,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
         # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 7 and 8.
         wait_until(lambda: steps_logged(run_dir) >= 7, process)
         os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()  # until every rank has closed its end
     assert (run_dir / "checkpoints" / "step_00000008").is_dir()
     assert not (run_dir / "checkpoints" / "step_00000024").exists()
     done = launcher.run(2, "--config", str(config))
@@ -185,6 +187,22 @@ def test_a_killed_run_goes_on_bit_for_bit(
     steps = [record["step"] for record in launcher.records("killed", "validation")]
     assert steps == [7, 14, 21, 24, 28, 35, 36]
     assert len(list((run_dir / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_run_dir_in_use_is_refused_on_every_rank(launcher: Any, data_folder: Path) -> None:
+    """While another run has it; afterwards the same command runs."""
+    config = launcher.write("busy", data_folder)
+    run_dir = launcher.folder / "busy"
+    with only_user_of(run_dir):
+        done = launcher.run(2, "--config", str(config))
+    assert done.code == 2
+    text = done.out + done.err
+    assert text.count(f"error: run_dir: {run_dir} is in use by process {os.getpid()} on") == 1
+    assert "choose another folder" in text
+    assert "Traceback" not in text
+    assert not (run_dir / "metrics.jsonl").exists()
+    assert launcher.run(2, "--config", str(config)).code == 0
 
 
 @pytest.mark.slow

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from common.checkpoint_manifest import CheckpointError
 from common.config import ConfigError
 from model.config import BASE, to_hugging_face
 from model.modernbert import ModernBertForMaskedLM
 from model.tiling import tile
 from train import checkpoint
-from train.checkpoint import CheckpointError
 from train.ranks import Ranks, join
 from train.schedule import Progress
 from train.start import make_model
