@@ -18,6 +18,8 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
         ("zero_stage=4", "zero_stage"),
         ("phases={}", "phases is empty"),
         ("phases={'a.b': {data: {dir: x}, tokens: 1}}", "letters, digits"),
+        ("phases.main.batch.row=8", r"did you mean 'phases\.main\.batch\.rows'"),
+        ("phases.main.weight_decay=0.01", r"phases\.main .*weight_decay is 0.01: it is the share"),
         # A phase that a word names by mistake is none.
         ("phases.mian.batch.rows=8", r"lacks the key 'phases\.mian\.data'"),
         ("phases.main.tokens=0", r"phases\.main.*tokens is 0"),

@@ -1,6 +1,7 @@
 """The report shows the figures of the run it is made from, and says what is missing."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,8 @@ def test_report_holds_both_figures_and_their_difference(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     for figure in ("6.8750", "5.5000", "1.3750", "0.2500", "seed: 17 # &lt;b&gt;"):
         assert figure in page
+    cells = re.findall("<td[^>]*>([^<]*)</td>", page.partition("Sources read")[2])
+    assert cells[:4] == ["pubmed", "2,000", "1.0000", "1.0000"], "tokens, their share, epochs"
     assert page.count("<svg") == 4
 
 
@@ -82,3 +85,18 @@ def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     write_run(tmp_path, [])
     assert main([str(tmp_path)]) == 2
     assert "no training step" in capsys.readouterr().err
+
+
+def test_every_phase_has_its_row_and_its_entropy(tmp_path: Path) -> None:
+    later = {**record(3), "phase": "long", "phase_tokens": 1000, "loss": 2.25}
+    longer = json.loads(json.dumps(MANIFEST)) | {"max_length": 8192}
+    longer["splits"]["validation"]["unigram_entropy"] = 7.125
+    checked = {**VALIDATION, "phase": "long", "step": 3, "loss": 5.25}
+    write_run(tmp_path, [record(1), record(2), VALIDATION, later, checked])
+    (tmp_path / "data" / "long.json").write_text(json.dumps(longer))
+    assert main([str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    cells = re.findall("<td[^>]*>([^<]*)</td>", page.partition("<h2>Phases")[2])
+    assert cells[:4] == ["short", "2", "2,000", "1,024"]
+    assert cells[8:12] == ["long", "3", "1,000", "8,192"]
+    assert "1.8750" in page, "the last phase's entropy less its validation loss"

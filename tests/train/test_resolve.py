@@ -223,3 +223,12 @@ def test_sums_that_deepspeed_has_no_place_for_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"grad_accum_dtype is .*{message}"):
         resolved(**changes)
+
+
+def test_steps_do_not_depend_on_the_number_of_ranks(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    plans = [list(resolved(ranks, phases=phases()).plans(Progress())) for ranks in (1, 2)]
+    assert plans[0] == plans[1]
+    orders = [resolved(ranks, phases=phases()).phases["long"].order for ranks in (1, 2)]
+    assert [orders[0][row] for row in range(50)] == [orders[1][row] for row in range(50)]
