@@ -36,9 +36,8 @@ def export(checkpoint: Path, out: Path) -> None:
     checkpoint: a folder as `common.checkpoint_manifest` describes it. Raises ModelError, naming the
     folder or the file, for anything else.
     """
-    save_pretrained(
-        load_checkpoint(checkpoint), tokenizer_folder=checkpoint / TOKENIZER_FOLDER, out=out
-    )
+    model = load_checkpoint(checkpoint)
+    save_pretrained(model, tokenizer_folder=checkpoint / TOKENIZER_FOLDER, out=out)
 
 
 def load_checkpoint(checkpoint: Path) -> ModernBertForMaskedLM:

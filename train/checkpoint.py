@@ -25,7 +25,7 @@ from common.checkpoint_manifest import (
 )
 from common.config import config_to_dict
 from common.files import file_hash, sync_file, sync_folder, write_json
-from train.engine import Engine, quiet
+from train.engine import Engine, choose_dtypes, quiet
 from train.ranks import Ranks, from_first, gather
 from train.resolve import Run, RunPhase
 from train.schedule import Progress
@@ -237,6 +237,8 @@ def _layout(run: Run) -> dict[str, Any]:
         "world_size": run.ranks,
         "zero_stage": run.config.zero_stage,
         "dtype": run.precision,
+        "grad_accum_dtype": choose_dtypes(run.config, run.precision)[0],
+        "optimizer": run.config.optimizer.name,
     }
 
 

@@ -39,8 +39,8 @@ class Optimizer:
     phase may have its own"""
     gradient_clipping: float = 0.0
     """largest norm of the gradient of all parameters; 0 leaves it as it is, as ModernBERT does"""
-    muon_lr: float | None = None
-    """muon alone: the peak rate of its matrices (0.02 by default), whose course is that of lr"""
+    muon_lr_factor: float | None = None
+    """muon alone: the rate of its matrices as a multiple of lr, 25 by default"""
     muon_momentum: float | None = None
     """muon alone: 0.95 by default"""
 
@@ -154,7 +154,7 @@ class Train:
 def _check_optimizer(optimizer: Optimizer) -> None:
     is_muon = optimizer.name == "muon"
     check_decay("optimizer.weight_decay", optimizer.weight_decay)
-    for key in ("muon_lr", "muon_momentum"):
+    for key in ("muon_lr_factor", "muon_momentum"):
         value = getattr(optimizer, key)
         require(
             value is None or is_muon,

@@ -12,6 +12,10 @@ from train.stable_adamw import StableAdamW
 
 Groups = list[dict[str, Any]]
 
+MUON_LR_FACTOR = 25.0
+"""Muon's own rate of 0.02 at ModernBERT's peak of 8e-4"""
+MUON_MOMENTUM = 0.95
+
 
 def make_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     """The optimizer that `config.name` names, for `model`'s parameters.
@@ -47,16 +51,10 @@ def set_rates(groups: Iterable[dict[str, Any]], rates: Rates, config: Optimizer)
     `rates.weight_decay`, whatever the rate, it is divided by the peak.
     """
     for group in groups:
-        scale = muon_lr(config) / rates.peak if group.get("use_muon") else 1.0
+        scale = (config.muon_lr_factor or MUON_LR_FACTOR) if group.get("use_muon") else 1.0
         group["lr"] = rates.lr * scale
-        group["weight_decay"] = (
-            rates.weight_decay / (rates.peak * scale) if group["decays"] else 0.0
-        )
-
-
-def muon_lr(config: Optimizer) -> float:
-    """The peak rate of Muon's matrices."""
-    return 0.02 if config.muon_lr is None else config.muon_lr
+        decay = rates.weight_decay if group["decays"] else 0.0
+        group["weight_decay"] = decay / (rates.peak * scale)
 
 
 def _muon(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -75,7 +73,7 @@ def _muon(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
         for use_muon, parameters in by_rule.items():
             keys: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
             if use_muon:
-                keys = {"momentum": config.muon_momentum or 0.95}
+                keys = {"momentum": config.muon_momentum or MUON_MOMENTUM}
             if parameters:
                 groups.append(
                     {**group, "params": parameters, "use_muon": use_muon, "lr": 0.0} | keys

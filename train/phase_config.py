@@ -9,6 +9,8 @@ from typing import Literal
 
 from common.config import ConfigError, config
 
+MaskingKind = Literal["token", "whole_word", "token_aware"]
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `condition` holds."""
@@ -93,12 +95,23 @@ class Batch:
 
 @config
 class Masking:
-    """Masked-language-model targets."""
+    """Masked-language-model targets of training; validation masks single tokens, all alike."""
 
     rate: float = 0.3
     """share of the maskable tokens that is masked"""
     final_rate: float | None = None
     """share at the end of the phase, reached linearly; by default `rate` throughout"""
+    kind: MaskingKind = "token"
+    """token: every token alone, all equally likely; whole_word: all tokens of a word; token_aware:
+    every token alone, rarer ones and medical terms more often (the next four keys)"""
+    frequency_exponent: float = 0.5
+    """a token's weight falls with this power of its frequency; 0 weights all alike"""
+    weight_cap: float = 3.0
+    """largest weight; the typical token (half of all training tokens are no rarer) has 1"""
+    term_sources: list[str] = field(default_factory=lambda: ["icd10cm", "icd9cm"])
+    """sources whose texts are medical terms: tokens that are frequent there are boosted; [] none"""
+    term_boost: float = 1.5
+    """factor to the weight of these"""
     mask_share: float = 0.8
     """share of these that becomes [MASK]"""
     random_share: float = 0.1
@@ -107,6 +120,12 @@ class Masking:
     def __post_init__(self) -> None:
         for name, rate in (("rate", self.rate), ("final_rate", self.final_rate)):
             require(rate is None or 0 < rate < 1, f"{name} is {rate}, it must lie between 0 and 1")
+        for name in ("weight_cap", "term_boost"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, not above 0")
+        require(
+            self.frequency_exponent >= 0,
+            f"frequency_exponent is {self.frequency_exponent}, it must not be negative",
+        )
         shares = (self.mask_share, self.random_share)
         require(
             min(shares) >= 0 and sum(shares) <= 1,

@@ -14,6 +14,7 @@ from model.config import ModernBertConfig
 from train.batch import BatchShape
 from train.config import Train
 from train.engine import choose_dtypes, deepspeed_config
+from train.mask_order import make_order
 from train.masking import Masker, Vocabulary
 from train.phase_config import Data, Phase, micro_steps
 from train.row_order import RowOrder
@@ -48,6 +49,11 @@ class Run:
     precision: str
     ranks: int
     phases: dict[str, RunPhase]
+
+    @property
+    def last_phase(self) -> RunPhase:
+        """The phase that the run ends with."""
+        return list(self.phases.values())[-1]
 
     @property
     def schedules(self) -> list[PhaseSchedule]:
@@ -117,6 +123,7 @@ def _resolve_phase(
     earlier: dict[str, RunPhase],
 ) -> RunPhase:
     part = config.phases[name]
+    vocabulary = Vocabulary.from_manifest(data.tokenizer)
     rows = data.sources("train")
     weights, total_rows = mixture(name, part.data, rows, part.tokens, data.row_tokens)
     tokens = part.tokens if part.tokens is not None else total_rows * data.row_tokens
@@ -145,9 +152,10 @@ def _resolve_phase(
         order=RowOrder(config.seed, rows, weights, read),
         masker=Masker(
             seed=config.seed,
-            vocabulary=Vocabulary.from_manifest(data.tokenizer),
+            vocabulary=vocabulary,
             mask_share=part.masking.mask_share,
             random_share=part.masking.random_share,
+            order=make_order(part.masking, data, tokenizer_folder(data), vocabulary.special),
         ),
         shape=BatchShape(
             rows=part.batch.micro_rows,

@@ -20,9 +20,9 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from common.files import write_json
+from common.files import file_hash, write_json
 from data_prep.shard_writer import shard_name, write_shard
-from data_prep.shards import FORMAT_VERSION, Row, row_key
+from data_prep.shards import FORMAT_VERSION, TOKEN_COUNTS_NAME, Row, row_key
 from train.config import Train
 from train.resolve import Run, resolve
 
@@ -33,7 +33,18 @@ HANGS_AFTER_S = 1200
 UNUSED = 9
 """an ordinary-looking id that the tokenizer excludes from random replacement"""
 REAL_VOCABULARY, VOCABULARY = 61, 64
-TOKENIZER_JSON = b"{}"
+SPECIAL = ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]"]
+# In every three ids one token begins a word and two go on with it.
+PIECES = SPECIAL + [f"{'##' if i % 3 else ''}word{'abcdefghij'[i % 10]}" for i in range(5, 61)]
+TOKENIZER_JSON = json.dumps(
+    {
+        "model": {
+            "type": "WordPiece",
+            "continuing_subword_prefix": "##",
+            "vocab": {f"{piece}{'x' * i}": i for i, piece in enumerate(PIECES)},
+        }
+    }
+).encode()
 TOKENIZER = {
     "sha256": "0" * 64,
     "file_sha256": hashlib.sha256(TOKENIZER_JSON).hexdigest(),
@@ -81,6 +92,7 @@ def make_data(
     (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER_JSON)
     random = np.random.default_rng(seed)
     splits: dict[str, Any] = {}
+    counts = np.zeros((len(rows["train"]), VOCABULARY), np.int64)
     for split, sources in rows.items():
         entries = {}
         for source, number in sources.items():
@@ -94,6 +106,11 @@ def make_data(
                 for at, part in enumerate((made[:half], made[half:]))
                 if part
             ]
+            if split == "train":
+                ids = np.concatenate([row.input_ids for row in made])
+                counts[list(sources).index(source)] = np.bincount(
+                    ids[ids > UNK], minlength=VOCABULARY
+                )
             tokens = sum(shard["tokens"] for shard in shards)
             documents = sum(shard["documents"] for shard in shards)
             entries[source] = {
@@ -104,8 +121,13 @@ def make_data(
                 "shards": shards,
             }
         splits[split] = {"unigram_entropy": float(np.log(50)), "sources": entries}
+    np.save(out / TOKEN_COUNTS_NAME, counts)
     manifest = {
         "format": FORMAT_VERSION,
+        "token_counts": {
+            "sha256": file_hash(out / TOKEN_COUNTS_NAME),
+            "sources": list(rows["train"]),
+        },
         "row_tokens": row_tokens,
         "max_length": max_length,
         "max_documents": 16,

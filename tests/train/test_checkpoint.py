@@ -145,6 +145,7 @@ def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
         ({"phase": {"global_rope_theta": 1e4}}, r"phases\.main\.global_rope_theta"),
         ({"seed": 18}, "seed"),
         ({"zero_stage": 2}, "zero_stage"),
+        ({"optimizer": {"name": "adamw"}}, "optimizer"),
         ({"precision": "bf16"}, "dtype"),
     ],
 )

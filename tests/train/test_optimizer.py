@@ -44,7 +44,7 @@ def test_one_step_by_hand(name: Any) -> None:
 
 def test_muon_gets_the_matrices_of_layers_and_head(resolved: Callable[..., Any]) -> None:
     model = ModernBertForMaskedLM(resolved().start)
-    config = Optimizer(name="muon")
+    config = Optimizer(name="muon", muon_lr_factor=20)
     optimizer = make_optimizer(model, config)
     set_rates(optimizer.param_groups, Rates(lr=5e-4, peak=1e-3, weight_decay=1e-5), config)
     names = {id(p): name for name, p in model.named_parameters()}

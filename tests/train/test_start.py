@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,16 @@ def save_start(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(to_hugging_face(model.config)))
     return folder
+
+
+def write_tokenizer(data: Path, folder: Path, other: Sequence[int] = (), **keys: str) -> None:
+    """The tokenizer.json of a data set, with more keys, and other tokens for some ids."""
+    content = json.loads((data.parent / "tokenizer" / "tokenizer.json").read_text())
+    tokens = content["model"]["vocab"]
+    content["model"]["vocab"] = {
+        f"other{number}" if number in other else token: number for token, number in tokens.items()
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content | keys))
 
 
 def start_of(run: Any) -> ModernBertForMaskedLM:
@@ -125,13 +135,13 @@ def test_a_start_that_does_not_fit_the_data_is_refused(
 
 
 def test_a_tokenizer_of_the_same_size_but_other_tokens_is_refused(
-    resolved: Callable[..., Any], tmp_path: Path
+    resolved: Callable[..., Any], data_folder: Path, tmp_path: Path
 ) -> None:
     start = write_start(tmp_path / "start")
-    (start / "tokenizer.json").write_text('{"model": {"vocab": {}}, "version": "1.0"}')
+    write_tokenizer(data_folder, start, version="1.0")
     assert resolved(init_from=start, model={}).start.hidden_size == 48
-    (start / "tokenizer.json").write_text('{"model": {"vocab": {"a": 5, "b": 6}}}')
-    with pytest.raises(ConfigError, match="2 ids stand for other tokens, the first is 5"):
+    write_tokenizer(data_folder, start, other=[6, 8])
+    with pytest.raises(ConfigError, match="2 ids stand for other tokens, the first is 6"):
         resolved(init_from=start, model={})
 
 
@@ -190,7 +200,7 @@ def test_a_checkpoint_brings_its_sizes_and_weights(resolved: Callable[..., Any])
 
 
 def test_a_kept_optimizer_is_that_of_the_checkpoint_and_counters_start_anew(
-    resolved: Callable[..., Any], tmp_path: Path
+    resolved: Callable[..., Any], data_folder: Path, tmp_path: Path
 ) -> None:
     path, _ = write_checkpoint(resolved(zero_stage=0))
     kept = {"init_from": path, "model": {}, "init_optimizer": "kept", "zero_stage": 0}
@@ -200,8 +210,8 @@ def test_a_kept_optimizer_is_that_of_the_checkpoint_and_counters_start_anew(
         checkpoint.find(resolved(run_dir=tmp_path / "other", **{**kept, "zero_stage": 1}), Ranks())
     with pytest.raises(ConfigError, match="init_optimizer is kept, but `model` asks"):
         resolved(**{**kept, "model": {"intermediate_size": 96}})
-    (path / "tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 5}}}')
-    with pytest.raises(ConfigError, match="1 ids stand for other tokens"):
+    write_tokenizer(data_folder, path / "tokenizer", other=[9])
+    with pytest.raises(ConfigError, match="1 ids stand for other tokens, the first is 9"):
         resolved(**kept)
 
 
