@@ -4,9 +4,9 @@
     python -m train.compare_masking --config FILE --out DIR --seeds 1,2,3 [key=value …]
 
 Each run is that of the configuration but for `masking.kind` in all phases, `seed` and `run_dir`
-(DIR/KIND-SEED), on one GPU or on CPU. Runs of a seed start from the same weights and read the same rows; each masks
-the same number of tokens of each row. A run that is done is not done again. The models are scored
-on the configuration's validation rows, in two ways, the same for all:
+(DIR/KIND-SEED), on one GPU or on CPU. Runs of a seed start from the same weights and read the same
+rows; each masks the same number of tokens of each row. A run that is done is not done again. The
+models are scored on the validation rows of the last phase, in two ways, the same for all:
 
     plain   `validation.rate` of the tokens masked one by one, as in training's own validation; by
             how frequent a token is in training, and for medical terms (`train.token_weights`)

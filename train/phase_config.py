@@ -24,7 +24,7 @@ def check_decay(key: str, decay: float) -> None:
     require(
         decay < 1e-3,
         f"{key} is {decay}: it is the share that a step at the peak rate takes away, ModernBERT's "
-        f"1e-5. For AdamW's usual lr × {decay} set {decay * 8e-4:.2g} at a peak of 8e-4",
+        f"1e-5. Where AdamW has {decay} elsewhere, set {decay} × the peak rate",
     )
 
 

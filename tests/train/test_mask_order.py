@@ -156,7 +156,7 @@ def test_a_run_weights_tokens_by_the_counts_of_its_data(resolved: Callable[..., 
     used = np.flatnonzero(counts)
     plain = resolved(
         phase={"masking": {"kind": "token_aware", "term_sources": []}}
-    ).masker.order.weights
+    ).last_phase.masker.order.weights
     order = used[np.argsort(counts[used])]
     assert (np.diff(plain[order]) <= 0).all(), "more frequent, less weight"
     assert set(np.round(weights[used] / np.minimum(plain[used], 1.2), 9)) - {1.0}, "some boosted"
