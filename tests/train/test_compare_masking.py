@@ -99,7 +99,7 @@ def test_a_word_is_right_when_all_its_tokens_are(
 
 
 def make_record(kind: str, seed: int, value: float) -> dict[str, Any]:
-    part = {"accuracy": value}
+    part = {"loss": value, "accuracy": value}
     bands = dict.fromkeys(BANDS, part)
     record = {"kind": kind, "seed": seed, "tokens": 1000, "loss": value, "accuracy": value}
     return record | {"by_frequency": bands, "terms": part, "words": part}
