@@ -11,6 +11,7 @@ V vocabulary, B rows, S columns of a padded batch, P positions of a rotary table
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,13 @@ class RotaryTables(nn.Module):
         cos, sin = rope_tables(*self.sizes)
         self.cos_PR, self.sin_PR = cos.to(device), sin.to(device)
         return self
+
+    def set_theta(self, theta: float) -> None:
+        """Turn by another base from here on; the tables stay where they are in memory."""
+        self.sizes = (*self.sizes[:2], theta)
+        cos, sin = rope_tables(*self.sizes)
+        self.cos_PR.copy_(cos)
+        self.sin_PR.copy_(sin)
 
     def forward(self, qkv_T3HD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys turned to their positions, and values: (T, H, D) each.
@@ -288,6 +296,11 @@ class ModernBertForMaskedLM(nn.Module):
         return self.model(
             input_ids_T, position_ids_T, cu_seqlens, max_seqlen, self.attention_backend
         )
+
+    def set_global_rope_theta(self, theta: float) -> None:
+        """Turn positions in global attention by another base, as training does for long texts."""
+        self.config = self.model.config = replace(self.config, global_rope_theta=theta)
+        self.model.global_rotary.set_theta(theta)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) hidden states to (…, V) logits."""
