@@ -32,7 +32,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 from kernels.documents import document_bounds_reference
 from kernels.rope import check_rope, rope_reference, turn_queries_and_keys
@@ -382,7 +381,8 @@ def launch_options(tiles: Tiles, heads: int, head_dim: int, window: int) -> dict
     return options if tiles.registers is None else options | {"maxnreg": tiles.registers}
 
 
-@triton_op("clinical_modernbert::local_attention", mutates_args={})
+# Opaque to the compiler: the launches that it generates know no bound on registers.
+@torch.library.custom_op("clinical_modernbert::local_attention", mutates_args=())
 def _local_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -394,7 +394,7 @@ def _local_attention(
     if qkv.numel() > 0:
         turn_queries_and_keys(qkv, turned, cos, sin, position_ids)
         tiles = _tuning(qkv.element_size(), head_dim).forward
-        wrap_triton(_forward_kernel)[(heads * triton.cdiv(tokens, tiles.block),)](
+        _forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
             qkv,
             turned,
             bounds,
@@ -419,7 +419,7 @@ def _local_attention_fake(
     )
 
 
-@triton_op("clinical_modernbert::local_attention_backward", mutates_args={})
+@torch.library.custom_op("clinical_modernbert::local_attention_backward", mutates_args=())
 def _local_attention_backward(
     grad: Tensor,
     qkv: Tensor,
@@ -442,7 +442,7 @@ def _local_attention_backward(
     if not tuning.together:
         halves = [(tuning.queries, True, False), (tuning.keys, False, True)]
     for tiles, queries, keys in halves:
-        wrap_triton(_backward_kernel)[(heads * triton.cdiv(tokens, tiles.block),)](
+        _backward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
             qkv,
             turned,
             bounds,

@@ -225,12 +225,12 @@ def _queries_and_keys_kernel(  # type: ignore[no-untyped-def]
 def turn_queries_and_keys(
     qkv: Tensor, out: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
 ) -> None:
-    """Write turned queries and keys of (T, 3, H, D) to (T, 2, H, D), inside another operation.
+    """Write turned queries and keys of (T, 3, H, D) to (T, 2, H, D), within an opaque operation.
 
     All contiguous, and T at least 1.
     """
     tokens, _, heads, head_dim = qkv.shape
-    wrap_triton(_queries_and_keys_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
+    _queries_and_keys_kernel[(triton.cdiv(tokens, _TILE[0]),)](
         qkv, out, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.config import ConfigError, config
+from model.config import Backend, Local
 
 
 @config
@@ -117,6 +118,10 @@ class Train:
     """a Hugging Face folder to take weights and geometry from; by default weights are random"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on CPU"""
+    attention: Backend = "auto"
+    """what computes attention; auto: the best that is installed and fits the GPU"""
+    local_attention: Local = "auto"
+    """layers with a window; auto: kernels.local_attention on a GPU; backend: as in `attention`"""
     zero_stage: Literal[0, 1, 2, 3] = 1
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest checkpoint that verifies; never: refuse a run_dir with checkpoints"""

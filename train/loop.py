@@ -8,12 +8,12 @@ import contextlib
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config import ConfigError, config_to_yaml
 from common.counter_random import derive_key
 from common.files import whole_file, write_json
-from model.attention import choose_attention
+from model.attention import Choice, check_attention, choose_attention, what_to_install
 from model.modernbert import ModernBertForMaskedLM
 from train import checkpoint
 from train.engine import Engine, backward, start_engine, step
@@ -32,12 +32,14 @@ class TrainingError(RuntimeError):
 def train(run: Run, ranks: Ranks, device: torch.device) -> None:
     """Train `run` from its newest checkpoint, or from the start, to its end."""
     found = checkpoint.find(run, ranks)
-    engine = start_engine(make_model(run).to(device), run.config, run.deepspeed)
+    model = make_model(run).to(device)
+    attention = model.attention = _choose_attention(run, device)
+    engine = start_engine(model, run.config, run.deepspeed)
     progress = Progress()
     if found.path is not None:
         progress = checkpoint.load(engine, found.path)
     if ranks.is_first:
-        _begin(run, found, progress, device)
+        _begin(run, found, progress, device, attention)
 
     config = run.config
     maker = StepMaker(run.data, run.order, run.masker, run.shape, ranks.rank, ranks.size)
@@ -123,6 +125,7 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
             batch.max_seqlen,
             batch.masked_indices,
             batch.labels,
+            batch.masked_tokens,
         )
         is_last = number == loaded.micro_steps
         backward(engine, loss, ranks.size, loaded.counts.masked_tokens, is_last)
@@ -130,7 +133,25 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
     return loss_sum
 
 
-def make_model(run: Run) -> nn.Module:
+def _choose_attention(run: Run, device: torch.device) -> Choice:
+    """The run's attention, tried out on a GPU before anything depends on it."""
+    width, dtype = run.model_config.head_dim, _dtype(run)
+    config = run.config
+    try:
+        choice = choose_attention(device, dtype, width, config.attention, config.local_attention)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if device.type == "cuda":
+        heads, window = run.model_config.num_attention_heads, run.model_config.local_attention // 2
+        check_attention(choice, device, dtype, heads, width, window)
+    return choice
+
+
+def _dtype(run: Run) -> torch.dtype:
+    return torch.bfloat16 if run.precision == "bf16" else torch.float32
+
+
+def make_model(run: Run) -> ModernBertForMaskedLM:
     """The model a run starts from: random weights, the same on every rank, or those of a folder."""
     if run.config.init_from is not None:
         # Only here, for it brings transformers with it, which takes seconds.
@@ -144,7 +165,13 @@ def make_model(run: Run) -> nn.Module:
     return ModernBertForMaskedLM(run.model_config, torch.Generator().manual_seed(seed))
 
 
-def _begin(run: Run, found: checkpoint.Found, progress: Progress, device: torch.device) -> None:
+def _begin(
+    run: Run,
+    found: checkpoint.Found,
+    progress: Progress,
+    device: torch.device,
+    attention: Choice,
+) -> None:
     """Say what is about to run, and put what the report needs into the run's folder."""
     for reason in found.skipped:
         print(f"warning: a checkpoint is passed over: {reason}", flush=True)
@@ -155,12 +182,14 @@ def _begin(run: Run, found: checkpoint.Found, progress: Progress, device: torch.
     with whole_file(run_dir / "config.yaml") as file:
         file.write(config_to_yaml(run.config).encode())
     write_json(run_dir / "data_manifest.json", run.data.manifest)
-    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     start = f"continues from {found.path}" if found.path else "starts anew"
     print(
         f"{run_dir}: {parameter_count(run.model_config):,} parameters, {run.ranks} ranks on "
         f"{device.type}, {run.precision}, ZeRO {run.config.zero_stage}, attention "
-        f"{choose_attention(device, dtype)}; {run.last_step(progress):,} steps of "
+        f"{attention}; {run.last_step(progress):,} steps of "
         f"{run.slots_per_step:,} token slots; {start}",
         flush=True,
     )
+    advice = what_to_install(attention, device, _dtype(run), run.model_config.head_dim)
+    if advice is not None:
+        print(advice, flush=True)

@@ -97,17 +97,19 @@ def test_a_local_layer_does_not_make_all_scores() -> None:
     assert max(event.cpu_memory_usage for event in profile.events()) < 32 * 2**20
 
 
-def test_tokens_outside_every_document_are_refused() -> None:
-    qkv, cu_seqlens = make_row([5, 4])
-    with pytest.raises(ValueError, match="spans 5 tokens but there are 9"):
-        reference_attention(*qkv.unbind(1), cu_seqlens[:2], 5, None)
-
-
-def test_choice() -> None:
-    assert choose_attention(torch.device("cpu"), torch.bfloat16) == "reference"
-    assert choose_attention(torch.device("cuda"), torch.float32) == "reference"
-    assert choose_attention(torch.device("cuda"), torch.bfloat16) == "varlen_attn"
-    assert {"reference", "varlen_attn"} == set(BACKENDS)
+@pytest.mark.parametrize("window", [None, 3])
+def test_tokens_behind_all_documents_get_and_give_nothing(window: int | None) -> None:
+    qkv, cu_seqlens = make_row([5, 4, 3])
+    qkv[9:] = float("nan")
+    leaf = qkv.requires_grad_()
+    out = reference_attention(*leaf.unbind(1), cu_seqlens[:3], 5, window)
+    (gradient,) = torch.autograd.grad(out.sum(), leaf)
+    assert torch.equal(
+        out[:9], reference_attention(*qkv.detach()[:9].unbind(1), cu_seqlens[:3], 5, window)
+    )
+    assert bool(gradient[:9].any())
+    assert not bool(out[9:].any())
+    assert not bool(gradient[9:].any())
 
 
 @pytest.mark.gpu
