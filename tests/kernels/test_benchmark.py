@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import benchmark
-from kernels.benchmark_cases import Case, layouts
+from kernels.benchmark_layouts import Case, layouts
 
 
 @pytest.mark.parametrize("tokens", [65_536, 16_384, 1000])

@@ -18,7 +18,7 @@ from kernels.documents import (
 LAYOUTS = {
     "even": [16] * 4,
     "skewed": [97, *[3] * 11],
-    "code titles": [16] * 300,
+    "code titles": [4] * 80,
     "empty documents": [0, 5, 0, 0, 9, 0],
     "length 1": [1] * 7,
     "one document": [37],

@@ -73,8 +73,11 @@ def compare(what: str, case: tuple, window: int, assert_close: Callable[..., Non
     qkv, *others = case
     ours, plain = run(*case, window), run_reference(*case, window)
     exact = run_reference(qkv.double(), *others, window)
-    for name, *results in zip(("forward", "gradient"), ours, plain, exact, strict=True):
-        assert_close(f"local_attention {what} {name}", *results)
+    assert_close(f"local_attention {what} forward", ours[0], plain[0], exact[0])
+    # A score's gradient is p (g · v − g · o): where a token sees one other only, all of it cancels.
+    sizes = [float(x.double().norm(dim=-1).max()) if x.numel() else 0 for x in (case[3], qkv[:, 2])]
+    terms = sizes[0] * sizes[1]
+    assert_close(f"local_attention {what} gradient", ours[1], plain[1], exact[1], terms)
     return ours
 
 
@@ -104,7 +107,7 @@ def test_any_even_width_any_heads_any_window(
 
 def test_many_tiles(device: torch.device, assert_close: Callable[..., None]) -> None:
     """Tiles whose neighbours are whole, partial, and of another document."""
-    case = make_case(([200, 30], 3), 1, 16, torch.float16, device, 256)
+    case = make_case(([140, 30], 3), 1, 16, torch.float16, device, 256)
     compare("many tiles", case, 64, assert_close)
 
 
