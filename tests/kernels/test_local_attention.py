@@ -21,11 +21,11 @@ from kernels.rope import rope_tables
 # Lengths of documents, and tokens behind them.
 LAYOUTS = {
     "even": ([16] * 4, 0),
-    "skewed": ([60, *[3] * 6], 0),
-    "code titles": ([4] * 17, 0),
+    "skewed": ([50, *[3] * 4], 0),
+    "code titles": ([4] * 12, 0),
     "empty documents": ([0, 5, 0, 0, 9, 0], 0),
     "length 1": ([1] * 7, 0),
-    "one document": ([70], 0),
+    "one document": ([66], 0),
     "more tokens than documents": ([20, 7], 40),
     "no token": ([0], 0),
     "no document": ([0], 5),
@@ -107,7 +107,7 @@ def test_any_even_width_any_heads_any_window(
 
 def test_many_tiles(device: torch.device, assert_close: Callable[..., None]) -> None:
     """Tiles whose neighbours are whole, partial, and of another document."""
-    case = make_case(([140, 30], 3), 1, 16, torch.float16, device, 256)
+    case = make_case(([130, 30], 3), 1, 16, torch.float16, device, 256)
     compare("many tiles", case, 64, assert_close)
 
 
@@ -131,7 +131,7 @@ def test_how_it_is_cut_up_changes_little(
     monkeypatch: pytest.MonkeyPatch,
     assert_close: Callable[..., None],
 ) -> None:
-    case = make_case(([70, 9], 0), 1, 16, torch.float16, device)
+    case = make_case(([64, 9], 0), 1, 16, torch.float16, device)
     usual = run(*case, 20)
     tiles = module.NARROW.forward, Tiles(32, 64, 4, 1), replace(module.NARROW.keys, block=64)
     monkeypatch.setattr(module, "NARROW", module.Tuning(*tiles, together=together))
@@ -142,12 +142,12 @@ def test_how_it_is_cut_up_changes_little(
 
 
 def test_every_output_is_written(device: torch.device, poisoned: None) -> None:
-    case = make_case(LAYOUTS["more tokens than documents"], 2, 24, torch.float32, device)
+    case = make_case(([20, 7], 30), 1, 24, torch.float16, device)
     assert all(bool(value.isfinite().all()) for value in run(*case, 9))
 
 
 def test_what_lies_behind_all_documents_is_never_read(device: torch.device) -> None:
-    qkv, turn, cu_seqlens, grad = make_case(([20, 7], 9), 1, 16, torch.float32, device)
+    qkv, turn, cu_seqlens, grad = make_case(([20, 7], 9), 1, 16, torch.float16, device)
     expected = run(qkv, turn, cu_seqlens, grad, 9)
     qkv[27:], grad[27:] = float("nan"), float("inf")
     for one, two in zip(run(qkv, turn, cu_seqlens, grad, 9), expected, strict=True):
@@ -155,24 +155,24 @@ def test_what_lies_behind_all_documents_is_never_read(device: torch.device) -> N
 
 
 def test_a_document_does_not_see_its_neighbours(device: torch.device) -> None:
-    case = make_case(([20, 7, 30], 0), 1, 16, torch.float32, device)
+    case = make_case(([9, 4, 9], 0), 1, 16, torch.float16, device)
     changed = case[0].clone()
-    changed[20:27] += 1
+    changed[9:13] += 1
     for one, two in zip(run(*case, 64), run(changed, *case[1:], 64), strict=True):
-        assert torch.equal(one[:20], two[:20])
-        assert torch.equal(one[27:], two[27:])
-        assert not torch.equal(one[20:27], two[20:27])
+        assert torch.equal(one[:9], two[:9])
+        assert torch.equal(one[13:], two[13:])
+        assert not torch.equal(one[9:13], two[9:13])
 
 
 def test_twice_the_same_bits(device: torch.device) -> None:
-    case = make_case(LAYOUTS["skewed"], 2, 8, torch.float16, device)
+    case = make_case(([20, 3], 0), 1, 8, torch.float16, device)
     for one, two in zip(run(*case, 9), run(*case, 9), strict=True):
         assert torch.equal(one, two)
 
 
 def test_non_contiguous_input_and_other_positions(device: torch.device) -> None:
     qkv, (cos, sin, positions), cu_seqlens, grad = make_case(
-        ([6, 3], 0), 2, 8, torch.float32, device
+        ([6, 3], 0), 1, 8, torch.float32, device
     )
     expected = run(qkv, [cos, sin, positions], cu_seqlens, grad, 4)
     twice = qkv.repeat_interleave(2, dim=0)[::2]
