@@ -83,7 +83,7 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
         bounds = document_bounds(ends, tokens)
         who: dict[str, Callable[..., Outputs]] = {}
         if tune:
-            who |= {_name(tuning): partial(_tuned, tuning) for tuning in _candidates()}
+            who |= {_name(tuning): partial(_tuned, tuning) for tuning in candidates()}
         else:
             who["ours"] = _local
             for name, attend in _others(ends, max(lengths), WINDOW).items():
@@ -133,7 +133,8 @@ def _apart(
     return attend(*rope(qkv, cos, sin, places))
 
 
-def _candidates() -> Iterator[Tuning]:
+def candidates() -> Iterator[Tuning]:
+    """What --tune compares, the tuning in use first."""
     usual = ours.NARROW
     for tiles in _FORWARD:
         yield Tuning(tiles, usual.queries, usual.keys, False)

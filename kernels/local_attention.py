@@ -77,7 +77,7 @@ NARROW = Tuning(
 _WIDEST_HEAD = 256
 
 
-def _tuning(element_size: int, head_dim: int) -> Tuning:
+def tuning(element_size: int, head_dim: int) -> Tuning:
     """The tiles for a dtype and a width; only the narrow ones are chosen for speed."""
     if element_size == 2 and head_dim <= 64:
         return NARROW
@@ -393,7 +393,7 @@ def _local_attention(
     logsumexp = qkv.new_empty((heads, tokens), dtype=torch.float32)
     if qkv.numel() > 0:
         turn_queries_and_keys(qkv, turned, cos, sin, position_ids)
-        tiles = _tuning(qkv.element_size(), head_dim).forward
+        tiles = tuning(qkv.element_size(), head_dim).forward
         _forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
             qkv,
             turned,
@@ -436,11 +436,11 @@ def _local_attention_backward(
     grad_qkv = torch.empty_like(qkv)
     if qkv.numel() == 0:
         return grad_qkv
-    tuning = _tuning(qkv.element_size(), head_dim)
+    cut = tuning(qkv.element_size(), head_dim)
     pairs = logsumexp.new_empty((*logsumexp.shape, 2))
-    halves = [(tuning.keys, True, True)]
-    if not tuning.together:
-        halves = [(tuning.queries, True, False), (tuning.keys, False, True)]
+    halves = [(cut.keys, True, True)]
+    if not cut.together:
+        halves = [(cut.queries, True, False), (cut.keys, False, True)]
     for tiles, queries, keys in halves:
         _backward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
             qkv,

@@ -38,7 +38,7 @@ _TILE = 64
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
 
 _INSTALL = {
-    "fa4": "pip install --pre flash-attn-4 (FlashAttention-4, for Hopper and Blackwell)",
+    "fa4": "pip install -r requirements-gpu.txt (FlashAttention-4, for Hopper and Blackwell)",
     "fa2": "pip install --no-build-isolation flash-attn (FlashAttention-2; needs nvcc)",
 }
 

@@ -167,7 +167,7 @@ def test_what_is_asked_for_by_name_is_not_replaced(machine: Callable[..., None])
     with pytest.raises(ValueError, match="local_attention: kernel needs a CUDA device"):
         choose_attention(CPU, torch.bfloat16, 64, local="kernel")
     machine((9, 0))
-    with pytest.raises(ValueError, match="flash-attn-4 is not installed; pip install --pre"):
+    with pytest.raises(ValueError, match="flash-attn-4 is not installed; pip install"):
         choose_attention(GPU, torch.bfloat16, 64, "fa4")
     machine((8, 6), "flash-attn-4")
     with pytest.raises(ValueError, match=r"capability 9\.0, and this GPU has 8\.6"):
@@ -185,9 +185,9 @@ def test_one_line_says_what_to_install(machine: Callable[..., None]) -> None:
 
     assert advice(CPU) is None
     machine((9, 0))
-    assert "flash-attn-4" in str(advice(GPU))
+    assert "FlashAttention-4" in str(advice(GPU))
     machine((9, 0), "flash-attn")
-    assert "flash-attn-4" in str(advice(GPU))
+    assert "FlashAttention-4" in str(advice(GPU))
     machine((8, 0))
     assert "FlashAttention-2" in str(advice(GPU))
     for capability, package in (((9, 0), "flash-attn-4"), ((8, 0), "flash-attn")):
