@@ -281,6 +281,8 @@ def measure(operations: Sequence[str], tokens: Sequence[int], tune: bool) -> tup
         for name in operations:
             torch._dynamo.reset()
             for case in make_local(count, tune=True) if tune else cases.make(name, count):
+                if len(tokens) > 1:
+                    case.layout = f"{case.layout}, {count} tokens"
                 run_case(case, table)
     return table, header
 

@@ -88,7 +88,7 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
             who["ours"] = _local
             for name, attend in _others(ends, max(lengths), WINDOW).items():
                 who[f"{name} + our rope"] = partial(_apart, attend)
-        pairs = sum(_seen_pairs(length, WINDOW) for length in lengths)
+        pairs = sum(seen_pairs(length, WINDOW) for length in lengths)
         yield Case(
             "local_attention",
             layout,
@@ -117,7 +117,7 @@ def _flops(pairs: int) -> dict[str, int]:
     return {"forward": 2 * product, "backward": 5 * product, "both": 7 * product}
 
 
-def _seen_pairs(length: int, window: int) -> int:
+def seen_pairs(length: int, window: int) -> int:
     """Pairs of tokens in a document at most `window` apart, each with itself too."""
     reach = min(window, length - 1)
     return length * (2 * reach + 1) - reach * (reach + 1)

@@ -289,7 +289,7 @@ def check_attention(
         leaf = values.clone().requires_grad_()
         documents = describe_documents(places, cu_seqlens, 300, which)
         out = attend(leaf, tables, documents, seen, which)
-        return [out.float(), torch.autograd.grad(out, leaf, grad.to(out.dtype))[0].float()]
+        return [out.detach().float(), torch.autograd.grad(out, leaf, grad.to(out.dtype))[0].float()]
 
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
     for seen in (None, window):
