@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.config import config
+from model.config import Backend, Local
 from train.phase_config import Phase, check_decay, require
 
 
@@ -93,6 +94,10 @@ class Train:
     """of the sum of gradients over micro-steps; auto: fp32, but bf16 with zero_stage 0 and bf16"""
     reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """of the sum of gradients over ranks; auto: fp32"""
+    attention: Backend = "auto"
+    """what computes attention; auto: the best that is installed and fits the GPU"""
+    local_attention: Local = "auto"
+    """layers with a window; auto: kernels.local_attention on a GPU; backend: as in `attention`"""
     zero_stage: Literal[0, 1, 2, 3] = 1
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest checkpoint that verifies; never: refuse a run_dir with checkpoints"""

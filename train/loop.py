@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from common.config import config_to_yaml
+from common.config import ConfigError, config_to_yaml
 from common.files import whole_file, write_json
-from model.attention import choose_attention
+from model.attention import Choice, check_attention, choose_attention, what_to_install
 from train import checkpoint
 from train.describe import describe_phase, parameter_count
 from train.engine import Engine, Norms, backward, start_engine, step
@@ -44,12 +44,14 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
 def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
     config = run.config
     found = checkpoint.find(run, ranks)
-    engine = start_engine(make_model(config, run.start).to(device), config, run.deepspeed)
+    model = make_model(config, run.start).to(device)
+    attention = model.attention = _choose_attention(run, device)
+    engine = start_engine(model, config, run.deepspeed)
     if found.path is not None:
         checkpoint.load(engine, found.path)
     progress = found.progress
     if ranks.is_first:
-        _begin(run, found, device)
+        _begin(run, found, device, attention)
 
     with contextlib.ExitStack() as stack:
         metrics = None
@@ -145,6 +147,7 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
             batch.max_seqlen,
             batch.masked_indices,
             batch.labels,
+            batch.masked_tokens,
         )
         is_last = number == loaded.micro_steps
         backward(engine, loss, ranks.size, loaded.counts.masked_tokens, is_last)
@@ -152,7 +155,25 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
     return loss_sum
 
 
-def _begin(run: Run, found: checkpoint.Found, device: torch.device) -> None:
+def _choose_attention(run: Run, device: torch.device) -> Choice:
+    """The run's attention, tried out on a GPU before anything depends on it."""
+    width, dtype = run.start.head_dim, _dtype(run)
+    config = run.config
+    try:
+        choice = choose_attention(device, dtype, width, config.attention, config.local_attention)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if device.type == "cuda":
+        heads, window = run.start.num_attention_heads, run.start.local_attention // 2
+        check_attention(choice, device, dtype, heads, width, window)
+    return choice
+
+
+def _dtype(run: Run) -> torch.dtype:
+    return torch.bfloat16 if run.precision == "bf16" else torch.float32
+
+
+def _begin(run: Run, found: checkpoint.Found, device: torch.device, attention: Choice) -> None:
     """Say what is about to run, and put what the report needs into the run's folder."""
     for reason in found.skipped:
         print(f"warning: a checkpoint is passed over: {reason}", flush=True)
@@ -164,7 +185,6 @@ def _begin(run: Run, found: checkpoint.Found, device: torch.device) -> None:
         file.write(config_to_yaml(run.config).encode())
     for phase in run.phases.values():
         write_json(run_dir / "data" / f"{phase.name}.json", phase.data.manifest)
-    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     start = "starts anew"
     if found.path is not None:
         start = f"continues from {found.path}"
@@ -173,6 +193,9 @@ def _begin(run: Run, found: checkpoint.Found, device: torch.device) -> None:
     print(
         f"{run_dir}: {parameter_count(run.start):,} parameters, {run.ranks} ranks on "
         f"{device.type}, {run.precision}, ZeRO {run.config.zero_stage}, attention "
-        f"{choose_attention(device, dtype)}; {run.last_step(found.progress):,} steps; {start}",
+        f"{attention}; {run.last_step(found.progress):,} steps; {start}",
         flush=True,
     )
+    advice = what_to_install(attention, device, _dtype(run), run.start.head_dim)
+    if advice is not None:
+        print(advice, flush=True)

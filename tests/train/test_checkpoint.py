@@ -147,7 +147,6 @@ def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
         ({"zero_stage": 2}, "zero_stage"),
         ({"optimizer": {"name": "adamw"}}, "optimizer"),
         ({"precision": "bf16"}, "dtype"),
-        ({"optimizer": {"name": "adamw"}}, "optimizer"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
