@@ -18,7 +18,7 @@
 
 Signatures to verified are for prose only, paragraphs and copied for notes only; codes are compared
 exactly. What each step leaves out is in its `summary.json` by number and in checks' `.jsonl`,
-`clusters.parquet` and kept's `copied/<source>/NNNNN.jsonl` by id.
+`clusters.parquet` and kept's `copied` and `apart/<source>/NNNNN.jsonl` by id.
 """
 
 from collections.abc import Callable, Sequence
@@ -312,7 +312,7 @@ class Cleaning:
             starts = self._files(source).starts
             for found, begin in zip(inputs, starts, strict=True):
                 names = {split: f"{split}/{found.stem}.parquet" for split in SPLITS}
-                names["copied"] = f"copied/{found.stem}.jsonl"
+                names |= {name: f"{name}/{found.stem}.jsonl" for name in ("copied", "apart")}
                 copied = self.out / "copied" / f"{source}.npy" if source in self._notes else None
                 write = partial(
                     tasks.keep,

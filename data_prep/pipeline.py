@@ -5,6 +5,7 @@
     documents  one task an input file                            documents/<source>/NNNNN.parquet
     evaluation … kept  what is left out, and the split (`data_prep.cleaning`)
                                                                  kept/<split>/<source>/NNNNN.parquet
+    statistics numbers of the kept documents for the data card   statistics/<split>/<source>/…json
     tokenizer  trained on the training documents, or copied      tokenizer/
     tokens     ids of every kept document                        tokens/<split>/<source>/NNNNN/
     plan-L     which documents share a row, for each max_length  plan-L/<split>/<source>/
@@ -31,6 +32,8 @@ from common.counter_random import derive_key
 from common.files import file_hash, only_user_of, whole_file, write_json
 from data_prep import codes, mimic, pubmed
 from data_prep import tokenizer as tokenizers
+from data_prep.card.statistics import write_statistics
+from data_prep.card.terms import ALL_TERMS
 from data_prep.cleaning import Cleaning
 from data_prep.config import DataPrep, check
 from data_prep.document import Document, InputError, read_documents, write_documents
@@ -46,7 +49,7 @@ from data_prep.token_files import FILES, TokenFile, write_tokens
 _LOG = logging.getLogger(__name__)
 
 # Raised when a stage makes something else of the same input; results of an older one are redone.
-VERSION = 2
+VERSION = 3
 
 
 def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
@@ -71,6 +74,7 @@ def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     for stage in pipeline.cleaning.stages():
         stage().run()
     pipeline.require_documents()
+    pipeline.statistics().run()
     pipeline.tokenizer().run()
     pipeline.require_one_redaction_token(_load_tokenizer(pipeline.tokenizer_folder)[0])
     pipeline.tokens().run()
@@ -152,6 +156,18 @@ class Pipeline:
             f"{self.config.raw_dir}: the inputs hold no document with text to train on; see the "
             f"counts in {self.out / 'kept' / 'summary.json'}"
         )
+
+    def statistics(self) -> Stage:
+        """What the data card says of the kept documents."""
+        tasks = []
+        for split in SPLITS:
+            for source in self.inputs:
+                name = f"{split}/{source.stem}.json"
+                write = partial(
+                    write_statistics, self._kept(split, source), self.out / "statistics" / name
+                )
+                tasks.append(Task(f"{split}/{source.source}", (name,), write))
+        return self._stage("statistics", tasks)
 
     def tokenizer(self) -> Stage:
         """The tokenizer: trained, or the existing one copied."""
@@ -298,6 +314,7 @@ class Pipeline:
         }
         add("documents", "fold", inputs=inputs, **made)
         self.cleaning.add_keys(add)
+        add("statistics", "kept", terms=ALL_TERMS)
         if self._existing_tokenizer is not None:
             add("tokenizer", description=tokenizers.describe(self._existing_tokenizer))
         else:

@@ -1,15 +1,10 @@
 """Checkpoints: folders that exist whole or not at all, and the choice of one to continue from.
 
-    RUN/checkpoints/step_00000100/
-        deepspeed/state/…   what DeepSpeed saves of weights and optimizer
-        tokenizer/          the data set's
-        manifest.json       counters, model, configuration, and the sha256 of every other file
-
-A checkpoint is filled under a temporary name by all ranks, flushed to disk, and renamed by rank 0.
-There is no generator's state in it: all randomness of a run comes from its counters.
+What lies in one is said in `common.checkpoint_manifest`. A checkpoint is filled under a temporary
+name by all ranks, flushed to disk, and renamed by rank 0. There is no generator's state in it: all
+randomness of a run comes from its counters.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +13,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+from common.checkpoint_manifest import (
+    DEEPSPEED_FOLDER,
+    DEEPSPEED_TAG,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    CheckpointError,
+    read_manifest,
+    verify,
+)
 from common.config import config_to_dict
 from common.files import file_hash, sync_file, sync_folder, write_json
 from train.engine import Engine, quiet
@@ -25,13 +30,8 @@ from train.ranks import Ranks, from_first, gather
 from train.resolve import Run, tokenizer_folder
 from train.schedule import Progress
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-TAG = "state"
-
-
-class CheckpointError(ValueError):
-    """No checkpoint can be taken up; the message names it and says what to do."""
+# What a run needs of a manifest to continue.
+_KEYS = ("config", *asdict(Progress()))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
         temporary.mkdir(parents=True, mode=0o700)
     # Nobody may write into the folder before it is there.
     dist.barrier()
-    engine.save_checkpoint(str(temporary / "deepspeed"), tag=TAG, save_latest=False)
+    engine.save_checkpoint(str(temporary / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG, save_latest=False)
     # The call above ended with a barrier, so every rank's files are complete here. Hashing and
     # flushing them is shared out, each rank's own to itself, whose machine may still hold them.
     mine = [path for path in _files(temporary) if _owner(path, ranks.size) == ranks.rank]
@@ -120,27 +120,11 @@ def find(run: Run, ranks: Ranks) -> Found:
 def load(engine: Engine, path: Path) -> Progress:
     """Give `engine` the weights and optimizer of a checkpoint; returns the counters."""
     with quiet():
-        loaded, _ = engine.load_checkpoint(str(path / "deepspeed"), tag=TAG)
+        loaded, _ = engine.load_checkpoint(str(path / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG)
     if loaded is None:
         raise CheckpointError(f"{path} cannot be loaded by DeepSpeed; move it away to go on")
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path, _KEYS)
     return Progress(**{name: manifest[name] for name in asdict(Progress())})
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there and have their hashes.
-
-    Raises CheckpointError naming the first file that is missing or damaged.
-    """
-    manifest = _read_manifest(path)
-    for name, expected in manifest["files"].items():
-        try:
-            found = file_hash(path / name)
-        except OSError as error:
-            raise CheckpointError(f"{path / name} cannot be read ({error.strerror})") from None
-        if found != expected:
-            raise CheckpointError(f"{path / name} is damaged: its sha256 is not the manifest's")
-    return manifest
 
 
 def _find(run: Run) -> Found:
@@ -154,7 +138,7 @@ def _find(run: Run) -> Found:
     skipped = []
     for path in paths:
         try:
-            manifest = verify(path)
+            manifest = verify(path, _KEYS)
         except CheckpointError as error:
             skipped.append(str(error))
             continue
@@ -205,7 +189,7 @@ def _identity(run: Run) -> dict[str, Any]:
 def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, str]) -> None:
     """Add the tokenizer and, last, the manifest; all of it on disk when this returns."""
     for path in _files(source := tokenizer_folder(run.data)):
-        copy = temporary / "tokenizer" / path.relative_to(source)
+        copy = temporary / TOKENIZER_FOLDER / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         # The content alone: the copy is its owner's, whoever may read the original.
         shutil.copyfile(path, copy)
@@ -224,24 +208,6 @@ def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, s
     for path in (*temporary.rglob("*"), temporary):
         if path.is_dir():
             sync_folder(path)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path / MANIFEST_NAME}: {error.strerror}") from None
-    except ValueError:
-        raise CheckpointError(f"{path / MANIFEST_NAME} is damaged: it is no JSON") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path / MANIFEST_NAME} has the format {found}, this program reads {FORMAT_VERSION}"
-        )
-    absent = {"files", "config", *asdict(Progress())} - set(manifest)
-    if absent:
-        raise CheckpointError(f"{path / MANIFEST_NAME} is damaged: it lacks {min(absent)!r}")
-    return dict(manifest)
 
 
 def _owner(path: Path, ranks: int) -> int:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from common.config import ConfigError, config
 
+MaskingKind = Literal["token", "whole_word", "token_aware"]
+
 
 @config
 class Data:
@@ -44,28 +46,53 @@ class Batch:
 
 @config
 class Masking:
-    """Masked-language-model targets."""
+    """Masked-language-model targets of training; validation masks single tokens, all alike."""
 
     rate: float = 0.3
     """share of the maskable tokens that is masked"""
+    kind: MaskingKind = "token"
+    """token: every token alone, all equally likely; whole_word: all tokens of a word; token_aware:
+    every token alone, rarer ones and medical terms more often (the next four keys)"""
+    frequency_exponent: float = 0.5
+    """a token's weight falls with this power of its frequency; 0 weights all alike"""
+    weight_cap: float = 3.0
+    """largest weight; the typical token (half of all training tokens are no rarer) has 1"""
+    term_sources: list[str] = field(default_factory=lambda: ["icd10cm", "icd9cm"])
+    """sources whose texts are medical terms: tokens that are frequent there are boosted; [] none"""
+    term_boost: float = 1.5
+    """factor to the weight of these"""
     mask_share: float = 0.8
     """share of these that becomes [MASK]"""
     random_share: float = 0.1
     """share of these that becomes a random token; the rest keeps its token"""
 
+    def __post_init__(self) -> None:
+        for name in ("weight_cap", "term_boost"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, not above 0")
+        _require(
+            self.frequency_exponent >= 0,
+            f"frequency_exponent is {self.frequency_exponent}, it must not be negative",
+        )
+
 
 @config
 class Optimizer:
-    """AdamW; weight decay is decoupled, and zero on norms and biases."""
+    """The rule of a step; weight decay is decoupled, and zero on norms and biases."""
 
+    name: Literal["stable_adamw", "adamw", "muon"] = "stable_adamw"
+    """stable_adamw: ModernBERT's; muon: Muon on the layers' matrices, AdamW on the rest"""
     lr: float = 8e-4
     """the peak learning rate"""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
-    weight_decay: float = 1e-2
-    """a step shrinks weights by lr × weight_decay"""
-    gradient_clipping: float = 1.0
-    """largest norm of the gradient of all parameters; 0 leaves it as it is"""
+    weight_decay: float = 1e-5
+    """share of a weight that a step at the peak rate takes away; at a lower rate, that much less"""
+    gradient_clipping: float = 0.0
+    """largest norm of the gradient of all parameters; 0 leaves it as it is, as ModernBERT does"""
+    muon_lr_factor: float | None = None
+    """muon alone: the rate of its matrices as a multiple of lr, 25 by default"""
+    muon_momentum: float | None = None
+    """muon alone: 0.95 by default"""
 
 
 @config
@@ -116,7 +143,11 @@ class Train:
     init_from: Path | None = None
     """a Hugging Face folder to take weights and geometry from; by default weights are random"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on CPU"""
+    """dtype of weights and activations; auto: bf16 on a GPU, fp32 on CPU. Steps are always fp32"""
+    grad_accum_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the sum of gradients over micro-steps; auto: fp32, but bf16 with zero_stage 0 and bf16"""
+    reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the sum of gradients over ranks; auto: fp32"""
     zero_stage: Literal[0, 1, 2, 3] = 1
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest checkpoint that verifies; never: refuse a run_dir with checkpoints"""
@@ -152,6 +183,7 @@ class Train:
         }
         for key, value in not_negative.items():
             _require(value >= 0, f"{key} is {value}, it must not be negative")
+        _check_optimizer(self.optimizer)
         for beta in self.optimizer.betas:
             _require(0 <= beta < 1, f"optimizer.betas has {beta}, it must be at least 0, below 1")
         for key, rate in {"masking": self.masking.rate, "validation": self.validation.rate}.items():
@@ -173,12 +205,45 @@ class Train:
         _require(weights is None or bool(weights), "data.weights names no source; leave it out")
         for name, weight in (weights or {}).items():
             _require(weight > 0, f"data.weights.{name} is {weight}, it must be above 0")
+        _require(
+            self.optimizer.name != "muon" or self.zero_stage > 0,
+            "zero_stage is 0, and nothing there keeps Muon from taking a step that is not finite; "
+            "set zero_stage=1",
+        )
+        zero = self.deepspeed.get("zero_optimization") or {}
         owned = sorted(set(self.deepspeed) & OWNED_DEEPSPEED_KEYS)
-        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
-            owned.append("zero_optimization.stage")
+        owned += [
+            f"zero_optimization.{key}" for key in ("stage", "compute_grad_norm") if key in zero
+        ]
         _require(
             not owned, f"deepspeed.{', deepspeed.'.join(owned)}: set the run's own key instead"
         )
+        _require(
+            not zero.get("offload_optimizer"),
+            "deepspeed.zero_optimization.offload_optimizer: optimizer steps run on the GPU alone; "
+            "leave it out, and use a higher zero_stage or more GPUs to save memory",
+        )
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    decay, is_muon = optimizer.weight_decay, optimizer.name == "muon"
+    _require(
+        decay < 1e-3,
+        f"optimizer.weight_decay is {decay}: it is the share that a step at the peak rate takes "
+        f"away, ModernBERT's 1e-5. Where AdamW has {decay} elsewhere, set {decay} × the peak rate",
+    )
+    for key in ("muon_lr_factor", "muon_momentum"):
+        value = getattr(optimizer, key)
+        _require(
+            value is None or is_muon,
+            f"optimizer.{key} is set but optimizer.name is {optimizer.name}; leave it out",
+        )
+        _require(value is None or value > 0, f"optimizer.{key} is {value}, it must be above 0")
+    _require(
+        not (is_muon and optimizer.gradient_clipping),
+        "optimizer.gradient_clipping: Muon's steps have one size whatever the gradient's norm, and "
+        "DeepSpeed would clip them, not the gradient; set it to 0",
+    )
 
 
 OWNED_DEEPSPEED_KEYS = {
@@ -190,6 +255,9 @@ OWNED_DEEPSPEED_KEYS = {
     "scheduler",
     "bf16",
     "fp16",
+    "data_types",
+    "communication_data_type",
+    "zero_allow_untested_optimizer",
 }
 
 

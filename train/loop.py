@@ -16,13 +16,16 @@ from common.files import whole_file, write_json
 from model.attention import choose_attention
 from model.modernbert import ModernBertForMaskedLM
 from train import checkpoint
-from train.engine import Engine, backward, start_engine, step
+from train.engine import Engine, Norms, backward, start_engine, step
 from train.loader import LoadedStep, Loader, StepMaker
 from train.metrics import Interval, Metrics
-from train.ranks import Ranks
+from train.ranks import Ranks, only_run_in
 from train.resolve import Run, parameter_count
 from train.schedule import Progress
 from train.validation import Validation
+
+MOST_SKIPPED_IN_A_ROW = 20
+"""steps without a finite gradient, after which a run gives up"""
 
 
 class TrainingError(RuntimeError):
@@ -30,7 +33,15 @@ class TrainingError(RuntimeError):
 
 
 def train(run: Run, ranks: Ranks, device: torch.device) -> None:
-    """Train `run` from its newest checkpoint, or from the start, to its end."""
+    """Train `run` from its newest checkpoint, or from the start, to its end.
+
+    Raises ConfigError, on every rank alike, while another process trains in its `run_dir`.
+    """
+    with only_run_in(run.config.run_dir, ranks):
+        _train(run, ranks, device)
+
+
+def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
     found = checkpoint.find(run, ranks)
     engine = start_engine(make_model(run).to(device), run.config, run.deepspeed)
     progress = Progress()
@@ -60,7 +71,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
             logs = plan.step % config.log.every_steps == 0 or plan.step == 1 or saves or validates
 
             loss_sum = accumulate(engine, loaded, ranks, device)
-            norm = step(engine, plan.lr, want_norm=logs)
+            norms = step(engine, plan.lr, config.optimizer.lr, want_norms=logs)
             progress = Progress(
                 step=plan.step,
                 next_row=plan.first_row + plan.rows,
@@ -68,9 +79,9 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 tokens=progress.tokens + loaded.counts.tokens,
             )
             interval.add(loss_sum, loaded.counts)
-            if logs:
+            if norms is not None:
                 record = interval.close()
-                _check_finite(engine, plan.step, record["loss"], norm)
+                check_finite(plan.step, record["loss"], norms)
                 if metrics is not None:
                     metrics.train(
                         {
@@ -79,7 +90,8 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                             "tokens": progress.tokens,
                             "lr": plan.lr,
                             "mask_rate": plan.mask_rate,
-                            "grad_norm": norm,
+                            "grad_norm": norms.gradient,
+                            "update_norm": norms.update,
                             "skipped_steps": engine.skipped_steps,
                             **record,
                         }
@@ -96,19 +108,22 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 interval.restart()
 
 
-def _check_finite(engine: Engine, step_number: int, loss: float, norm: float | None) -> None:
-    """Raise TrainingError, on every rank alike, where the weights are spoilt or about to be.
+def check_finite(step_number: int, loss: float, norms: Norms) -> None:
+    """Raise TrainingError, on every rank alike, where the run has gone wrong.
 
-    Called before every checkpoint, so that none is written of such weights. A step that DeepSpeed
-    skipped, because a gradient overflowed, spoils nothing.
+    Called before every checkpoint, so that none is written of spoilt weights. A step that was left
+    out, because its gradient was not finite, spoils nothing; many in a row never end.
     """
-    norm_is_fine = norm is None or math.isfinite(norm) or not engine.was_step_applied()
-    if not (math.isfinite(loss) and norm_is_fine):
-        raise TrainingError(
-            f"at step {step_number} the loss is {loss} and the gradient norm {norm}: lower "
-            "optimizer.lr or lengthen schedule.warmup_tokens; the same command continues from the "
-            "newest checkpoint"
-        )
+    if norms.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        what = f"the gradients of {norms.skipped_in_a_row} steps in a row were not finite"
+    elif not (math.isfinite(loss) and math.isfinite(norms.update)):
+        what = f"the loss is {loss} and the norm of the update {norms.update}"
+    else:
+        return
+    raise TrainingError(
+        f"at step {step_number} {what}: lower optimizer.lr or lengthen schedule.warmup_tokens; the "
+        "same command continues from the newest checkpoint"
+    )
 
 
 def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:
@@ -151,7 +166,6 @@ def _begin(run: Run, found: checkpoint.Found, progress: Progress, device: torch.
     for change in found.changed:
         print(f"warning: since {found.path} was written, {change}", flush=True)
     run_dir = run.config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(run_dir / "config.yaml") as file:
         file.write(config_to_yaml(run.config).encode())
     write_json(run_dir / "data_manifest.json", run.data.manifest)

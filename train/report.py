@@ -5,17 +5,16 @@ training loop knows nothing of it, and it runs on a finished, a running or a cop
 """
 
 import argparse
-import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from common.files import make_private
 from common.html import Page
+from common.plots import to_svg
 
 Record = dict[str, Any]
 
@@ -139,7 +138,7 @@ def _loss_plot(train: list[Record], validation: list[Record], manifest: Record) 
     axes.axhline(_unigram_entropy(manifest), linestyle="--", color="grey", label="unigram entropy")
     axes.set(xlabel="step", ylabel="nats a masked token")
     axes.legend()
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _series_plot(records: list[Record], labels: dict[str, str]) -> str:
@@ -147,19 +146,11 @@ def _series_plot(records: list[Record], labels: dict[str, str]) -> str:
     for axes, (key, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
         axes.plot(*_series(records, key), linewidth=1)
         axes.set(xlabel="step", ylabel=label)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _series(records: list[Record], key: str) -> tuple[list[int], list[float]]:
     return [record["step"] for record in records], [record[key] for record in records]
-
-
-def _svg(figure: Figure) -> str:
-    # A fixed salt and no date: equal runs give equal pages.
-    with mpl.rc_context({"svg.hashsalt": "clinical-modernbert"}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
 
 
 def _median(values: list[float]) -> float:

@@ -12,7 +12,8 @@ from data_prep.shards import DataError, DataSet
 from model.config import GEOMETRIES, ModernBertConfig, from_hugging_face
 from train.batch import BatchShape
 from train.config import Train, micro_steps
-from train.engine import deepspeed_config
+from train.engine import choose_dtypes, deepspeed_config
+from train.mask_order import make_order
 from train.masking import Masker, Vocabulary
 from train.row_order import RowOrder
 from train.schedule import Progress, StepPlan, last_step, plan_steps
@@ -63,20 +64,24 @@ class Run:
 def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
     """Work out a run; raises ConfigError or DataError for whatever does not fit together."""
     steps = micro_steps(config.batch, ranks)
+    precision = _precision(config.precision, on_gpu)
+    choose_dtypes(config, precision)
     data = _open_data(config)
+    vocabulary = Vocabulary.from_manifest(data.tokenizer)
     return Run(
         config=config,
         data=data,
         model_config=_model_config(config, data),
-        precision=_precision(config.precision, on_gpu),
+        precision=precision,
         ranks=ranks,
         micro_steps=steps,
         order=RowOrder(config.seed, data.sources("train"), _weights(config, data)),
         masker=Masker(
             seed=config.seed,
-            vocabulary=Vocabulary.from_manifest(data.tokenizer),
+            vocabulary=vocabulary,
             mask_share=config.masking.mask_share,
             random_share=config.masking.random_share,
+            order=make_order(config.masking, data, tokenizer_folder(data), vocabulary.special),
         ),
         shape=BatchShape(
             rows=config.batch.micro_rows,

@@ -86,7 +86,18 @@ def test_real_headings_stand_above_their_codes(shared_data: Path) -> None:
         *("S72", "S72.0", "S72.00", "S72.001", "S72.001A"),
     ]
     assert trees["icd10cm-S72001A"].splitlines()[1] == "S72: Fracture of femur"
-    assert sum(len(text.splitlines()) > 2 for text in trees.values()) > 96_000
+    titles = {
+        line.partition(": ")[0]: line for text in trees.values() for line in [text.split("\n")[-1]]
+    }
+    assert len(titles) == 98_186
+    for text in trees.values():
+        _, *above, own = text.splitlines()
+        code = own.partition(": ")[0]
+        # All the table's codes that it begins with, from the category down, in their own words.
+        shorter = [code[:length].rstrip(".") for length in range(3, len(code))]
+        expected = [titles[name] for name in dict.fromkeys(shorter) if name in titles]
+        assert above == expected
+        assert len(code) == 3 or above[0].partition(": ")[0] == code[:3]
 
 
 def _template(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-DEADLINE_S = 300
+DEADLINE_S = 900
 
 RUN = """
 data_prep:

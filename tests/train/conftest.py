@@ -1,8 +1,11 @@
 """Small data sets of learnable structure, and launches of real runs on them."""
 
+import contextlib
 import hashlib
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -16,18 +19,31 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from common.files import write_json
+from common.files import file_hash, write_json
 from data_prep.shard_writer import shard_name, write_shard
-from data_prep.shards import FORMAT_VERSION, Row, row_key
+from data_prep.shards import FORMAT_VERSION, TOKEN_COUNTS_NAME, Row, row_key
 from train.config import Train
 from train.resolve import Run, resolve
 
 ROOT = Path(__file__).parent.parent.parent
 CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
+HANGS_AFTER_S = 1200
+"""far longer than any run of these takes on a slow and busy machine"""
 UNUSED = 9
 """an ordinary-looking id that the tokenizer excludes from random replacement"""
 REAL_VOCABULARY, VOCABULARY = 61, 64
-TOKENIZER_JSON = b"{}"
+SPECIAL = ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]"]
+# In every three ids one token begins a word and two go on with it.
+PIECES = SPECIAL + [f"{'##' if i % 3 else ''}word{'abcdefghij'[i % 10]}" for i in range(5, 61)]
+TOKENIZER_JSON = json.dumps(
+    {
+        "model": {
+            "type": "WordPiece",
+            "continuing_subword_prefix": "##",
+            "vocab": {f"{piece}{'x' * i}": i for i, piece in enumerate(PIECES)},
+        }
+    }
+).encode()
 TOKENIZER = {
     "sha256": "0" * 64,
     "file_sha256": hashlib.sha256(TOKENIZER_JSON).hexdigest(),
@@ -75,6 +91,7 @@ def make_data(
     (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER_JSON)
     random = np.random.default_rng(seed)
     splits: dict[str, Any] = {}
+    counts = np.zeros((len(rows["train"]), VOCABULARY), np.int64)
     for split, sources in rows.items():
         entries = {}
         for source, number in sources.items():
@@ -88,6 +105,11 @@ def make_data(
                 for at, part in enumerate((made[:half], made[half:]))
                 if part
             ]
+            if split == "train":
+                ids = np.concatenate([row.input_ids for row in made])
+                counts[list(sources).index(source)] = np.bincount(
+                    ids[ids > UNK], minlength=VOCABULARY
+                )
             tokens = sum(shard["tokens"] for shard in shards)
             documents = sum(shard["documents"] for shard in shards)
             entries[source] = {
@@ -98,8 +120,13 @@ def make_data(
                 "shards": shards,
             }
         splits[split] = {"unigram_entropy": float(np.log(50)), "sources": entries}
+    np.save(out / TOKEN_COUNTS_NAME, counts)
     manifest = {
         "format": FORMAT_VERSION,
+        "token_counts": {
+            "sha256": file_hash(out / TOKEN_COUNTS_NAME),
+            "sources": list(rows["train"]),
+        },
         "row_tokens": row_tokens,
         "max_length": max_length,
         "max_documents": 16,
@@ -180,6 +207,17 @@ class Launcher:
         path.write_text(yaml.safe_dump({"train": values}))
         return path
 
+    def write_long(self, name: str, data: Path) -> Path:
+        """A run of 40 steps with checkpoints, validations and log lines out of step."""
+        return self.write(
+            name,
+            data,
+            schedule={"total_tokens": 40 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 4096},
+            checkpoint={"every_steps": 10},
+            validation={"every_steps": 7, "rows": 5},
+            log={"every_steps": 3},
+        )
+
     def command(self, ranks: int, script: Path, *words: str) -> list[str]:
         """What starts `script` with so many processes."""
         if ranks == 1:
@@ -204,7 +242,11 @@ class Launcher:
     def run(self, ranks: int, *words: str, script: Path | None = None) -> Finished:
         """Start it and wait for its end."""
         with self.start(ranks, *words, script=script) as process:
-            out, err = process.communicate(timeout=300)
+            try:
+                out, err = process.communicate(timeout=HANGS_AFTER_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
         return Finished(process.returncode, out, err)
 
     def records(self, name: str, kind: str) -> list[dict[str, Any]]:
@@ -230,13 +272,31 @@ def launcher(tmp_path: Path) -> Launcher:
 
 
 @pytest.fixture(scope="session")
-def launcher_in() -> Callable[[Path], Launcher]:
-    """A launcher of runs in a folder of one's choice."""
-    return Launcher
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> Launcher:
+    """What several tests look at, in one start: runs, gradients, and steps of an optimizer."""
+    launcher = Launcher(tmp_path_factory.mktemp("two_ranks"))
+    # Without this every parameter of a tiny model is kept whole on every rank, tied decoder too.
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    runs: dict[str, dict[str, Any]] = {
+        f"zero{stage}": {"zero_stage": stage, "deepspeed": settings} for stage in range(4)
+    }
+    runs |= {f"half{stage}": {"zero_stage": stage, "precision": "bf16"} for stage in (0, 1)}
+    runs["muon"] = {"zero_stage": 2, "optimizer": {"name": "muon", "lr": 5e-3}}
+    tasks = [f"train:{launcher.write(name, data_folder, **run)}" for name, run in runs.items()]
+    tasks.append(f"train:{launcher.write_long('whole', data_folder)}")
+    split = launcher.write("split", data_folder, zero_stage=0)
+    tasks.append(f"gradients:{split}:{launcher.folder / 'gradients.npz'}")
+    tasks.append(f"steps:some:{launcher.folder / 'steps'}")
+    done = launcher.run(2, *tasks, script=ROOT / "tests" / "train" / "launched.py")
+    assert done.code == 0, done.out + done.err
+    return launcher
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port nobody listens on, and which the system gives nobody who asks for any port."""
+    # Linux gives out ports from 32768 on; what it gives could be taken before the run is up.
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("0.0.0.0", port))
+            return port
+    raise RuntimeError("no port from 20000 to 31999 is free")

@@ -1,5 +1,5 @@
 """What the tests start under a launcher, tasks one after another: `train:CONFIG`,
-`gradients:CONFIG:OUT.npz`.
+`gradients:CONFIG:OUT.npz`, `steps:KIND:FOLDER` (stepped.py).
 
 Runs share a start, for starting takes longer than training them.
 """
@@ -12,6 +12,7 @@ import torch
 
 from common.config import load_config
 from common.files import make_private
+from common.process import run_and_exit
 from train.config import Train
 from train.ranks import Ranks, choose_device, find_ranks, join, sum_over_ranks
 from train.resolve import Run, resolve
@@ -28,6 +29,11 @@ def main() -> None:
 
     for task in (word for word in sys.argv[1:] if not word.startswith("--local_rank")):
         kind, config, *out = task.split(":")
+        if kind == "steps":
+            import stepped
+
+            stepped.main(ranks, Path(out[0]), config)
+            continue
         run = resolve(load_config(Train, "train", Path(config)), ranks.size, device.type == "cuda")
         if kind == "train":
             train(run, ranks, device)
@@ -54,4 +60,4 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
         np.savez(out, loss=loss, mine=mine, counts=counts, **gradients)
 
 
-main()
+run_and_exit(main)

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.checkpoint_manifest import CheckpointError, verify
 from train import checkpoint
-from train.checkpoint import CheckpointError
 from train.ranks import Ranks, join
 from train.schedule import Progress
 
@@ -58,7 +58,7 @@ def names(run: Any) -> list[str]:
 def test_a_checkpoint_names_and_hashes_every_file(resolved: Callable[..., Any]) -> None:
     run = resolved()
     path = save(run, 4)
-    manifest = checkpoint.verify(path)
+    manifest = verify(path, ["step", "model"])
     files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert files == {*manifest["files"], "manifest.json"}
     assert "tokenizer/tokenizer.json" in files
@@ -120,6 +120,8 @@ def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
         found = checkpoint.find(run, Ranks())
         assert found.path == older
         assert str(newest / "manifest.json") in found.skipped[0]
+    (newest / "manifest.json").unlink()
+    assert f"{newest} is not a checkpoint" in checkpoint.find(run, Ranks()).skipped[0]
 
 
 @pytest.mark.parametrize(

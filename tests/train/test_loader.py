@@ -29,11 +29,13 @@ def test_counts_of_the_index_are_those_of_the_rows(data_folder: Path) -> None:
             assert counts.maskable(source, number) == (ids > 4).sum()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "kind"), [(1, "token"), (2, "token"), (4, "token"), (2, "whole_word")]
+)
 def test_ranks_share_the_same_rows_and_know_the_step(
-    resolved: Callable[..., Any], ranks: int
+    resolved: Callable[..., Any], ranks: int, kind: str
 ) -> None:
-    run = resolved(ranks)
+    run = resolved(ranks, masking={"kind": kind})
     plan = list(run.plans(Progress()))[1]
     parts = [list(maker_of(run, rank).micro_batches(plan)) for rank in range(ranks)]
     assert {len(part) for part in parts} == {run.micro_steps}
@@ -52,10 +54,13 @@ def test_ranks_share_the_same_rows_and_know_the_step(
     assert counts.tokens == (ids != 2).sum()
 
 
-def test_masks_do_not_depend_on_the_number_of_ranks(resolved: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("kind", ["token", "whole_word", "token_aware"])
+def test_masks_do_not_depend_on_the_number_of_ranks(
+    resolved: Callable[..., Any], kind: str
+) -> None:
     labels = []
     for ranks in (1, 4):
-        run = resolved(ranks)
+        run = resolved(ranks, masking={"kind": kind, "term_sources": ["notes"]})
         plan = next(run.plans(Progress()))
         batches = [b for rank in range(ranks) for b in maker_of(run, rank).micro_batches(plan)]
         found = torch.cat([batch.labels for batch in batches])

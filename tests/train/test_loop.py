@@ -1,6 +1,7 @@
 """The model that a run starts from."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 from common.config import ConfigError
 from model.config import to_hugging_face
 from model.modernbert import ModernBertForMaskedLM
-from train.loop import make_model
+from train.loop import MOST_SKIPPED_IN_A_ROW, TrainingError, check_finite, make_model
+from train.optimizer_step import Norms
 
 
 def save_start(
@@ -50,3 +52,24 @@ def test_init_from_with_a_key_missing_is_refused(
     start = save_start(model, tmp_path / "start", "decoder.weight head.norm.weight")
     with pytest.raises(ConfigError, match=r"init_from: .*head\.norm\.weight"):
         make_model(resolved(init_from=start, model={}))
+
+
+@pytest.mark.parametrize(
+    ("loss", "norms", "message"),
+    [
+        (1.0, Norms(gradient=1.0, update=0.1, skipped_in_a_row=0), None),
+        (1.0, Norms(gradient=math.inf, update=0.0, skipped_in_a_row=1), None),
+        (math.nan, Norms(gradient=1.0, update=0.1, skipped_in_a_row=0), "the loss is nan"),
+        (1.0, Norms(gradient=1.0, update=math.inf, skipped_in_a_row=0), "the update inf"),
+        (1.0, Norms(math.inf, 0.0, MOST_SKIPPED_IN_A_ROW), "gradients of 20 steps in a row"),
+    ],
+)
+def test_a_run_ends_where_its_weights_are_spoilt(
+    loss: float, norms: Norms, message: str | None
+) -> None:
+    """A step that was left out spoils nothing, but many in a row never end."""
+    if message is None:
+        check_finite(7, loss, norms)
+    else:
+        with pytest.raises(TrainingError, match=f"at step 7 .*{message}.*lower optimizer"):
+            check_finite(7, loss, norms)

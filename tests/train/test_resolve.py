@@ -101,12 +101,34 @@ def test_without_validation_rows_the_key_that_makes_some_is_named(
 
 
 def test_deepspeed_gets_what_the_run_says_and_its_own_keys(resolved: Callable[..., Any]) -> None:
-    extra = {"zero_optimization": {"overlap_comm": True}, "memory_breakdown": False}
+    assert resolved(zero_stage=1).deepspeed["zero_optimization"]["overlap_comm"] is True
+    extra = {"zero_optimization": {"overlap_comm": False}, "memory_breakdown": False}
     settings = resolved(2, zero_stage=2, deepspeed=extra).deepspeed
     assert settings["gradient_accumulation_steps"] == 2
-    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert settings["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 25_000_000,
+        "compute_grad_norm": False,
+    }
     assert settings["memory_breakdown"] is False
     assert "bf16" not in settings
     half = resolved(precision="bf16").deepspeed
     assert half["bf16"]["enabled"]
     assert half["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert half["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_stage": 0, "precision": "bf16", "grad_accum_dtype": "fp32"}, "set zero_stage=1"),
+        ({"precision": "fp32", "grad_accum_dtype": "bf16"}, "weights are fp32"),
+    ],
+)
+def test_sums_that_deepspeed_has_no_place_for_are_refused(
+    resolved: Callable[..., Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"grad_accum_dtype is .*{message}"):
+        resolved(**changes)

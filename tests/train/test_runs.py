@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.files import only_user_of
+
 SCRIPT = Path(__file__).parent / "launched.py"
 
 
@@ -25,36 +27,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 def steps_logged(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return path.read_text().count('"kind": "train"') if path.exists() else 0
-
-
-LONG = {
-    "schedule": {"total_tokens": 40 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 4096},
-    "checkpoint": {"every_steps": 10},
-    "validation": {"every_steps": 7, "rows": 5},
-    "log": {"every_steps": 3},
-}
-
-
-@pytest.fixture(scope="module")
-def two_ranks(launcher_in: Callable[[Path], Any], tmp_path_factory: Any, data_folder: Path) -> Any:
-    """What several tests look at, in one start: a run a ZeRO stage, a long run, gradients."""
-    launcher = launcher_in(tmp_path_factory.mktemp("two_ranks"))
-    # Without this every parameter of a tiny model is kept whole on every rank, tied decoder too.
-    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    tasks = [
-        f"train:{launcher.write(f'zero{stage}', data_folder, zero_stage=stage, deepspeed=settings)}"
-        for stage in range(4)
-    ]
-    tasks += [
-        f"train:{launcher.write(name, data_folder, zero_stage=stage, precision='bf16')}"
-        for stage, name in enumerate(("half0", "half1"))
-    ]
-    tasks.append(f"train:{launcher.write('whole', data_folder, **LONG)}")
-    split = launcher.write("split", data_folder, zero_stage=0)
-    tasks.append(f"gradients:{split}:{launcher.folder / 'gradients.npz'}")
-    done = launcher.run(2, *tasks, script=SCRIPT)
-    assert done.code == 0, done.out + done.err
-    return launcher
 
 
 def test_gradients_are_the_same_however_rows_are_split(
@@ -98,13 +70,19 @@ def test_bf16_follows_the_curve_of_fp32_from_the_first_step(two_ranks: Any, name
     np.testing.assert_allclose(two_ranks.losses(name), two_ranks.losses("zero0"), rtol=5e-4)
 
 
+def test_muon_trains(two_ranks: Any) -> None:
+    losses = two_ranks.losses("muon")
+    assert losses[-1] < losses[0] - 0.1
+
+
 def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_folder: Path) -> None:
-    config = launcher.write("killed", data_folder, **LONG)
+    config = launcher.write_long("killed", data_folder)
     run_dir = launcher.folder / "killed"
     with launcher.start(2, "--config", str(config)) as process:
         # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 7, 9 and 10.
         wait_until(lambda: steps_logged(run_dir) >= 8, process)
         os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()  # until every rank has closed its end
     assert (run_dir / "checkpoints" / "step_00000010").is_dir()
     assert not (run_dir / "checkpoints" / "step_00000040").exists()
     done = launcher.run(2, "--config", str(config))
@@ -116,6 +94,22 @@ def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_fo
     steps = [record["step"] for record in launcher.records("killed", "validation")]
     assert steps == [7, 14, 21, 28, 35, 40]
     assert len(list((run_dir / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_run_dir_in_use_is_refused_on_every_rank(launcher: Any, data_folder: Path) -> None:
+    """While another run has it; afterwards the same command runs."""
+    config = launcher.write("busy", data_folder)
+    run_dir = launcher.folder / "busy"
+    with only_user_of(run_dir):
+        done = launcher.run(2, "--config", str(config))
+    assert done.code == 2
+    text = done.out + done.err
+    assert text.count(f"error: run_dir: {run_dir} is in use by process {os.getpid()} on") == 1
+    assert "choose another folder" in text
+    assert "Traceback" not in text
+    assert not (run_dir / "metrics.jsonl").exists()
+    assert launcher.run(2, "--config", str(config)).code == 0
 
 
 @pytest.mark.slow

@@ -87,6 +87,15 @@ def test_figures_are_those_of_a_plain_computation(
     assert engine.module.training
 
 
+@pytest.mark.parametrize("kind", ["whole_word", "token_aware"])
+def test_validation_masks_plainly_however_training_does(
+    resolved: Callable[..., Any], kind: str
+) -> None:
+    runs = [resolved(), resolved(masking={"kind": kind, "term_sources": []})]
+    figures = [Validation(run, Ranks(), torch.device("cpu"))(make_engine(run)) for run in runs]
+    assert figures[0] == figures[1]
+
+
 def test_ranks_share_the_rows_and_no_row_counts_twice(
     resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
