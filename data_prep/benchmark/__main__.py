@@ -41,6 +41,7 @@ from data_prep.config import DataPrep
 from data_prep.document import InputError
 from data_prep.mimic import SOURCES as NOTES
 from data_prep.pubmed import in_order
+from data_prep.shards import DataSet
 from data_prep.split import TRAIN
 
 SECTIONS = ("pubmed", "notes", "pipeline", "minhash", "tokens", "shards")
@@ -161,15 +162,13 @@ def _compare_stages(
             if ours:
                 rows.append(_summed("near-duplicates", ours))
                 rows.append(alternatives.datatrove_minhash(source, documents))
-    sources = sorted({row.source for row in stages if row.stage == "tokens"})
-    if "tokens" in sections:
-        for source in sources:
+    data = config.out_dir / f"rows-{config.max_lengths[0]}"
+    for source in DataSet(data).sources(TRAIN):
+        if "tokens" in sections:
             documents = kept_documents(config.out_dir, source)
             folder = config.out_dir / "tokenizer"
             rows += alternatives.compare_tokenizers(folder, source, documents, repeats)
-    if "shards" in sections:
-        data = config.out_dir / f"rows-{config.max_lengths[0]}"
-        for source in sources:
+        if "shards" in sections:
             rows += alternatives.compare_shards(data, TRAIN, source, repeats)
     _print(rows)
     return rows

@@ -90,7 +90,8 @@ def compare_notes(source: str, path: Path, repeats: int) -> list[Measured]:
 
     def read() -> None:
         csv.field_size_limit(2**31 - 1)
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        opened = gzip.open if is_gzip(path) else open
+        with opened(path, "rt", encoding="utf-8", newline="") as file:
             _exhaust(csv.DictReader(file))
 
     return [

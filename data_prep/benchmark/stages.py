@@ -40,7 +40,7 @@ def measure_stages(config: DataPrep) -> list[Measured]:
     spent: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
     for stage in _stages(config):
         stage.prepare()
-        for index, task in enumerate(tqdm(stage.tasks, desc=stage.name, unit="task")):
+        for index, task in enumerate(tqdm(stage.tasks, desc=stage.name, disable=None)):
             cpu, wall = timed(partial(stage.run_task, index))
             part = task.group.rpartition("/")[2]
             row = spent[stage.name, part]
@@ -51,8 +51,10 @@ def measure_stages(config: DataPrep) -> list[Measured]:
     rows = []
     for (name, group), (cpu, wall, written) in spent.items():
         of_sources = sizes[_population(name)]
-        source = group if group in of_sources else EVERY_SOURCE
-        size = of_sources.get(group, sum(of_sources.values(), Size()))
+        source = group if group in sizes["documents"] else EVERY_SOURCE
+        size = of_sources.get(group, Size())
+        if source == EVERY_SOURCE:
+            size = sum(of_sources.values(), Size())
         rows.append(
             Measured(name, OURS, source, size.documents, size.bytes, cpu, wall, int(written))
         )
