@@ -22,6 +22,11 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For tests/train/test_golden_curve.py."""
+    parser.addoption("--write-golden-curve", action="store_true", help="write it down anew")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real input files, `$SHARED_DATA` or ../shared/data; skips without it."""

@@ -24,7 +24,11 @@ from common.files import file_hash, write_json
 from data_prep.shard_writer import shard_name, write_shard
 from data_prep.shards import FORMAT_VERSION, TOKEN_COUNTS_NAME, Row, row_key
 from train.config import Train
+from train.loader import StepMaker
+from train.optimizer import make_optimizer, set_rates
 from train.resolve import Run, resolve
+from train.schedule import Progress
+from train.start import make_model
 
 ROOT = Path(__file__).parent.parent.parent
 CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
@@ -373,3 +377,31 @@ def free_port() -> int:
             listener.bind(("0.0.0.0", port))
             return port
     raise RuntimeError("no port from 20000 to 31999 is free")
+
+
+@pytest.fixture(scope="session")
+def plain_losses() -> Callable[[Run], list[float]]:
+    """The losses of a run by a loop of PyTorch's own, one process, without an engine."""
+    return _plain_losses
+
+
+def _plain_losses(run: Run) -> list[float]:
+    model = make_model(run.config, run.start)
+    config = run.config.optimizer
+    optimizer = make_optimizer(model, config)
+    maker, losses = StepMaker(run, rank=0), []
+    for plan in run.plans(Progress()):
+        model.set_global_rope_theta(run.phases[plan.phase].model_config.global_rope_theta)
+        batches = list(maker.micro_batches(plan))
+        masked = sum(batch.masked_tokens for batch in batches)
+        total = 0.0
+        for batch in batches:
+            documents = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+            loss = model(*documents, batch.masked_indices, batch.labels)
+            (loss / masked).backward()
+            total += loss.item()
+        set_rates(optimizer.param_groups, plan.rates, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / masked)
+    return losses

@@ -17,9 +17,7 @@ from common.files import only_user_of
 from model.config import to_hugging_face
 from model.export import load_checkpoint
 from train.loader import StepMaker
-from train.optimizer import make_optimizer, set_rates
 from train.schedule import Progress
-from train.start import make_model
 
 SCRIPT = Path(__file__).parent / "launched.py"
 
@@ -81,31 +79,11 @@ def test_bf16_follows_the_curve_of_fp32_from_the_first_step(two_ranks: Any, name
     np.testing.assert_allclose(two_ranks.losses(name), two_ranks.losses("zero0"), rtol=5e-4)
 
 
-def plain_losses(run: Any) -> list[float]:
-    """The losses of a run by a loop of PyTorch's own, one process, without an engine."""
-    model = make_model(run.config, run.start)
-    config = run.config.optimizer
-    optimizer = make_optimizer(model, config)
-    maker, losses = StepMaker(run, rank=0), []
-    for plan in run.plans(Progress()):
-        model.set_global_rope_theta(run.phases[plan.phase].model_config.global_rope_theta)
-        batches = list(maker.micro_batches(plan))
-        masked = sum(batch.masked_tokens for batch in batches)
-        total = 0.0
-        for batch in batches:
-            documents = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-            loss = model(*documents, batch.masked_indices, batch.labels)
-            (loss / masked).backward()
-            total += loss.item()
-        set_rates(optimizer.param_groups, plan.rates, config)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total / masked)
-    return losses
-
-
 def test_growing_batches_and_phases_are_those_of_a_plain_loop(
-    two_ranks: Any, resolved: Callable[..., Any], phases: Callable[..., Any]
+    two_ranks: Any,
+    resolved: Callable[..., Any],
+    phases: Callable[..., Any],
+    plain_losses: Callable[..., list[float]],
 ) -> None:
     """On every ZeRO stage, the number of micro-steps changing from step to step."""
     run = resolved(1, phases=phases())
