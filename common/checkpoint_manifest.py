@@ -13,7 +13,7 @@ from typing import Any
 
 from common.files import file_hash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 DEEPSPEED_FOLDER = "deepspeed"
 DEEPSPEED_TAG = "state"

@@ -10,6 +10,8 @@ Dimensions in the names of tensors: T packed tokens, D hidden size, H heads, M m
 V vocabulary, B rows, S columns of a padded batch, P positions of a rotary table, R pairs of a head.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -239,6 +241,11 @@ class ModernBertForMaskedLM(nn.Module):
     ) -> Tensor:
         """Hidden states (T, D) after the last norm."""
         return self.model(input_ids_T, position_ids_T, cu_seqlens, max_seqlen, self.attention)
+
+    def set_global_rope_theta(self, theta: float) -> None:
+        """Turn positions in global attention by another base, as training does for long texts."""
+        self.config = self.model.config = replace(self.config, global_rope_theta=theta)
+        self.model.global_rotary.set_theta(theta)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) hidden states to (…, V) logits."""

@@ -41,6 +41,13 @@ class RotaryTables(nn.Module):
         self.cos_PR, self.sin_PR = cos.to(device), sin.to(device)
         return self
 
+    def set_theta(self, theta: float) -> None:
+        """Turn by another base from here on; the tables stay where they are in memory."""
+        self.sizes = (*self.sizes[:2], theta)
+        cos, sin = rope_tables(*self.sizes)
+        self.cos_PR.copy_(cos)
+        self.sin_PR.copy_(sin)
+
     def forward(self, qkv_T3HD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys turned to their positions, and values: (T, H, D) each.
 

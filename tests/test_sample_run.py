@@ -39,7 +39,7 @@ def test_a_small_model_learns_from_the_real_sample(shared_data: Path, tmp_path: 
     call(sys.executable, "-m", "data_prep", *config, f"raw_dir={shared_data}", f"out_dir={data}")
     before = cpu_seconds()
     launch = ("deepspeed", "--num_accelerators", "2", "train/main.py", *config)
-    call(*launch, f"data.dir={data / 'rows-1024'}", f"run_dir={run_dir}")
+    call(*launch, f"phases.main.data.dir={data / 'rows-1024'}", f"run_dir={run_dir}")
     assert cpu_seconds() - before < CORES * LIMIT_S
     call(sys.executable, "-m", "train.report", str(run_dir))
 

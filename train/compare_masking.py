@@ -3,10 +3,10 @@
     python -m train.compare_masking --config configs/sample.yaml --out runs/masking
     python -m train.compare_masking --config FILE --out DIR --seeds 1,2,3 [key=value …]
 
-Each run is that of the configuration but for `masking.kind`, `seed` and `run_dir` (DIR/KIND-SEED),
-on one GPU or on CPU. Runs of a seed start from the same weights and read the same rows; each masks
-the same number of tokens of each row. A run that is done is not done again. The models are scored
-on the configuration's validation rows, in two ways, the same for all:
+Each run is that of the configuration but for `masking.kind` in all phases, `seed` and `run_dir`
+(DIR/KIND-SEED), on one GPU or on CPU. Runs of a seed start from the same weights and read the same
+rows; each masks the same number of tokens of each row. A run that is done is not done again. The
+models are scored on the validation rows of the last phase, in two ways, the same for all:
 
     plain   `validation.rate` of the tokens masked one by one, as in training's own validation; by
             how frequent a token is in training, and for medical terms (`train.token_weights`)
@@ -45,7 +45,9 @@ from train.loader import RowCounts
 from train.mask_order import KINDS, TokenOrder, token_statistics
 from train.masking import MaskedRow
 from train.ranks import choose_device, find_ranks
-from train.resolve import Run, resolve, tokenizer_folder
+from train.resolve import Run, RunPhase, resolve
+from train.schedule import Progress
+from train.start import tokenizer_folder
 from train.token_weights import BANDS, frequency_bands
 from train.validation import predict
 from train.word_pieces import WordPieces, token_texts
@@ -80,7 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
             command = [sys.executable, str(MAIN), "--config", str(asked.config), *words]
             subprocess.run(command, check=True)
             figures = score_run(run, device)
-            records.append({"kind": run.config.masking.kind, "seed": run.config.seed, **figures})
+            records.append(
+                {"kind": run.last_phase.config.masking.kind, "seed": run.config.seed, **figures}
+            )
             write_json(asked.out / "masking.json", records)
     except (ConfigError, DataError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -99,24 +103,26 @@ def score_run(run: Run, device: torch.device) -> Record:
     checkpoint = checkpoints(folder_of(run.config.run_dir))[0]
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     model = load_checkpoint(checkpoint).to(device, dtype).eval()
-    progress = read_manifest(checkpoint, ["step", "tokens"])
-    return {"step": progress["step"], "tokens": progress["tokens"], **score(run, model, device)}
+    manifest = read_manifest(checkpoint, ["step", "tokens"])
+    progress = Progress(manifest["step"], tokens=manifest["tokens"])
+    return {"step": progress.step, "tokens": progress.all_tokens, **score(run, model, device)}
 
 
 def score(run: Run, model: ModernBertForMaskedLM, device: torch.device) -> Record:
-    """The figures of a model on the validation rows of `run`; see the top of this file.
+    """The figures of a model on the validation rows of the last phase; see the top of this file.
 
     Raises ConfigError where the configuration names no sources of medical terms.
     """
-    special = run.masker.vocabulary.special
-    texts = token_texts(tokenizer_folder(run.data))
-    counts, terms = token_statistics(run.config.masking, run.data, texts, special)
+    phase = run.last_phase
+    special = phase.masker.vocabulary.special
+    texts = token_texts(tokenizer_folder(phase.data))
+    counts, terms = token_statistics(phase.config.masking, phase.data, texts, special)
     if not terms.any():
         raise ConfigError("masking.term_sources names no source that makes a token a medical term")
-    plain = _predict(run, model, device, _plain_masks(run))
+    plain = _predict(phase, model, device, _plain_masks(phase, run.config.validation.rate))
     bands = frequency_bands(counts)
-    masks, starts = _word_masks(run, WordPieces.from_texts(texts, special), terms)
-    words = _predict(run, model, device, masks)
+    masks, starts = _word_masks(phase, WordPieces.from_texts(texts, special), terms)
+    words = _predict(phase, model, device, masks)
     right = np.minimum.reduceat(words.correct, starts)
     return {
         "loss": float(plain.loss.mean()),
@@ -181,9 +187,10 @@ def table(records: Sequence[Record]) -> str:
 
 def _run(asked: argparse.Namespace, kind: str, seed: int, on_gpu: bool) -> tuple[list[str], Run]:
     """The `key=value` words of one of the runs, and what they resolve to."""
+    phases = load_config(Train, "train", asked.config, asked.overrides).phases
     words = [
         *asked.overrides,
-        f"masking.kind={kind}",
+        *(f"phases.{name}.masking.kind={kind}" for name in phases),
         f"seed={seed}",
         f"run_dir={asked.out / f'{kind}-{seed}'}",
     ]
@@ -194,33 +201,33 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _rows(run: Run) -> Iterator[Row]:
+def _rows(phase: RunPhase) -> Iterator[Row]:
     """The validation rows, in one order."""
-    for source in sorted(run.validation_rows):
-        for number in range(run.validation_rows[source]):
-            yield run.data.read("validation", source, number)
+    for source in sorted(phase.validation_rows):
+        for number in range(phase.validation_rows[source]):
+            yield phase.data.read("validation", source, number)
 
 
-def _plain_masks(run: Run) -> Iterator[MaskedRow]:
+def _plain_masks(phase: RunPhase, rate: float) -> Iterator[MaskedRow]:
     """The masks of training's own validation."""
-    masker, rate = replace(run.masker, order=TokenOrder()), run.config.validation.rate
-    counts = RowCounts(run.data, "validation")
-    for source in sorted(run.validation_rows):
-        for number in range(run.validation_rows[source]):
-            ids = run.data.read("validation", source, number).input_ids
+    masker = replace(phase.masker, order=TokenOrder())
+    counts = RowCounts(phase.data, "validation")
+    for source in sorted(phase.validation_rows):
+        for number in range(phase.validation_rows[source]):
+            ids = phase.data.read("validation", source, number).input_ids
             maskable = counts.maskable(source, number)
             yield masker.mask(ids, maskable, rate, "validation", source, number)
 
 
 def _word_masks(
-    run: Run, pieces: WordPieces, terms: NDArray[np.bool_]
+    phase: RunPhase, pieces: WordPieces, terms: NDArray[np.bool_]
 ) -> tuple[list[MaskedRow], NDArray[np.int64]]:
     """Masks of whole words that hold a medical term.
 
     Also where each word begins among the masked tokens of all rows, (words,).
     """
     masks, lengths = [], []
-    for row in _rows(run):
+    for row in _rows(phase):
         ids = row.input_ids
         begins = pieces.begins(ids)
         bounds = np.append(np.flatnonzero(begins), len(ids))
@@ -230,7 +237,7 @@ def _word_masks(
         words = words[uniform < WORD_SHARE]
         spans = [np.arange(bounds[word], bounds[word + 1]) for word in words]
         positions = np.concatenate([np.zeros(0, np.int64), *spans])
-        mask_id = run.masker.vocabulary.mask_id
+        mask_id = phase.masker.vocabulary.mask_id
         labels = ids[positions].astype(np.int64)
         masks.append(MaskedRow(positions, np.full(len(positions), mask_id), labels))
         lengths += [len(span) for span in spans]
@@ -239,13 +246,13 @@ def _word_masks(
 
 @torch.no_grad()
 def _predict(
-    run: Run, model: ModernBertForMaskedLM, device: torch.device, masks: Iterable[MaskedRow]
+    phase: RunPhase, model: ModernBertForMaskedLM, device: torch.device, masks: Iterable[MaskedRow]
 ) -> Predictions:
     """What `model` makes of every masked token of the validation rows, row after row."""
     # Room for all tokens of a row: how many of them are in medical words is not known before.
-    shape = replace(run.shape, rows=1, highest_rate=1.0)
+    shape = replace(phase.shape, rows=1, highest_rate=1.0)
     parts = []
-    for row, mask in zip(_rows(run), masks, strict=True):
+    for row, mask in zip(_rows(phase), masks, strict=True):
         batch = pack([row], [mask], shape)
         loss_M, correct_M = predict(model, batch.to(device))
         filled = slice(batch.masked_tokens)

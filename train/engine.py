@@ -18,6 +18,8 @@ from common.config import ConfigError
 from train.config import Train
 from train.optimizer import make_optimizer
 from train.optimizer_step import Norms, OptimizerStep
+from train.phase_config import Batch
+from train.schedule import Rates
 from train.stable_adamw import StableAdamW
 
 Engine = Any
@@ -48,13 +50,19 @@ def choose_dtypes(config: Train, precision: str) -> tuple[str, str]:
     return accumulation, "fp32" if reduction == "auto" else reduction
 
 
-def deepspeed_config(config: Train, precision: str, micro_steps: int, ranks: int) -> dict[str, Any]:
-    """The configuration that DeepSpeed gets, the run's own `deepspeed` keys included."""
+def deepspeed_config(
+    config: Train, precision: str, batch: Batch, micro_steps: int, ranks: int
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets, the run's own `deepspeed` keys included.
+
+    batch, micro_steps: those of the run's largest step. DeepSpeed wants one size; where each step
+    ends it is told outright, see `backward`.
+    """
     stage = config.zero_stage
     accumulation, reduction = choose_dtypes(config, precision)
     own: dict[str, Any] = {
-        "train_batch_size": config.batch.rows,
-        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "train_batch_size": batch.rows,
+        "train_micro_batch_size_per_gpu": batch.micro_rows,
         "gradient_accumulation_steps": micro_steps,
         # Clipped by `step`, on the device.
         "gradient_clipping": 0.0,
@@ -74,6 +82,7 @@ def deepspeed_config(config: Train, precision: str, micro_steps: int, ranks: int
             # reduced before backward ends, and two such buckets stay allocated.
             "reduce_bucket_size": 25_000_000,
         }
+    # See OptimizerStep.
     checks_itself = config.optimizer.name == "muon"
     if precision == "bf16":
         own["bf16"] = {"enabled": True, "check_grad_overflow": checks_itself}
@@ -126,15 +135,14 @@ def backward(
     engine.backward(loss_sum * (ranks / masked_tokens), scale_wrt_gas=False)
 
 
-def step(engine: Engine, lr: float, peak_lr: float, want_norms: bool) -> Norms | None:
-    """Take the optimizer step at `lr`; what is to be logged of it if `want_norms`.
+def step(engine: Engine, rates: Rates, want_norms: bool) -> Norms | None:
+    """Take the optimizer step at `rates`; what is to be logged of it if `want_norms`.
 
-    peak_lr: the schedule's highest rate, where a step decays weights by `optimizer.weight_decay`.
     A step whose gradient is not finite changes nothing and is counted in `engine.skipped_steps`.
     The device is waited for if `want_norms`, and otherwise not.
     """
     optimizer_step: OptimizerStep = engine.optimizer_step
-    return optimizer_step(lr, peak_lr, want_norms)
+    return optimizer_step(rates, want_norms)
 
 
 def _import_deepspeed() -> Any:

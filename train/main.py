@@ -1,7 +1,7 @@
 """Pretraining from the command line.
 
     deepspeed train/main.py                                            # configs/base.yaml
-    deepspeed --num_accelerators 2 train/main.py --config configs/sample.yaml optimizer.lr=1e-3
+    deepspeed --num_accelerators 2 train/main.py --config configs/sample.yaml seed=18
     python train/main.py --config configs/sample.yaml --dry-run        # what would run
     srun python train/main.py --config FILE         # with MASTER_ADDR and MASTER_PORT exported
 
@@ -25,8 +25,9 @@ from common.files import make_private  # noqa: E402
 from common.process import run_and_exit  # noqa: E402
 from data_prep.shards import DataError  # noqa: E402
 from train.config import Train  # noqa: E402
+from train.describe import describe  # noqa: E402
 from train.ranks import Ranks, choose_device, find_ranks, gather, join  # noqa: E402
-from train.resolve import Run, describe, resolve  # noqa: E402
+from train.resolve import Run, resolve  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from common.config import ConfigError, load_config
 from data_prep.shards import DataError, Row
-from train.config import MaskingKind, Train
+from train.config import Train
 from train.loader import RowCounts
 from train.mask_order import KINDS, make_order, token_statistics
 from train.masking import Masker
-from train.resolve import Run, resolve, tokenizer_folder
+from train.phase_config import MaskingKind
+from train.resolve import RunPhase, resolve
+from train.start import tokenizer_folder
 from train.token_weights import BANDS, frequency_bands
 from train.word_pieces import WordPieces, token_texts
 
@@ -49,15 +51,15 @@ class Figures:
     seconds: float
 
 
-def figures(run: Run) -> list[Figures]:
-    """The figures of every kind on the first rows of each source of `run`."""
-    counts = RowCounts(run.data, "train")
+def figures(phase: RunPhase) -> list[Figures]:
+    """The figures of every kind on the first rows of each source of `phase`."""
+    counts = RowCounts(phase.data, "train")
     rows, maskable = [], []
-    for source, number in run.data.sources("train").items():
+    for source, number in phase.data.sources("train").items():
         for row in range(min(ROWS, number)):
-            rows.append(run.data.read("train", source, row))
+            rows.append(phase.data.read("train", source, row))
             maskable.append(counts.maskable(source, row))
-    return [_figures(run, kind, rows, maskable) for kind in KINDS]
+    return [_figures(phase, kind, rows, maskable) for kind in KINDS]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(Train, "train", asked.config, asked.overrides)
-        found = figures(resolve(config, 1, on_gpu=False))
+        found = figures(resolve(config, 1, on_gpu=False).last_phase)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,11 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _figures(run: Run, kind: MaskingKind, rows: Sequence[Row], maskable: Sequence[int]) -> Figures:
-    special, data = run.masker.vocabulary.special, run.data
-    masking = dataclasses.replace(run.config.masking, kind=kind)
+def _figures(
+    phase: RunPhase, kind: MaskingKind, rows: Sequence[Row], maskable: Sequence[int]
+) -> Figures:
+    special, data = phase.masker.vocabulary.special, phase.data
+    masking = dataclasses.replace(phase.config.masking, kind=kind)
     order = make_order(masking, data, tokenizer_folder(data), special)
-    masker = dataclasses.replace(run.masker, order=order)
+    masker = dataclasses.replace(phase.masker, order=order)
     texts = token_texts(tokenizer_folder(data))
     pieces = WordPieces.from_texts(texts, special)
     total, masked = np.zeros((2, len(special)), np.int64)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from common.config import ConfigError
 from common.counter_random import random_bits
 from data_prep.shards import DataSet
-from train.config import Masking, MaskingKind
+from train.phase_config import Masking, MaskingKind
 from train.token_weights import medical_terms, token_weights
 from train.word_pieces import WordPieces, token_texts
 

@@ -1,9 +1,10 @@
 """Masked-language-model targets: which positions of a row are masked, and what is put there.
 
-Masks are a pure function of (seed, global row number, rate). Exactly `masked_count(rate, maskable)`
-positions of a row are masked, those with the smallest counter-based keys, where maskable are the
-tokens of the row's documents but their [CLS] and [SEP]. The number follows from the index of the
-shards, so that every rank knows the masked tokens of a whole step without reading others' rows.
+Masks are a pure function of (seed, phase, global row number, rate). Exactly
+`masked_count(rate, maskable)` positions of a row are masked, those with the smallest counter-based
+keys, where maskable are the tokens of the row's documents but their [CLS] and [SEP]. The number
+follows from the index of the shards, so that every rank knows the masked tokens of a whole step
+without reading others' rows.
 What the keys are is the way of masking (`train.mask_order`).
 """
 
@@ -80,7 +81,7 @@ class Masker:
         """The masked positions of one row.
 
         input_ids: (row_tokens,); maskable: how many tokens of the row may be masked; purpose and
-        counter: what the mask is for, ("train", global row) or ("validation", source, row).
+        counter: what the mask is for, ("train", phase, global row) or ("validation", source, row).
         Raises DataError if the row has fewer tokens to mask than the rate asks for, which only a
         text that its tokenizer does not know (nearly every token special) can bring about.
         """

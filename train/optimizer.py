@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from train.config import Optimizer
+from train.schedule import Rates
 from train.stable_adamw import StableAdamW
 
 Groups = list[dict[str, Any]]
@@ -43,19 +44,25 @@ def parameter_groups(model: nn.Module) -> Groups:
     ]
 
 
-def set_rates(
-    groups: Iterable[dict[str, Any]], lr: float, peak_lr: float, config: Optimizer
-) -> None:
-    """Take the next step at `lr`, where the schedule's highest rate is `peak_lr`.
+def set_rates(groups: Iterable[dict[str, Any]], rates: Rates, config: Optimizer) -> None:
+    """Take the next step at `rates`.
 
+    Sets what else the configuration says too, for a checkpoint brings what it was written with.
     Rules multiply a group's `weight_decay` by its rate; so that a step at the peak rate decays by
-    `config.weight_decay`, whatever the rate, it is divided by the peak.
+    `rates.weight_decay`, whatever the rate, it is divided by the peak.
     """
     for group in groups:
         scale = (config.muon_lr_factor or MUON_LR_FACTOR) if group.get("use_muon") else 1.0
-        group["lr"] = lr * scale
-        decay = config.weight_decay if group["decays"] else 0.0
-        group["weight_decay"] = decay / (peak_lr * scale)
+        group["lr"] = rates.lr * scale
+        decay = rates.weight_decay if group["decays"] else 0.0
+        group["weight_decay"] = decay / (rates.peak * scale)
+        group |= _constants(config, is_muon=bool(group.get("use_muon")))
+
+
+def _constants(config: Optimizer, is_muon: bool) -> dict[str, Any]:
+    if is_muon:
+        return {"momentum": config.muon_momentum or MUON_MOMENTUM}
+    return {"betas": config.betas, "eps": config.eps}
 
 
 def _muon(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -72,12 +79,8 @@ def _muon(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
             parameter.use_muon = group["decays"] and id(parameter) not in embeddings
             by_rule[parameter.use_muon].append(parameter)
         for use_muon, parameters in by_rule.items():
-            keys: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
-            if use_muon:
-                keys = {"momentum": config.muon_momentum or MUON_MOMENTUM}
             if parameters:
-                groups.append(
-                    {**group, "params": parameters, "use_muon": use_muon, "lr": 0.0} | keys
-                )
+                keys = {"params": parameters, "use_muon": use_muon, "lr": 0.0}
+                groups.append(group | keys | _constants(config, use_muon))
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
     return optimizer

@@ -10,6 +10,7 @@ from torch import Tensor
 from train.config import Optimizer
 from train.optimizer import set_rates
 from train.ranks import sum_over_ranks
+from train.schedule import Rates
 from train.stable_adamw import StableAdamW
 from train.zero import held, without_waits
 
@@ -49,10 +50,10 @@ class OptimizerStep:
         if isinstance(optimizer, StableAdamW):
             optimizer.set_layouts(self.held.layouts)
 
-    def __call__(self, lr: float, peak_lr: float, want_norms: bool) -> Norms | None:
-        """Take a step at `lr`; if `want_norms`, wait for the device and say what to log."""
+    def __call__(self, rates: Rates, want_norms: bool) -> Norms | None:
+        """Take a step at `rates`; if `want_norms`, wait for the device and say what to log."""
         self._read_flags(wait=False)
-        set_rates(self._engine.optimizer.param_groups, lr, peak_lr, self.config)
+        set_rates(self._engine.optimizer.param_groups, rates, self.config)
         before = [weights.clone() for weights in self.held.weights()] if want_norms else []
         norm: Tensor | None = self._guard() if self._checks else None
         self._engine.step()

@@ -9,36 +9,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.modernbert import ModernBertForMaskedLM
-from train.batch import BatchShape, PackedBatch, pack
+from train.batch import PackedBatch, pack
 from train.engine import Engine
 from train.loader import RowCounts
 from train.mask_order import TokenOrder
 from train.masking import IGNORED
 from train.ranks import Ranks, sum_over_ranks
-from train.resolve import Run
+from train.resolve import RunPhase
 
 LOGIT_ROWS = 2_048
 """masked positions whose logits are held at once"""
 
 
 class Validation:
-    """Runs the model over a fixed part of the validation rows, shared out over the ranks."""
+    """Runs the model over a fixed part of a phase's validation rows, shared out over the ranks."""
 
-    def __init__(self, run: Run, ranks: Ranks, device: torch.device) -> None:
-        self._run, self._ranks, self._device = run, ranks, device
-        self._sources = sorted(run.validation_rows)
+    def __init__(self, phase: RunPhase, rate: float, ranks: Ranks, device: torch.device) -> None:
+        """rate: the masking rate, the same in all phases, so that their figures compare."""
+        self._phase, self._rate, self._ranks, self._device = phase, rate, ranks, device
+        self._sources = sorted(phase.validation_rows)
         self._rows = [
-            (source, row) for source in self._sources for row in range(run.validation_rows[source])
+            (source, row)
+            for source in self._sources
+            for row in range(phase.validation_rows[source])
         ]
-        self._counts = RowCounts(run.data, "validation")
+        self._counts = RowCounts(phase.data, "validation")
         # Plain, however training masks, so that losses of different runs compare.
-        self._masker = replace(run.masker, order=TokenOrder())
-        self._shape = BatchShape(
-            rows=run.shape.rows,
-            row_tokens=run.shape.row_tokens,
-            max_length=run.shape.max_length,
-            highest_rate=run.config.validation.rate,
-        )
+        self._masker = replace(phase.masker, order=TokenOrder())
+        self._shape = replace(phase.shape, highest_rate=rate)
 
     def __call__(self, engine: Engine) -> dict[str, Any]:
         """Loss in nats a masked token and accuracy, in all and by source; every rank calls this.
@@ -71,18 +69,11 @@ class Validation:
         for number in numbers:
             # Past the end the last row stands in, with nothing masked, so that it does not count.
             source, at = self._rows[min(number, len(self._rows) - 1)]
-            row = self._run.data.read("validation", source, at)
+            row = self._phase.data.read("validation", source, at)
             maskable = self._counts.maskable(source, at) if number < len(self._rows) else 0
             rows.append(row)
             masks.append(
-                self._masker.mask(
-                    row.input_ids,
-                    maskable,
-                    self._run.config.validation.rate,
-                    "validation",
-                    source,
-                    at,
-                )
+                self._masker.mask(row.input_ids, maskable, self._rate, "validation", source, at)
             )
         return pack(rows, masks, self._shape)
 

@@ -10,7 +10,8 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lxml import etree
 from data_prep import mimic, pubmed
 from data_prep.benchmark.measure import Measured, measure
 from data_prep.benchmark.stages import OURS
-from data_prep.document import Document
+from data_prep.document import Document, write_documents
 from data_prep.shard_writer import write_shard
 from data_prep.shards import DataSet, Row
 from data_prep.tokenizer import SENTENCEPIECE_FILE, encode, load_tokenizer
@@ -53,6 +54,7 @@ def compare_pubmed(source: str, paths: Sequence[Path], repeats: int) -> list[Mea
             lambda: _exhaust(_pubmed_documents(paths, everything, languages=["en"])),
         ),
         row("parse", "lxml iterparse", lambda: _plain_lxml(paths)),
+        _written(row, paths, everything),
     ]
     if not _is_installed("pubmed_parser"):
         return [*rows, _missing("parse", "pubmed_parser", source)]
@@ -61,12 +63,24 @@ def compare_pubmed(source: str, paths: Sequence[Path], repeats: int) -> list[Mea
     def parse() -> None:
         for path in paths:
             _exhaust(
-                pubmed_parser.parse_medline_xml(
-                    str(path), author_list=False, reference_list=False, parse_subs=False
-                )
+                pubmed_parser.parse_medline_xml(str(path), author_list=False, reference_list=False)
             )
 
     return [*rows, row("parse", "pubmed_parser", parse)]
+
+
+def _written(
+    row: Callable[[str, str, Any], Measured], paths: Sequence[Path], everything: Sequence[Any]
+) -> Measured:
+    """As `documents` does: parsed, identified and written."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "documents.parquet"
+        found = row(
+            "documents",
+            OURS,
+            lambda: write_documents(out, _pubmed_documents(paths, everything, languages=["en"])),
+        )
+        return replace(found, written=out.stat().st_size)
 
 
 def compare_notes(source: str, path: Path, repeats: int) -> list[Measured]:
@@ -76,7 +90,8 @@ def compare_notes(source: str, path: Path, repeats: int) -> list[Measured]:
 
     def read() -> None:
         csv.field_size_limit(2**31 - 1)
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        opened = gzip.open if is_gzip(path) else open
+        with opened(path, "rt", encoding="utf-8", newline="") as file:
             _exhaust(csv.DictReader(file))
 
     return [
@@ -185,13 +200,18 @@ def _pubmed_documents(
 
 def _plain_lxml(paths: Sequence[Path]) -> None:
     for path in paths:
-        is_gzip = path.read_bytes()[:2] == b"\x1f\x8b"
-        with gzip.open(path) if is_gzip else path.open("rb") as file:
+        with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
             for _, citation in etree.iterparse(file, tag="MedlineCitation"):
                 citation.findtext("PMID")
                 citation.findtext("Article/ArticleTitle")
                 [part.text for part in citation.iterfind("Article/Abstract/AbstractText")]
                 citation.clear()
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether a file is gzip, by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 def _exhaust(things: Iterable[object]) -> None:

@@ -13,13 +13,14 @@ from data_prep.config import DataPrep
 from data_prep.dedup import digests
 from data_prep.document import Document, read_documents
 from data_prep.pipeline import Pipeline
+from data_prep.split import TRAIN
 from data_prep.stages import Stage
 
 OURS = "data_prep"
 # What a task works on that is about no single source.
 EVERY_SOURCE = "all"
 # By stage, which documents of a source it works on; all of them where it is not named.
-_DISTINCT = ("signatures", "pairs", "candidates", "runs", "verified", "clusters")
+NEAR_DUPLICATE_STAGES = ("signatures", "pairs", "candidates", "runs", "verified", "clusters")
 _KEPT = ("tokenizer", "tokens", "plan", "rows")
 
 
@@ -39,7 +40,7 @@ def measure_stages(config: DataPrep) -> list[Measured]:
     spent: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
     for stage in _stages(config):
         stage.prepare()
-        for index, task in enumerate(tqdm(stage.tasks, desc=stage.name, unit="task")):
+        for index, task in enumerate(tqdm(stage.tasks, desc=stage.name, disable=None)):
             cpu, wall = timed(partial(stage.run_task, index))
             part = task.group.rpartition("/")[2]
             row = spent[stage.name, part]
@@ -50,8 +51,10 @@ def measure_stages(config: DataPrep) -> list[Measured]:
     rows = []
     for (name, group), (cpu, wall, written) in spent.items():
         of_sources = sizes[_population(name)]
-        source = group if group in of_sources else EVERY_SOURCE
-        size = of_sources.get(group, sum(of_sources.values(), Size()))
+        source = group if group in sizes["documents"] else EVERY_SOURCE
+        size = of_sources.get(group, Size())
+        if source == EVERY_SOURCE:
+            size = sum(of_sources.values(), Size())
         rows.append(
             Measured(name, OURS, source, size.documents, size.bytes, cpu, wall, int(written))
         )
@@ -60,22 +63,21 @@ def measure_stages(config: DataPrep) -> list[Measured]:
 
 def document_sizes(out_dir: Path) -> dict[str, dict[str, Size]]:
     """What the sources hold: all `documents`, the `distinct` ones, and those that are `kept`."""
-    paths = sorted((out_dir / "documents").rglob("*.parquet"))
-    kept = sorted((out_dir / "kept").rglob("*.parquet"))
-    seen: set[bytes] = set()
-
-    def distinct() -> Iterator[Document]:
-        for document in _documents(paths):
-            digest = digests([document]).tobytes()
-            if digest not in seen:
-                seen.add(digest)
-                yield document
-
     return {
-        "documents": _sizes(_documents(paths)),
-        "distinct": _sizes(distinct()),
-        "kept": _sizes(_documents(kept)),
+        "documents": _sizes(_read(out_dir / "documents")),
+        "distinct": _sizes(_distinct(out_dir / "documents")),
+        "kept": _sizes(_read(out_dir / "kept")),
     }
+
+
+def distinct_documents(out_dir: Path, source: str) -> list[Document]:
+    """The documents of a source, those that say the same once."""
+    return list(_distinct(out_dir / "documents" / source))
+
+
+def kept_documents(out_dir: Path, source: str) -> list[Document]:
+    """The documents of a source that are trained on."""
+    return list(_read(out_dir / "kept" / TRAIN / source))
 
 
 def _stages(config: DataPrep) -> Iterator[Stage]:
@@ -97,12 +99,21 @@ def _stages(config: DataPrep) -> Iterator[Stage]:
 
 def _population(stage: str) -> str:
     name = stage.partition("-")[0]
-    return "distinct" if name in _DISTINCT else "kept" if name in _KEPT else "documents"
+    return "distinct" if name in NEAR_DUPLICATE_STAGES else "kept" if name in _KEPT else "documents"
 
 
-def _documents(paths: Iterable[Path]) -> Iterator[Document]:
-    for path in paths:
+def _read(folder: Path) -> Iterator[Document]:
+    for path in sorted(folder.rglob("*.parquet")):
         yield from read_documents(path)
+
+
+def _distinct(folder: Path) -> Iterator[Document]:
+    seen: set[tuple[str, bytes]] = set()
+    for document in _read(folder):
+        digest = (document.source, digests([document]).tobytes())
+        if digest not in seen:
+            seen.add(digest)
+            yield document
 
 
 def _sizes(documents: Iterable[Document]) -> dict[str, Size]:

@@ -79,7 +79,8 @@ def _overview(page: Page, facts: Facts) -> None:
         page.paragraph(
             f"Made from MIMIC: {', '.join(notes)}. In breakdowns of these, counts below "
             f"{SMALLEST_CELL} are withheld; where this hides one cell only, so is its next "
-            "smallest neighbour. Totals, and what steps left out, are exact."
+            "smallest neighbour. Withheld counts have no bar. Totals, and what steps left out, "
+            "are exact."
         )
 
 
@@ -323,7 +324,15 @@ def _breakdown(
         top = values[: breakdown.most]
         series = {s: _shares(cells[s], top, facts.totals[s]["documents"]) for s in cells}
         alt = " ".join(
-            _alt(f"{breakdown.name} in {source}", top, shares, percent=True)
+            _alt(
+                f"{breakdown.name} in {source}",
+                top,
+                [
+                    None if cells[source][value] is None else share
+                    for value, share in zip(top, shares, strict=True)
+                ],
+                percent=True,
+            )
             for source, shares in series.items()
         )
         label = "share of the documents"
@@ -386,7 +395,11 @@ def _percent(share: float) -> str:
     return f"{share:.2%}"
 
 
-def _alt(what: str, names: Sequence[str], values: Sequence[float], percent: bool = False) -> str:
-    shown_values = [f"{value:.1%}" if percent else f"{value:,}" for value in values]
-    pairs = ", ".join(f"{n} {v}" for n, v in zip(names, shown_values, strict=True))
+def _alt(
+    what: str, names: Sequence[str], values: Sequence[float | None], percent: bool = False
+) -> str:
+    """What a plot of bars shows, in words; None is a withheld value."""
+    form = "{:.1%}" if percent else "{:,}"
+    said = [WITHHELD if value is None else form.format(value) for value in values]
+    pairs = ", ".join(f"{name} {value}" for name, value in zip(names, said, strict=True))
     return f"Bars: {what}: {pairs}."

@@ -9,8 +9,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from common.plots import to_svg
 
 # Told apart without colour, too (Okabe and Ito), by hatching.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-_HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++", "oo")
+_COLOURS = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"),
+    *("#D55E00", "#F0E442", "#999999", "#000000"),
+)
+_HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++", "oo", "|")
 # Inches: of a page's width, of a letter, of what stands below the axis and beside the last bar.
 _WIDTH, _LETTER, _BELOW, _BESIDE = 8.0, 0.085, 0.55, 0.35
 
@@ -81,6 +84,7 @@ def columns(
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize="small")
     if logarithmic:
         axes.set_yscale("log")
+        axes.set_ylim(bottom=0.8)
     _finish(axes, axes.yaxis, label, share, series)
     return to_svg(figure)
 

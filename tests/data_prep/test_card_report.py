@@ -172,6 +172,8 @@ def test_no_breakdown_of_notes_shows_a_small_count(page: html.HtmlElement) -> No
     assert len(cells) > 80
     assert "withheld" in cells
     assert not set(cells) & set("123456789")
+    alts = [alt for alt in page.xpath("//@aria-label") if " in radiology: " in alt]
+    assert any("withheld" in alt for alt in alts)
 
 
 def test_equal_data_sets_have_equal_pages(made: Path, written: Path, tmp_path: Path) -> None:

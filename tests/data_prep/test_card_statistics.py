@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,20 @@ def test_articles_and_codes_are_counted_by_what_is_known_of_them(tmp_path: Path)
     # A code's title says nothing about whom it is of.
     assert found["sex"] == {"female": 2, "male": 1}
     assert found["table"] == {"icd9cm diagnosis, 32": 1}
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> None:
+    peaks = []
+    for number in (1_000, 8_000):
+        found = (
+            Document(f"pubmed-{n}", "pubmed", "", "Men. " * 40, ARTICLE) for n in range(number)
+        )
+        write_documents(tmp_path / "x.parquet", found)
+        tracemalloc.start()
+        write_statistics(tmp_path / "x.parquet", tmp_path / "x.json")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_real_reports_have_the_terms_of_a_plain_search(shared_data: Path, tmp_path: Path) -> None:

@@ -27,13 +27,13 @@ def write_file(folder: Path, first: int, lengths: list[int]) -> TokenFile:
     return TokenFile(folder, TOKENS.dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     files=st.lists(st.lists(st.integers(1, 60), max_size=12), min_size=1, max_size=3),
     row_tokens=st.integers(16, 64),
     max_length=st.integers(3, 64),
     max_documents=st.integers(1, 6),
-    rows_per_shard=st.integers(1, 5),
+    rows_per_shard=st.integers(2, 8),
     key=st.integers(0, 2**63),
 )
 def test_rows_hold_every_token_once_in_documents_that_fit(

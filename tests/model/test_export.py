@@ -30,7 +30,7 @@ def write_manifest(folder: Path, config: ModernBertConfig) -> None:
         for path in sorted((folder / part).rglob("*"))
         if path.is_file()
     }
-    manifest = {"format": 1, "model": dataclasses.asdict(config), "files": files}
+    manifest = {"format": 2, "model": dataclasses.asdict(config), "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -45,10 +45,11 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
     """The loss and the gradients of the first step; `mine` is rank 0's part of the sum."""
     from train.engine import start_engine
     from train.loader import Loader, StepMaker
-    from train.loop import accumulate, make_model
+    from train.loop import accumulate
+    from train.start import make_model
 
-    engine = start_engine(make_model(run), run.config, run.deepspeed)
-    maker = StepMaker(run.data, run.order, run.masker, run.shape, ranks.rank, ranks.size)
+    engine = start_engine(make_model(run.config, run.start), run.config, run.deepspeed)
+    maker = StepMaker(run, ranks.rank)
     with Loader(maker, run.plans(Progress()), pin=False) as loader:
         loaded = next(iter(loader))
         loss = accumulate(engine, loaded, ranks, device)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from train.config import Train
 from train.ranks import Ranks
+from train.schedule import Rates
 
 STEPS, MICRO_STEPS, POISONED, LOGGED = 12, 2, (6, 9), (3, 9, 11)
 PEAK, DECAY, CLIPPING = 0.02, 1e-4, 40.0
@@ -54,7 +55,7 @@ MORE_CASES: dict[str, dict[str, Any]] = {
 MORE_CASES = {name: case for name, case in MORE_CASES.items() if name not in CASES}
 for name, case in (CASES | MORE_CASES).items():
     rule = next((rule for rule in ("adamw", "muon") if rule in name), "stable_adamw")
-    case["optimizer"] = {"name": rule, "lr": PEAK, "weight_decay": DECAY}
+    case["optimizer"] = {"name": rule}
     if "clipped" in name:
         case["optimizer"]["gradient_clipping"] = CLIPPING
     if "sub_groups" in name:
@@ -92,13 +93,17 @@ class Model(nn.Module):
 
 
 def factors(step: int, micro_step: int, rank: int) -> dict[str, Tensor]:
-    """Gradients of a micro-step, small whole eighths whose sums are exact, some of them leaping."""
+    """Gradients of a micro-step, some of them leaping.
+
+    Small whole multiples of 3/8: their sums, and means over two or three ranks, are exact. Where
+    they add up to nothing, a residue would make a step of its own.
+    """
     draw = torch.Generator().manual_seed(step * 100 + micro_step * 10 + rank)
     shapes = SHAPES | {"again": SHAPES["tied"]}
     leaps = dict(zip(shapes, (1, 8, 64, 2, 32, 16, 1), strict=True))
     return {
         name: torch.randint(-3, 4, shape, generator=draw)
-        / 8
+        * (3 / 8)
         * (leaps[name] if step % 4 == 3 else 1)
         for name, shape in shapes.items()
     }
@@ -165,9 +170,12 @@ def make_engine(ranks: Ranks, changes: dict[str, Any]) -> Any:
     """The engine of a case, as training starts it."""
     from train.engine import deepspeed_config, start_engine
 
-    values = {"batch": {"rows": 2 * ranks.size, "micro_rows": 1}} | changes
-    config = TypeAdapter(Train).validate_python(values)
-    settings = deepspeed_config(config, config.precision, MICRO_STEPS, ranks.size)
+    batch = {"rows": 2 * ranks.size, "micro_rows": 1}
+    phase = {"data": {"dir": "none"}, "tokens": 1, "batch": batch}
+    config = TypeAdapter(Train).validate_python({"phases": {"main": phase}} | changes)
+    settings = deepspeed_config(
+        config, config.precision, config.phases["main"].batch, MICRO_STEPS, ranks.size
+    )
     # Without this every parameter of a tiny model is kept whole on every rank.
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return start_engine(Model(), config, settings)
@@ -188,7 +196,7 @@ def take_step(engine: Any, number: int, ranks: Ranks, dtype: torch.dtype) -> dic
             # As many masked tokens as ranks: the loss itself.
             backward(engine, loss, ranks.size, ranks.size, micro_step == MICRO_STEPS - 1)
         sums = {str(piece.dtype) for piece in engine.optimizer_step.held.gradients()}
-        norms = step(engine, lr_of(number), PEAK, want_norms=number in LOGGED)
+        norms = step(engine, Rates(lr_of(number), PEAK, DECAY), want_norms=number in LOGGED)
     return {
         "norms": norms and [norms.gradient, norms.update, norms.skipped_in_a_row],
         "places": watch.places if norms is None else [],

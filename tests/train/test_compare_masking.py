@@ -43,10 +43,10 @@ def _joined() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_joined")
 def test_scores_are_those_of_validation(resolved: Callable[..., Any]) -> None:
-    run = resolved(masking=TERMS | {"kind": "whole_word"})
-    model = ModernBertForMaskedLM(run.model_config, torch.Generator().manual_seed(1)).eval()
+    run = resolved(phase={"masking": TERMS | {"kind": "whole_word"}})
+    model = ModernBertForMaskedLM(run.start, torch.Generator().manual_seed(1)).eval()
     found = score(run, model, torch.device("cpu"))
-    wanted = Validation(run, Ranks(), torch.device("cpu"))(Engine(model))
+    wanted = Validation(run.last_phase, 0.15, Ranks(), torch.device("cpu"))(Engine(model))
     for name in ("loss", "accuracy", "masked_tokens"):
         assert found[name] == pytest.approx(wanted[name], rel=1e-5)
     bands = found["by_frequency"].values()
@@ -56,7 +56,7 @@ def test_scores_are_those_of_validation(resolved: Callable[..., Any]) -> None:
     assert 0 < found["terms"]["masked_tokens"] < found["masked_tokens"]
     assert found["words"]["words"] > 0
     with pytest.raises(ConfigError, match=r"masking\.term_sources"):
-        score(resolved(masking={"term_sources": []}), model, torch.device("cpu"))
+        score(resolved(phase={"masking": {"term_sources": []}}), model, torch.device("cpu"))
 
 
 def words_of(ids: list[int]) -> list[list[int]]:
@@ -76,21 +76,21 @@ def test_a_word_is_right_when_all_its_tokens_are(
     resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every word that holds a term is masked; guessed are the tokens not 1 modulo 3."""
-    run = resolved(masking=TERMS)
+    run = resolved(phase={"masking": TERMS})
 
     def guess(_: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ones(len(batch.labels)), batch.labels % 3 != 1
 
     monkeypatch.setattr(compare_masking, "predict", guess)
     monkeypatch.setattr(compare_masking, "WORD_SHARE", 1.0)
-    found = score(run, ModernBertForMaskedLM(run.model_config), torch.device("cpu"))["words"]
-    special = run.masker.vocabulary.special
+    found = score(run, ModernBertForMaskedLM(run.start), torch.device("cpu"))["words"]
+    special = run.last_phase.masker.vocabulary.special
     texts = ["" if special[i] else "word" for i in range(64)]
-    _, terms = token_statistics(run.config.masking, run.data, texts, special)
+    _, terms = token_statistics(run.last_phase.config.masking, run.last_phase.data, texts, special)
     words = []
-    for source, rows in run.validation_rows.items():
+    for source, rows in run.last_phase.validation_rows.items():
         for number in range(rows):
-            ids = run.data.read("validation", source, number).input_ids.tolist()
+            ids = run.last_phase.data.read("validation", source, number).input_ids.tolist()
             words += [word for word in words_of(ids) if any(terms[token] for token in word)]
     right = [all(token % 3 != 1 for token in word) for word in words]
     assert 0 < sum(right) < len(right) == found["words"]
@@ -117,7 +117,7 @@ def test_the_table_has_means_and_deviations_over_seeds() -> None:
 def test_the_command_trains_and_scores_every_way(
     launcher: Any, data_folder: Path, tmp_path: Path
 ) -> None:
-    config = launcher.write("base", data_folder, masking=TERMS)
+    config = launcher.write("base", data_folder, phase={"masking": TERMS})
     out = tmp_path / "out"
     words = ["--config", str(config), "--out", str(out), "--seeds", "1", "log.every_steps=6"]
     script = tmp_path / "command.py"

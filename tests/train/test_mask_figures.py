@@ -10,8 +10,8 @@ from train.mask_figures import figures, main
 
 
 def test_kinds_mask_what_they_are_for(resolved: Callable[..., Any]) -> None:
-    run = resolved(masking={"term_sources": ["notes"]})
-    token, whole_word, token_aware = figures(run)
+    run = resolved(phase={"masking": {"term_sources": ["notes"]}})
+    token, whole_word, token_aware = figures(run.last_phase)
     assert token.cut > 0.3
     # At most one word of a row is cut, and a row of these has a dozen of several tokens.
     assert whole_word.cut < 0.1
@@ -28,7 +28,7 @@ def test_the_command_prints_a_table(
     launcher: Any, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = launcher.write("run", data_folder)
-    assert main(["--config", str(config), "masking.term_sources=[papers]"]) == 0
+    assert main(["--config", str(config), "phases.main.masking.term_sources=[papers]"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| token",

@@ -147,12 +147,16 @@ def test_tokens_are_drawn_by_their_weights(number: int) -> None:
 
 
 def test_a_run_weights_tokens_by_the_counts_of_its_data(resolved: Callable[..., Any]) -> None:
-    run = resolved(masking={"kind": "token_aware", "term_sources": ["notes"], "weight_cap": 1.2})
-    weights = run.masker.order.weights
-    counts = sum(run.data.token_counts().values())
+    run = resolved(
+        phase={"masking": {"kind": "token_aware", "term_sources": ["notes"], "weight_cap": 1.2}}
+    )
+    weights = run.last_phase.masker.order.weights
+    counts = sum(run.last_phase.data.token_counts().values())
     assert weights.max() == 1.2
     used = np.flatnonzero(counts)
-    plain = resolved(masking={"kind": "token_aware", "term_sources": []}).masker.order.weights
+    plain = resolved(
+        phase={"masking": {"kind": "token_aware", "term_sources": []}}
+    ).last_phase.masker.order.weights
     order = used[np.argsort(counts[used])]
     assert (np.diff(plain[order]) <= 0).all(), "more frequent, less weight"
     assert set(np.round(weights[used] / np.minimum(plain[used], 1.2), 9)) - {1.0}, "some boosted"
@@ -163,21 +167,21 @@ def test_what_the_data_set_lacks_is_named(
 ) -> None:
     aware = {"kind": "token_aware", "term_sources": ["notes"]}
     with pytest.raises(ConfigError, match=r"no source 'icd10cm'; it has notes, papers"):
-        resolved(masking={"kind": "token_aware"})
+        resolved(phase={"masking": {"kind": "token_aware"}})
     data = data_maker(tmp_path / "d", {"train": {"notes": 8}, "validation": {"notes": 2}})
-    resolved(masking=aware, data={"dir": data})
+    resolved(phase={"masking": aware, "data": {"dir": data}})
     counts = data / "token_counts.npy"
     counts.write_bytes(counts.read_bytes()[:-8] + b"\1" * 8)
     with pytest.raises(DataError, match=r"token_counts\.npy is not what manifest\.json says"):
-        resolved(masking=aware, data={"dir": data})
+        resolved(phase={"masking": aware, "data": {"dir": data}})
     with pytest.raises(DataError, match=r"token_counts\.npy is not what"):
         DataSet(data).verify()
     counts.unlink()
     with pytest.raises(DataError, match=r"token_counts\.npy cannot be read"):
-        resolved(masking=aware, data={"dir": data})
+        resolved(phase={"masking": aware, "data": {"dir": data}})
     manifest = json.loads((data / "manifest.json").read_text())
     del manifest["token_counts"]
     (data / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="the same python -m data_prep adds them"):
-        resolved(masking=aware, data={"dir": data})
-    resolved(masking={"kind": "whole_word"}, data={"dir": data})
+        resolved(phase={"masking": aware, "data": {"dir": data}})
+    resolved(phase={"masking": {"kind": "whole_word"}, "data": {"dir": data}})
