@@ -19,9 +19,8 @@
 
 NNNNN is a file of documents, or of unique, pairs, verified, components, clusters and copied a part
 of the work on all files of a source. Signatures to verified are for prose only, paragraphs and
-copied for notes only; codes are compared exactly. What each step leaves out is in its `summary.json`
-by number and in checks' `.jsonl`, clusters' `.parquet` and kept's `copied/<source>/NNNNN.jsonl` by
-id.
+copied for notes only; codes are compared exactly. What each step leaves out is in `summary.json` by
+number and in checks' `.jsonl`, clusters' `.parquet` and kept's `copied/<source>/NNNNN.jsonl` by id.
 """
 
 from collections.abc import Callable, Sequence

@@ -217,7 +217,7 @@ class Slurm:
     cpus_per_task: int = 1
     """a task is one process; only tokenising uses more cores"""
     mem_per_cpu_gb: int = 4
-    """the job that trains the tokenizer asks for as much more as its sample needs"""
+    """a task needs some 2; docs/data.md says what decides it"""
     tasks_per_job: int = 1
     """tasks that a job of the array does one after another"""
     options: dict[str, str] = field(default_factory=dict)

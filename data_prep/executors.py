@@ -82,18 +82,28 @@ def run_stage(stage: Stage, work: Work, config: DataPrep) -> list[Counts]:
     logger.disable("datatrove")
     try:
         with bar(stage.name, len(stage.tasks), stage.number_done):
-            if config.executor == "slurm":
-                from data_prep.slurm import SlurmStageExecutor
-
-                SlurmStageExecutor(stage, work, config).run_to_the_end()
-            else:
-                LocalStageExecutor(stage, work, config.workers or available_cores()).run()
+            _executor(stage, work, config).run()
         problem = None
     except TaskFailed as error:
         problem = error.as_raised()
     if problem is not None:
         raise problem
     return stage.finish()
+
+
+def _executor(stage: Stage, work: Work, config: DataPrep) -> PipelineExecutor:
+    """Who does what is left of a stage. A single task is not worth a place in SLURM's queue."""
+    left = sum(not stage.is_done(index) for index in range(len(stage.tasks)))
+    if config.executor == "slurm":
+        from data_prep.slurm import SlurmStageExecutor
+
+        return (
+            SlurmStageExecutor(stage, work, config)
+            if left > 1
+            else LocalStageExecutor(stage, work, 1)
+        )
+    workers = min(config.workers or available_cores(), max(left, 1))
+    return LocalStageExecutor(stage, work, workers)
 
 
 def available_cores() -> int:
@@ -147,7 +157,7 @@ class LocalStageExecutor(StageExecutor, LocalPipelineExecutor):
         super().__init__(
             pipeline=[work],
             tasks=len(stage.tasks),
-            workers=min(workers, len(stage.tasks)),
+            workers=workers,
             logging_dir=str(stage.executor_folder.absolute()),
         )
         self.threads = max(1, available_cores() // self.workers)

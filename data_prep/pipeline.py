@@ -53,8 +53,6 @@ _LOG = logging.getLogger(__name__)
 
 # Records whose versions one task of `fold` compares, at some 40 bytes each.
 _FOLD_RECORDS = 1 << 19
-# Bytes of memory for each byte of the sample that a tokenizer is trained on.
-_TRAINING_MEMORY = 13
 
 
 def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
@@ -257,8 +255,7 @@ class Pipeline:
             tasks.tokenizer, trained.existing, self._samples, self.tokenizer_folder, self.config
         )
         files = ("tokenizer.json", "tokenizer_config.json")
-        memory = 0 if trained.existing else _TRAINING_MEMORY * trained.sample_bytes
-        return self._stage("tokenizer", [Task("tokenizer", files, write)], memory)
+        return self._stage("tokenizer", [Task("tokenizer", files, write)])
 
     def tokens(self) -> Stage:
         """The token ids of the kept documents."""
@@ -332,8 +329,8 @@ class Pipeline:
         """Where the tokenizer of the data sets is."""
         return self.out / "tokenizer"
 
-    def _stage(self, name: str, todo: list[Task], memory: int = 0) -> Stage:
-        return Stage(self.out, name, self.keys[name], todo, memory)
+    def _stage(self, name: str, todo: list[Task]) -> Stage:
+        return Stage(self.out, name, self.keys[name], todo)
 
     @property
     def _pubmed(self) -> list[Input]:

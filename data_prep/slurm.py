@@ -28,7 +28,6 @@ from data_prep.config import DataPrep
 from data_prep.executors import StageExecutor, TaskFailed, Work, perform
 from data_prep.stages import Stage
 
-_GIB = 2**30
 _LONGEST_WAIT_S = 15.0
 # Failed tasks that are named; the others are counted.
 _NAMED = 3
@@ -39,7 +38,6 @@ class SlurmStageExecutor(StageExecutor, SlurmPipelineExecutor):
 
     def __init__(self, stage: Stage, work: Work, config: DataPrep) -> None:
         slurm = config.slurm
-        memory_gb = max(slurm.mem_per_cpu_gb, -(-stage.memory // (_GIB * slurm.cpus_per_task)))
         folder = stage.executor_folder.absolute()
         self.failures = folder / "failures"
         super().__init__(
@@ -48,7 +46,7 @@ class SlurmStageExecutor(StageExecutor, SlurmPipelineExecutor):
             time=slurm.time,
             partition=slurm.partition or "",
             cpus_per_task=slurm.cpus_per_task,
-            mem_per_cpu_gb=memory_gb,
+            mem_per_cpu_gb=slurm.mem_per_cpu_gb,
             tasks_per_job=slurm.tasks_per_job,
             workers=config.workers or -1,
             job_name=f"{_job_prefix(config.out_dir)}{stage.name}",
@@ -66,9 +64,13 @@ class SlurmStageExecutor(StageExecutor, SlurmPipelineExecutor):
     def launch_merge_stats(self) -> None:
         """datatrove would submit a job for its statistics; a stage has its own summary."""
 
-    def run_to_the_end(self) -> None:
-        """Submit what is not done, wait for it, and raise TaskFailed for what is not done then."""
-        if not self.get_incomplete_ranks():
+    def run(self) -> None:
+        """Submit what is not done, wait for it, and raise TaskFailed for what is not done then.
+
+        In a job of the array: do its tasks.
+        """
+        if "SLURM_ARRAY_TASK_ID" in os.environ:
+            super().run()
             return
         if shutil.which("sbatch") is None:
             raise TaskFailed(
@@ -86,7 +88,7 @@ class SlurmStageExecutor(StageExecutor, SlurmPipelineExecutor):
 
     def _submit(self) -> None:
         try:
-            self.run()
+            super().run()
         except subprocess.CalledProcessError as error:
             raise TaskFailed(
                 f"sbatch refused the jobs of stage {self.pipeline[0].stage} (exit status "

@@ -55,12 +55,8 @@ class Stage:
     one of them does.
     """
 
-    def __init__(
-        self, out_dir: Path, name: str, key: str, tasks: Sequence[Task], memory: int = 0
-    ) -> None:
-        """memory: bytes that a task needs, where it is known to be more than usual."""
+    def __init__(self, out_dir: Path, name: str, key: str, tasks: Sequence[Task]) -> None:
         self.name = name
-        self.memory = memory
         self.key = key
         self.tasks = tasks
         self.folder = out_dir / name
