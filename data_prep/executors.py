@@ -8,6 +8,7 @@ What a process gets is a `Work`: which stage of which run. The run's description
 written once by the command that started it (`data_prep.run_file`).
 """
 
+import ctypes
 import os
 import signal
 import threading
@@ -166,7 +167,7 @@ class LocalStageExecutor(StageExecutor, LocalPipelineExecutor):
         if self.workers > 1:
             # Its import takes seconds: once for all processes of the run.
             multiprocess.set_forkserver_preload(["data_prep.pipeline"])
-        with _noticing_killed_workers(self.pipeline[0].stage):
+        with _noticing_killed_workers(self.pipeline[0].stage), _taking_forks_along():
             super().run()
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
@@ -211,6 +212,36 @@ def _noticing_killed_workers(stage: str) -> Iterator[None]:
         over.set()
         thread.join()
         signal.signal(signal.SIGUSR2, before)
+
+
+@contextmanager
+def _taking_forks_along() -> Iterator[None]:
+    """Let processes that are forked in the block end with this one, even if it is killed.
+
+    datatrove's executor forks one that keeps its counters; it would live for ever, and hold the
+    lock of the folder that it has inherited. (The workers are no forks of this process. They end
+    with their task, for which `wait_for_workers` waits.)
+    """
+    _forks_end_with.append(os.getpid())
+    try:
+        yield
+    finally:
+        _forks_end_with.pop()
+
+
+_forks_end_with: list[int] = []
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    if _forks_end_with:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != _forks_end_with[-1]:
+            os._exit(1)
+        _forks_end_with.clear()
+
+
+os.register_at_fork(after_in_child=_end_with_parent)
 
 
 def _system_problem(work: Work, index: int, error: OSError) -> TaskFailed:

@@ -40,7 +40,7 @@ from data_prep.shard_writer import shard_name, token_dtype
 from data_prep.shards import TOKENIZER_FILE, index_path_of
 from data_prep.slurm import end_leftover_jobs
 from data_prep.split import SPLITS, TRAIN
-from data_prep.stage_keys import all_lengths, stage_keys, withdraw_what_is_stale
+from data_prep.stage_keys import Settings, all_lengths, stage_keys, withdraw_what_is_stale
 from data_prep.stages import Counts, Stage, Task, summed_counts
 from data_prep.token_files import FILES as TOKEN_FILES
 from data_prep.token_files import TokenFile
@@ -63,20 +63,29 @@ def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     manifest unless it is what `config` and the inputs say. FolderInUse, an OSError, while another
     process works in `out_dir`.
     """
-    check(config)
     with only_user_of(config.out_dir):
         _end_earlier_work(config)
         return _run(config)
 
 
-def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
+def find_run(config: DataPrep) -> tuple[Run, Settings]:
+    """The run that `config` asks for, with the inputs there are now, and its stages' settings.
+
+    Raises ConfigError and InputError for a configuration and inputs that cannot be used.
+    """
+    check(config)
     inputs, evaluation_inputs = find_inputs(config), find_evaluation_inputs(config)
     existing = _existing_tokenizer(config)
     keys, settings = stage_keys(config, inputs, evaluation_inputs, existing, all_lengths(config))
-    found = Run(config, inputs, evaluation_inputs, keys)
+    return Run(config, inputs, evaluation_inputs, keys), settings
+
+
+def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
+    found, settings = find_run(config)
     pipeline = Pipeline(found)
-    withdraw_what_is_stale(config, keys, settings)
+    withdraw_what_is_stale(config, found.keys, settings)
     name = write_run(found)
+    trains = config.tokenizer.existing is None
 
     def do(stage: Stage) -> list[Counts]:
         return run_stage(
@@ -89,10 +98,10 @@ def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     for stage in pipeline.cleaning.stages():
         do(stage())
     pipeline.require_documents()
-    if existing is None:
+    if trains:
         do(pipeline.sample())
     do(pipeline.tokenizer())
-    if existing is None:
+    if trains:
         require_one_redaction_token(config, tasks.load_tokenizer(pipeline.tokenizer_folder)[0])
     do(pipeline.tokens())
     manifests = {}

@@ -79,7 +79,7 @@ def all_lengths(config: DataPrep) -> list[int]:
     return [*config.max_lengths, *sorted(made - set(config.max_lengths))]
 
 
-def withdraw_what_is_stale(config: DataPrep, keys: Keys, settings: Settings) -> None:
+def withdraw_what_is_stale(config: DataPrep, keys: Mapping[str, str], settings: Settings) -> None:
     """Say in a line on stderr which results of earlier runs go, and because of which settings.
 
     Data sets that would be made otherwise now lose their manifests.

@@ -17,9 +17,10 @@ import pytest
 import webdataset
 
 from common.config import config_to_yaml, load_config
-from data_prep import cleaning_tasks, near_duplicates, pipeline
+from data_prep import cleaning_tasks, near_duplicates, pipeline, tasks
 from data_prep.config import DataPrep, Sources, Tokenizer
 from data_prep.document import read_documents
+from data_prep.executors import TaskFailed
 from data_prep.shards import DataSet
 from data_prep.split import SPLITS
 from data_prep.synthetic.corpus import write_corpus
@@ -231,7 +232,7 @@ def test_the_command_line_makes_the_same_bytes_elsewhere(
 @pytest.mark.parametrize(
     "step",
     [
-        *("pipeline._scan", "pipeline._documents", "pipeline._tokens", "pipeline._shard"),
+        *("tasks.scan", "tasks.documents", "tasks.tokens", "tasks.shard"),
         *("cleaning_tasks.check", "near_duplicates.write_pairs", "cleaning.write_clusters"),
         "cleaning_tasks.keep",
     ],
@@ -252,7 +253,7 @@ def test_a_run_that_broke_off_is_continued_to_the_same_bytes(
 
     run = configuration(raw, tmp_path / "out", tokenizer=Tokenizer(existing=f"{made}/tokenizer"))
     monkeypatch.setattr(owner, name, failing)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(TaskFailed, match="RuntimeError at "):
         pipeline.run(run)
     assert_no_data_set(tmp_path / "out")
     pipeline.run(run)
@@ -290,8 +291,8 @@ def test_what_is_done_is_not_done_again(
     copy: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(copy)
-    for step in ("_scan", "_fold", "_documents", "_tokenizer", "_tokens", "_shard"):
-        monkeypatch.setattr(pipeline, step, must_not_run)
+    for step in ("scan", "fold", "documents", "sample", "tokenizer", "tokens", "shard"):
+        monkeypatch.setattr(tasks, step, must_not_run)
     for step in ("check", "digests", "unique", "signatures", "split", "paragraphs", "keep"):
         monkeypatch.setattr(cleaning_tasks, step, must_not_run)
     for step in ("write_pairs", "write_wanted", "verify"):
@@ -303,7 +304,7 @@ def test_what_is_done_is_not_done_again(
 def test_a_changed_key_redoes_what_it_decides_and_nothing_else(
     copy: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_tokens", must_not_run)
+    monkeypatch.setattr(tasks, "tokens", must_not_run)
     pipeline.run(configuration(raw, copy, max_lengths=[128], max_documents=5))
     data = DataSet(copy / "rows-128")
     assert data.max_documents == 5

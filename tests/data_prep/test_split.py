@@ -63,7 +63,7 @@ KEYS = st.integers(0, 15)
 def test_linked_groups_are_on_one_side_and_never_too_many(
     pairs: list[tuple[int, int]], most: int, share: float, seed: int
 ) -> None:
-    links = link_groups(pairs, most)
+    links = link_groups(np.array(pairs, np.uint64).reshape(-1, 2), most)
     leads = dict(zip(links.keys.tolist(), links.leads.tolist(), strict=True))
     sets: dict[int, set[int]] = {}
     for key, lead in leads.items():
