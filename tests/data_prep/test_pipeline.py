@@ -1,13 +1,10 @@
 """The whole of data preparation: raw files to data sets, on a made-up and on the real corpus."""
 
-import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from common.config import config_to_yaml, load_config
 from data_prep import cleaning_tasks, near_duplicates, pipeline, tasks
 from data_prep.config import DataPrep, Sources, Tokenizer
 from data_prep.document import read_documents
-from data_prep.executors import TaskFailed
 from data_prep.shards import DataSet
 from data_prep.split import SPLITS
 from data_prep.synthetic.corpus import write_corpus
@@ -227,60 +223,6 @@ def test_the_command_line_makes_the_same_bytes_elsewhere(
     assert "train in all" in done.stdout
     for file in (tmp_path / "out").rglob("*"):
         assert file.stat().st_mode & 0o077 == 0
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        *("tasks.scan", "tasks.documents", "tasks.tokens", "tasks.shard"),
-        *("cleaning_tasks.check", "near_duplicates.write_pairs", "cleaning.write_clusters"),
-        "cleaning_tasks.keep",
-    ],
-)
-def test_a_run_that_broke_off_is_continued_to_the_same_bytes(
-    made: Path, raw: Path, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, _, name = step.partition(".")
-    owner = importlib.import_module(f"data_prep.{module}")
-    original = getattr(owner, name)
-    calls: list[Any] = []
-
-    def failing(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise RuntimeError("killed")
-        return original(*arguments)
-
-    run = configuration(raw, tmp_path / "out", tokenizer=Tokenizer(existing=f"{made}/tokenizer"))
-    monkeypatch.setattr(owner, name, failing)
-    with pytest.raises(TaskFailed, match="RuntimeError at "):
-        pipeline.run(run)
-    assert_no_data_set(tmp_path / "out")
-    pipeline.run(run)
-    # The first task was not done again, the second one was.
-    assert calls[0] not in calls[1:]
-    assert calls[1] == calls[2]
-    rows = {name: data for name, data in content(tmp_path / "out").items() if ".tar" in name}
-    assert rows == {name: data for name, data in content(made).items() if ".tar" in name}
-
-
-def test_a_process_killed_in_the_middle_is_continued_to_the_same_bytes(
-    made: Path, raw: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    path = tmp_path / "run.yaml"
-    settings = config_to_yaml(configuration(raw, out)).splitlines()
-    path.write_text("data_prep:\n" + "".join(f"  {line}\n" for line in settings))
-    command = [sys.executable, "-m", "data_prep", "--config", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("completions/tokens/*/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert list(out.rglob("manifest.json")) == []
-    pipeline.run(configuration(raw, out))
-    assert content(out) == content(made)
 
 
 def must_not_run(*arguments: Any) -> Any:
