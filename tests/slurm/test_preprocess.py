@@ -1,4 +1,4 @@
-"""`sbatch slurm/preprocess.sh` on a real SLURM of two nodes: cancelled, submitted again, compared."""
+"""`sbatch slurm/preprocess.sh` on a real SLURM of two nodes: killed, submitted again, compared."""
 
 import json
 import shutil
@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from data_prep.synthetic.corpus import write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
 DEADLINE_S = 600
@@ -75,8 +77,7 @@ def data_set(out: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_cancelled_job_is_continued_to_the_bytes_of_one_machine(tmp_path: Path) -> None:
-    synthetic = ["data_prep.synthetic", str(tmp_path / "raw"), "--documents", "40"]
-    subprocess.run([sys.executable, "-m", *synthetic], check=True, cwd=ROOT)
+    write_corpus(tmp_path / "raw", documents=40)
     notes = tmp_path / "raw" / "canary.csv"
     notes.write_text(
         "note_id,subject_id,hadm_id,note_type,note_seq,charttime,storetime,text\n"
