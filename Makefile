@@ -25,6 +25,7 @@ demo: install
 	python -m data_prep.synthetic demo/raw
 	@echo "== 2/6 raw files to packed, tokenised shards"
 	python -m data_prep --config configs/demo.yaml
+	python -m data_prep report demo/data
 	@echo "== 3/6 pretraining"
 	$(LAUNCH) train/main.py --config configs/demo.yaml
 	@echo "== 4/6 the newest checkpoint to a Hugging Face folder"
@@ -36,6 +37,7 @@ demo: install
 	  "ICD 10 code for E11: Type 2 [MASK] mellitus"
 	@echo "== 6/6 the report"
 	python -m train.report demo/run
+	@echo "data: demo/data/rows-512/report.html"
 	@echo "model: demo/model"
 	@echo "tensorboard: demo/run/tensorboard"
 	@echo "report: demo/run/report.html"

@@ -15,6 +15,7 @@ th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #d8dee4; text-
 td.number { text-align: right; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
 figcaption { color: #57606a; font-size: .9rem; }
+details { margin: .5rem 0 1.5rem; } summary { cursor: pointer; color: #0550ae; }
 pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem; }
 """
 
@@ -35,17 +36,31 @@ class Page:
     def preformatted(self, text: str) -> None:
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; integers get thousands separators, floats four significant decimals."""
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
-        self._parts.append(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>")
+    def table(
+        self, header: Sequence[str], rows: Sequence[Sequence[object]], folded: str | None = None
+    ) -> None:
+        """A table; integers get thousands separators, floats four significant decimals.
 
-    def figure(self, svg: str, caption: str) -> None:
-        """A plot given as SVG markup (trusted: it is inserted as it is)."""
-        start = svg.index("<svg")
+        folded: show this line alone until the reader opens it.
+        """
+        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
+        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
+        table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+        if folded is not None:
+            summary = f"<summary>{html.escape(folded)}</summary>"
+            table = f"<details>{summary}\n{table}</details>"
+        self._parts.append(table)
+
+    def figure(self, svg: str, caption: str, alt: str | None = None) -> None:
+        """A plot given as SVG markup (trusted: it is inserted as it is).
+
+        alt: what a reader hears who does not see it; by default the caption.
+        """
+        label = html.escape(alt or caption)
+        shape = svg[svg.index("<svg") + len("<svg") :]
         self._parts.append(
-            f"<figure>{svg[start:]}<figcaption>{html.escape(caption)}</figcaption></figure>"
+            f'<figure><svg role="img" aria-label="{label}"{shape}'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
     def write(self, path: Path) -> None:

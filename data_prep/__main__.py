@@ -3,7 +3,9 @@
 The keys are those of the section `data_prep:` (data_prep/config.py says what they mean). What is
 done is not done again, so a run that was interrupted is continued by the same command. An error is
 one line, and the exit status is 2 for what the user can mend and 1 for a defect.
-`python -m data_prep download pubmed|codes` fetches raw files (data_prep/download.py).
+`python -m data_prep download pubmed|codes` fetches raw files (data_prep/download.py),
+`python -m data_prep verify FOLDER` checks a finished data set (data_prep/verify.py), `python -m
+data_prep report FOLDER` shows what is in it (data_prep/card/report.py).
 """
 
 import argparse
@@ -24,6 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
         from data_prep import download
 
         return download.main(words[1:])
+    if words[:1] == ["verify"]:
+        from data_prep import verify
+
+        return verify.main(words[1:])
+    if words[:1] == ["report"]:
+        from data_prep.card import report
+
+        return report.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/base.yaml"), metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

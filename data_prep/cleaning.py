@@ -20,7 +20,7 @@
 NNNNN is a file of documents, or of unique, pairs, verified, components, clusters and copied a part
 of the work on all files of a source. Signatures to verified are for prose only, paragraphs and
 copied for notes only; codes are compared exactly. What each step leaves out is in `summary.json` by
-number and in checks' `.jsonl`, clusters' `.parquet` and kept's `copied/<source>/NNNNN.jsonl` by id.
+number and in checks' `.jsonl`, clusters' `.parquet` and kept's `copied` and `apart/….jsonl` by id.
 """
 
 from collections.abc import Callable, Sequence
@@ -343,7 +343,7 @@ class Cleaning:
             starts = self._files(source).starts
             for found, begin in zip(inputs, starts, strict=True):
                 names = {split: f"{split}/{found.stem}.parquet" for split in SPLITS}
-                names["copied"] = f"copied/{found.stem}.jsonl"
+                names |= {name: f"{name}/{found.stem}.jsonl" for name in ("copied", "apart")}
                 copied = self._copied(source) if source in self._notes else []
                 write = partial(
                     tasks.keep,

@@ -62,11 +62,16 @@ class Stays:
             bounds = [self.begin, self.begin + len(stays)]
             inside = np.array(shard[slice(*np.searchsorted(shard["position"], bounds))])
             stays[inside["position"] - self.begin] = inside["decision"] <= COPY
-        if self.left_out is not None:
-            positions = map_array(self.left_out)
-            here = slice(*np.searchsorted(positions, [self.begin, self.begin + len(stays)]))
-            stays[positions[here] - self.begin] = False
+        stays[self.on_both_sides(len(stays))] = False
         return stays
+
+    def on_both_sides(self, documents: int) -> NDArray[np.int64]:
+        """Which of the file's `documents` the split leaves out, ascending numbers."""
+        if self.left_out is None:
+            return np.zeros(0, np.int64)
+        positions = map_array(self.left_out)
+        here = slice(*np.searchsorted(positions, [self.begin, self.begin + documents]))
+        return positions[here] - self.begin
 
 
 def check(documents: Path, index: Path, config: DataPrep, out: Path) -> Counts:
@@ -189,7 +194,9 @@ def keep(
     out: dict[str, Path],
     config: DataPrep,
 ) -> Counts:
-    """Write the documents of a file that stay, by split, and what notes have lost by id."""
+    """Write the documents of a file that stay, by split, and by id what notes have lost and which
+    documents the split leaves out.
+    """
     with np.load(out[TRAIN].parents[3] / "split" / "links.npz") as arrays:
         sides = Split(config.validation_share, config.seed, Links(**arrays))
     is_validation = sides.is_validation(np.load(groups))
@@ -197,9 +204,14 @@ def keep(
     drops = _drops(copied_paragraphs, begin, len(staying))
     counts: Counter[str] = Counter(documents=len(staying), left_out=int((~staying).sum()))
 
+    apart = set(stays.on_both_sides(len(staying)).tolist())
+    apart_log: list[bytes] = []
+
     def of(wanted: str, log: list[bytes]) -> Iterator[Document]:
         chosen = staying & (is_validation == (wanted == VALIDATION))
         for number, document in enumerate(read_documents(documents)):
+            if wanted == VALIDATION and number in apart:
+                apart_log.append(json.dumps({"id": document.id}).encode() + b"\n")
             if not chosen[number]:
                 continue
             gone = drops.get(begin + number)
@@ -225,8 +237,9 @@ def keep(
     for name in SPLITS:
         counts[f"{name}_bytes"] = 0
         counts[name] = write_documents(out[name], measured(of(name, log), name))
-    with whole_file(out["copied"]) as file:
-        file.writelines(log)
+    for name, lines in (("copied", log), ("apart", apart_log)):
+        with whole_file(out[name]) as file:
+            file.writelines(lines)
     return dict(counts)
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.files import write_json
+from common.files import file_hash, whole_file, write_json
 from data_prep.config import DataPrep, describe
 from data_prep.packing import SPECIAL_TOKENS
 from data_prep.rows import Part
 from data_prep.shard_writer import token_dtype
-from data_prep.shards import FORMAT_VERSION, MANIFEST_NAME
-from data_prep.split import SPLITS
+from data_prep.shards import FORMAT_VERSION, MANIFEST_NAME, TOKEN_COUNTS_NAME
+from data_prep.split import SPLITS, TRAIN
 from data_prep.token_files import TokenFile
 
 
@@ -37,6 +37,7 @@ def write_manifest(
     twice.
     """
     excluded = [*tokenizer["special_ids"].values(), *tokenizer["excluded_ids"]]
+    splits = {split: _split(config, split, shards, files, excluded) for split in SPLITS}
     manifest = {
         "format": FORMAT_VERSION,
         "row_tokens": config.row_tokens,
@@ -46,9 +47,9 @@ def write_manifest(
         "tokenizer": tokenizer,
         "configuration": describe(config, max_length),
         "inputs": inputs,
-        "splits": {
-            split: _split(config.row_tokens, split, shards, files, excluded) for split in SPLITS
-        },
+        "token_counts": _write_token_counts(folder, tokenizer["vocab_size"], files),
+        "totals": _totals(config.row_tokens, list(splits.values())),
+        "splits": splits,
     }
     write_json(folder / MANIFEST_NAME, manifest)
     return manifest
@@ -64,8 +65,26 @@ def unigram_entropy(counts: NDArray[np.int64]) -> float:
     return round(float(-(shares * np.log(shares)).sum()), 9)
 
 
+def _write_token_counts(
+    folder: Path, vocab_size: int, files: Mapping[Part, Sequence[TokenFile]]
+) -> dict[str, Any]:
+    """How often each token occurs in training, by source, (sources, vocab_size) int64, as a file.
+
+    Returns its entry in the manifest. Token-aware masking weights tokens by it.
+    """
+    sources = sorted(source for split, source in files if split == TRAIN)
+    counts = np.zeros((len(sources), vocab_size), np.int64)
+    for row, source in zip(counts, sources, strict=True):
+        for tokens in files[TRAIN, source]:
+            row += tokens.counts()
+    path = folder / TOKEN_COUNTS_NAME
+    with whole_file(path) as file:
+        np.save(file, counts)
+    return {"sha256": file_hash(path), "sources": sources}
+
+
 def _split(
-    row_tokens: int,
+    config: DataPrep,
     split: str,
     shards: Mapping[Part, Sequence[dict[str, Any]]],
     files: Mapping[Part, Sequence[TokenFile]],
@@ -75,21 +94,30 @@ def _split(
     occurrences: Any = 0
     for part in sorted(part for part in shards if part[0] == split):
         _compare(part, shards[part], files[part])
-        sources[part[1]] = _totals(row_tokens, shards[part]) | {"shards": list(shards[part])}
+        sources[part[1]] = _of_part(config, shards[part])
         occurrences = occurrences + sum(file.counts() for file in files[part])
     counts = np.array(occurrences, np.int64, ndmin=1)
     if sources:
         counts[excluded] = 0
-    return _totals(row_tokens, list(sources.values())) | {
+    return _totals(config.row_tokens, list(sources.values())) | {
         "unigram_entropy": unigram_entropy(counts),
         "sources": sources,
     }
 
 
+def _of_part(config: DataPrep, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entry of a split and source; `least_rows`: no packing of its pieces has fewer."""
+    entry = _totals(config.row_tokens, [shard | {"least_rows": 0} for shard in shards])
+    least = max(
+        -(-entry["tokens"] // config.row_tokens), -(-entry["pieces"] // config.max_documents)
+    )
+    return entry | {"least_rows": least, "shards": list(shards)}
+
+
 def _totals(row_tokens: int, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     totals = {
         name: sum(part[name] for part in parts)
-        for name in ("rows", "tokens", "documents", "pieces")
+        for name in ("rows", "least_rows", "tokens", "documents", "pieces")
     }
     slots = totals["rows"] * row_tokens
     return totals | {"fill": round(totals["tokens"] / slots, 6) if slots else 0.0}

@@ -29,6 +29,7 @@ _COLUMNS = ("note_id", "subject_id", "hadm_id", "note_type", "note_seq", "chartt
 _PUBLISHED_NOTES = {"discharge": (331_793, 331_794), "radiology": (2_321_355,)}
 _NOTES_OF_2_1 = {"discharge": 357_289, "radiology": 2_471_881}
 _REDACTED = re.compile(r"(?<!_)___(?!_)")
+_TIME = re.compile(r"\d{4}-[01]\d-[0-3]\d( [0-2]\d:[0-5]\d:[0-5]\d)?")
 _COLUMN_NAME = re.compile(r"[a-z_]{1,30}")
 # Python's own limit for a field is 128 KiB; a discharge summary may be longer.
 _LONGEST_FIELD = min(sys.maxsize, 2**31 - 1)
@@ -50,7 +51,8 @@ def documents(
     one subject share a group across both files; a hash is 16 hexadecimal digits of BLAKE2b. The
     hashes keep identifiers out of file names and reports; they are no protection against somebody
     who has MIMIC's identifiers.
-    meta: `note_type`, `note_seq` (int or None), `chart_year` (int or None, shifted by MIMIC),
+    meta: `note_type`, `note_seq` (int or None), `charttime` (as MIMIC writes it, shifted by subject
+    for all of their notes alike; None for anything that is no time),
     `admission` (hash of hadm_id, None where it is missing), `characters`.
     `counts` gets added: `records` = `documents` + `without_text` (white space only).
     Raises InputError for a missing column, a damaged or truncated file, a malformed record and,
@@ -94,7 +96,7 @@ def _document(record: dict[str, str], source: str, redaction: str | None) -> Doc
         meta={
             "note_type": record["note_type"],
             "note_seq": int(record["note_seq"]) if record["note_seq"].isdecimal() else None,
-            "chart_year": _year(record["charttime"]),
+            "charttime": record["charttime"] if _TIME.fullmatch(record["charttime"]) else None,
             "admission": _hash(record["hadm_id"]) if record["hadm_id"] else None,
             "characters": len(text),
         },
@@ -191,8 +193,3 @@ def _check_distinct(path: Path, hashes: "array.array[int]") -> None:
 
 def _hash(identifier: str) -> str:
     return hashlib.blake2b(identifier.encode(), digest_size=8).hexdigest()
-
-
-def _year(charttime: str) -> int | None:
-    match = re.match(r"(\d{4})-", charttime)
-    return int(match[1]) if match else None

@@ -6,6 +6,7 @@
                                                                  documents/<source>/NNNNN-PPPP.…
     evaluation … kept  what is left out, and the split (`data_prep.cleaning`)
                                                                  kept/<split>/<source>/….parquet
+    statistics numbers of the kept documents for the data card   statistics/<split>/<source>/…json
     sample     training documents to train the tokenizer on      sample/<source>/….parquet
     tokenizer  trained on them, or copied                        tokenizer/
     tokens     ids of every kept document                        tokens/<split>/<source>/…/
@@ -28,6 +29,7 @@ import numpy as np
 from common.counter_random import derive_key
 from common.files import file_hash, only_user_of, remove_leftovers, wait_for_workers
 from data_prep import mimic, tasks
+from data_prep.card.statistics import write_statistics
 from data_prep.cleaning import Cleaning
 from data_prep.config import DataPrep, check
 from data_prep.document import InputError, read_documents
@@ -98,6 +100,7 @@ def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     for stage in pipeline.cleaning.stages():
         do(stage())
     pipeline.require_documents()
+    do(pipeline.statistics())
     if trains:
         do(pipeline.sample())
     do(pipeline.tokenizer())
@@ -175,7 +178,8 @@ class Pipeline:
         if length:
             of_length: dict[str, Callable[[int], Stage]] = {"plan": self.plan, "rows": self.rows}
             return of_length[kind](int(length))
-        others = [self.scan, self.fold, self.documents, self.sample, self.tokenizer, self.tokens]
+        others = [self.scan, self.fold, self.documents, self.statistics, self.sample]
+        others += [self.tokenizer, self.tokens]
         stages = {found.__name__: found for found in [*others, *self.cleaning.stages()]}
         return stages[name]()
 
@@ -243,6 +247,17 @@ class Pipeline:
             f"{self.config.raw_dir}: the inputs hold no document with text to train on; see the "
             f"counts in {self.out / 'kept' / 'summary.json'}"
         )
+
+    def statistics(self) -> Stage:
+        """What the data card says of the kept documents."""
+        todo = []
+        for split in SPLITS:
+            for file in self.files:
+                name = f"{split}/{file.stem}.json"
+                out = self.out / "statistics" / name
+                write = partial(write_statistics, self._kept(split, file), out)
+                todo.append(Task(f"{split}/{file.source}", (name,), write))
+        return self._stage("statistics", todo)
 
     def sample(self) -> Stage:
         """The documents that a tokenizer may be trained on, from each file."""

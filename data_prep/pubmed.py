@@ -19,6 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from common.files import file_hash
 from data_prep.document import Document, InputError
 from data_prep.language import identify
-from data_prep.pubmed_text import section_of, text_of, without_brackets
+from data_prep.pubmed_text import section_of, term_of, text_of, without_brackets
 
 _RECORD, _DELETION, _BOOK = "MedlineCitation", "DeleteCitation", "PubmedBookArticle"
 # Roots that say "PubMed" by themselves, so that they may hold no record at all.
@@ -43,6 +44,9 @@ _SIDECARS = (
 # "Retraction of Publication" to "Retraction Notice" and kept the identifier.
 _RETRACTED = {"D016441", "Retracted Publication"}
 _RETRACTION_NOTICE = {"D016440", "Retraction of Publication", "Retraction Notice"}
+_FOUR_DIGITS = re.compile(r"\d{4}")
+_ARTICLE = "article"
+_IDENTIFIED_DOCUMENTS = 1024
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def scan(path: Path) -> Scan:
     deleted: list[tuple[int, int]] = []
     for element in _elements(path):
         if element.tag == _RECORD:
-            records.append(_key(path, len(records), element.find("PMID")))
+            records.append(_key(path, len(records), _pmid(element)))
         elif element.tag == _DELETION:
             deleted.extend(_key(path, len(records), pmid) for pmid in element.iter("PMID"))
     return Scan(*_arrays(records), *_arrays(deleted))
@@ -147,6 +151,27 @@ def documents(
     Raises InputError like `scan`, and when the file has changed since it was scanned.
     """
     counts = Counter() if counts is None else counts
+    candidates = _candidates(
+        path, positions, keep_retracted, other_abstracts, vernacular_titles, counts
+    )
+    for kind, document in _in_languages(candidates, languages, counts) if languages else candidates:
+        counts["documents"] += 1
+        if kind != _ARTICLE:
+            counts[kind] += 1
+        else:
+            counts["title_only"] += not document.meta["has_abstract"]
+        yield document
+
+
+def _candidates(
+    path: Path,
+    positions: NDArray[np.int64],
+    keep_retracted: bool,
+    other_abstracts: Sequence[str],
+    vernacular_titles: bool,
+    counts: Counter[str],
+) -> Iterator[tuple[str, Document]]:
+    """The documents of all languages, each with the count that it belongs to, or _ARTICLE."""
     wanted = set(positions.tolist())
     position = -1
     for element in _elements(path):
@@ -164,23 +189,31 @@ def documents(
             counts["without_text"] += 1
         elif is_left_out:
             counts["retracted"] += 1
-        elif (found := _in_languages(article, languages, otherwise="en")) is None:
-            counts["other_language"] += 1
         else:
-            counts["documents"] += 1
-            counts["title_only"] += not found.meta["has_abstract"]
-            yield found
-        if is_left_out or not (other_abstracts or vernacular_titles):
-            continue
-        for name, document in _parts(article, element, other_abstracts, vernacular_titles):
-            found = _in_languages(document, languages, otherwise=None)
-            counts["other_language_parts"] += found is None
-            if found is not None:
-                counts["documents"] += 1
-                counts[name] += 1
-                yield found
+            yield _ARTICLE, article
+        if (other_abstracts or vernacular_titles) and not is_left_out:
+            yield from _parts(article, element, other_abstracts, vernacular_titles)
     if wanted and max(wanted) > position:
         raise InputError(f"{path} has lost records since it was scanned; run the stage again")
+
+
+def _in_languages(
+    candidates: Iterator[tuple[str, Document]], languages: Sequence[str], counts: Counter[str]
+) -> Iterator[tuple[str, Document]]:
+    """The candidates in one of `languages`, which gets into their meta; the others are counted.
+
+    A text that cannot be told counts as English where it is an article's.
+    """
+    # Many at a time: between other work, the identifier's tables would leave the processor's cache.
+    while batch := list(islice(candidates, _IDENTIFIED_DOCUMENTS)):
+        found = [identify(document.text) for _, document in batch]
+        for (kind, document), language in zip(batch, found, strict=True):
+            is_article = kind == _ARTICLE
+            if (language or ("en" if is_article else None)) in languages:
+                document.meta["language"] = language
+                yield kind, document
+            else:
+                counts["other_language" if is_article else "other_language_parts"] += 1
 
 
 def _age(path: Path) -> tuple[int, int, str]:
@@ -259,10 +292,8 @@ def _elements(path: Path) -> Iterator[Any]:
         )
 
 
-def _forget(element: Any) -> None:
-    """Free an element and all that stands before it; emptying it alone would leave its husk."""
-    element.clear()
-    node = element
+def _forget(node: Any) -> None:
+    """Free all that stands before an element; itself goes when the next one is done with."""
     while (parent := node.getparent()) is not None:
         while node.getprevious() is not None:
             del parent[0]
@@ -315,18 +346,23 @@ def _is_deleted(
     return (unique[slot] == keys) & (np.arange(len(keys)) < furthest[slot])
 
 
+def _pmid(citation: Any) -> Any:
+    return next((part for part in citation if part.tag == "PMID"), None)
+
+
 def _document(path: Path, position: int, citation: Any) -> Document:
-    pmid, version = _key(path, position, citation.find("PMID"))
-    parts = citation.find("Article")
-    parts = () if parts is None else parts
+    pmid, version = _key(path, position, _pmid(citation))
+    # To go over all children is faster than to ask for one by its name.
+    record = {part.tag: part for part in citation}
+    parts = list(record.get("Article", ()))
     article = {part.tag: part for part in parts}
     title = without_brackets(text_of(article.get("ArticleTitle")))
     abstract = article.get("Abstract", ())
-    sections = [section_of(child) for child in abstract if child.tag == "AbstractText"]
+    sections = [section_of(part) for part in abstract if part.tag == "AbstractText"]
     body = [line for line, _ in sections if line]
-    kinds = [(kind.get("UI"), text_of(kind)) for kind in article.get("PublicationTypeList", ())]
+    kinds = [(kind.get("UI"), term_of(kind)) for kind in article.get("PublicationTypeList", ())]
     marks = {mark for kind in kinds for mark in kind}
-    links = citation.iterfind("CommentsCorrectionsList/CommentsCorrections")
+    links = {link.get("RefType") for link in record.get("CommentsCorrectionsList", ())}
     identifier = f"pubmed-{pmid}"
     return Document(
         id=identifier,
@@ -335,13 +371,12 @@ def _document(path: Path, position: int, citation: Any) -> Document:
         text="\n".join([title, *body] if title else body),
         meta={
             "year": _year(article.get("Journal")),
-            "languages": [text_of(part).lower() for part in parts if part.tag == "Language"],
+            "languages": [term_of(part).lower() for part in parts if part.tag == "Language"],
             "publication_types": [name for _, name in kinds],
             "has_abstract": bool(body),
             "truncated": any(was_truncated for _, was_truncated in sections),
-            "retracted": bool(marks & _RETRACTED)
-            or any(link.get("RefType") == "RetractionIn" for link in links),
-            "retraction_notice": bool(marks & _RETRACTION_NOTICE),
+            "retracted": "RetractionIn" in links or not _RETRACTED.isdisjoint(marks),
+            "retraction_notice": not _RETRACTION_NOTICE.isdisjoint(marks),
             "version": version,
             "file": path.name,
         },
@@ -383,31 +418,16 @@ def _part(article: Document, name: str, text: str, meta: dict[str, Any]) -> Docu
     return replace(article, id=f"{article.id}-{name}", text=text, meta=article.meta | meta)
 
 
-def _in_languages(
-    document: Document, languages: Sequence[str], otherwise: str | None
-) -> Document | None:
-    """The document, with its language in meta, if that is one of `languages`.
-
-    `otherwise` is what it counts as where its language cannot be told.
-    """
-    if not languages:
-        return document
-    language = identify(document.text)
-    if (language or otherwise) not in languages:
-        return None
-    return replace(document, meta=document.meta | {"language": language})
-
-
 def _year(journal: Any) -> int | None:
     """The year of publication: `Year`, or the first one in a `MedlineDate` such as 1998 Dec-1999.
 
     PubDate is the journal issue's; `ArticleDate`, which may be a year earlier, is not always there.
     """
-    date = None if journal is None else journal.find("JournalIssue/PubDate")
-    if date is None:
-        return None
-    match = re.search(r"\d{4}", date.findtext("Year") or date.findtext("MedlineDate") or "")
-    return int(match[0]) if match else None
+    for date in () if journal is None else journal.iter("Year", "MedlineDate"):
+        match = _FOUR_DIGITS.search(date.text or "")
+        if match:
+            return int(match[0])
+    return None
 
 
 def _is_about_retraction(document: Document) -> bool:

@@ -15,6 +15,7 @@ stays where it stands), after `text.normalise`. Beyond that only this is taken a
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from lxml import etree
@@ -27,6 +28,7 @@ _MATHML_TWINS = frozenset(f"{_MATHML}{name}" for name in ("annotation", "annotat
 # White space as MathML means it (3.0, 2.1.7): a no-break or thin space is text.
 _MATHML_SPACE = " \t\r\n"
 _TRUNCATION = re.compile(r"\(ABSTRACT TRUNCATED(?: AT \d+ WORDS)?\)$")
+_TRUNCATION_ENDS = (" WORDS)", "TRUNCATED)")
 _TRANSLATED = re.compile(r"\[(.+)\] ?([.?!]?)")
 # Where a notice begins: with a sentence, by a mark and a year or by Wiley's formula.
 _NOTICE = re.compile(
@@ -35,8 +37,6 @@ _NOTICE = re.compile(
     r"|This article is protected by copyright\b)"
 )
 _NOTICE_CHARACTERS = 250
-# Cheap to look for, and there in every notice.
-_MARK = re.compile(r"©|opyright|\([cC]\)")
 # The words of a notice that do not begin with a capital or a digit; a sentence has others.
 _SMALL_WORDS = (
     "a all and article behalf by copyright de del der domain et exclusive for has in is la le "
@@ -44,6 +44,7 @@ _SMALL_WORDS = (
     "von with work y"
 )
 _NOTICE_WORDS = frozenset(_SMALL_WORDS.split())
+_normalise_term = lru_cache(maxsize=4096)(normalise)
 
 
 def text_of(element: Any) -> str:
@@ -53,15 +54,20 @@ def text_of(element: Any) -> str:
     return normalise("".join(_parts(element)) if len(element) else element.text or "")
 
 
+def term_of(element: Any) -> str:
+    """`text_of` for an element that holds one of a few terms, which are remembered."""
+    return text_of(element) if len(element) else _normalise_term(element.text or "")
+
+
 def section_of(element: Any) -> tuple[str, bool]:
     """A section of an abstract as one line, and whether a truncation mark was taken off it.
 
     `LABEL: text` where it is labelled; empty where it has no text, whatever its label.
     """
     whole = text_of(element)
-    cut = _TRUNCATION.sub("", whole)
+    cut = _TRUNCATION.sub("", whole) if whole.endswith(_TRUNCATION_ENDS) else whole
     text = without_copyright(cut).rstrip()
-    label = normalise(element.get("Label", ""))
+    label = _normalise_term(element.get("Label", ""))
     return (f"{label}: {text}" if label and text else text), cut != whole
 
 
@@ -73,9 +79,11 @@ def without_copyright(text: str) -> str:
     names, numbers and the few small words of such notices. So `©2018 AACR.` goes, and a sentence
     about a copyright, a list with an item (c), and all that stands before the notice stay.
     """
-    begin = max(0, len(text) - _NOTICE_CHARACTERS)
-    if not _MARK.search(text, begin):
+    end = text[-_NOTICE_CHARACTERS:]
+    # Cheap to look for, and one of these is in every notice.
+    if not ("©" in end or "opyright" in end or "(c)" in end or "(C)" in end):
         return text
+    begin = len(text) - len(end)
     for notice in _NOTICE.finditer(text, begin):
         words = re.findall(r"[^\W\d_]+", text[notice.end() :])
         if all(word[0].isupper() or word in _NOTICE_WORDS for word in words):
@@ -88,7 +96,7 @@ def without_brackets(title: str) -> str:
 
     Only where the first bracket closes at the very end: `[18F]CFA as a probe [PET].` stays.
     """
-    match = _TRANSLATED.fullmatch(title)
+    match = _TRANSLATED.fullmatch(title) if title.startswith("[") else None
     if match is None:
         return title
     depth = 1

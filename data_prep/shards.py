@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+TOKEN_COUNTS_NAME = "token_counts.npy"
 TOKENIZER_FILE = "tokenizer.json"
 
 # The parts of a sample, in the order in which they lie in the tar.
@@ -186,8 +187,34 @@ class DataSet:
         )
         return tokens, documents
 
+    def token_counts(self) -> dict[str, NDArray[np.int64]]:
+        """How often each token occurs in each source's training documents, (vocab_size,) each.
+
+        The [CLS] and [SEP] that rows add are not counted. Raises DataError when the file is not the
+        manifest's, or the manifest, an older one, has none.
+        """
+        entry = self.manifest.get("token_counts")
+        if entry is None:
+            raise DataError(
+                f"{self.folder / MANIFEST_NAME} names no counts of tokens, for it was made before "
+                "there were any; the same python -m data_prep adds them"
+            )
+        path = self.folder / TOKEN_COUNTS_NAME
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from None
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise DataError(f"{path} is not what {MANIFEST_NAME} says; {_REMEDY}")
+        return dict(zip(entry["sources"], _load_array(content), strict=True))
+
     def verify(self) -> None:
-        """Read every shard whole and compare its sha256 with the manifest's; DataError if not."""
+        """Read every shard whole and compare its sha256 with the manifest's; DataError if not.
+
+        The counts of tokens, too, where the manifest names them.
+        """
+        if "token_counts" in self.manifest:
+            self.token_counts()
         for parts in self.manifest["splits"].values():
             for entry in parts["sources"].values():
                 for shard in entry["shards"]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from common.config import config_to_dict
 from common.files import write_json
+from data_prep.card.terms import ALL_TERMS
 from data_prep.cleaning import add_cleaning_keys
 from data_prep.config import DataPrep
 from data_prep.inputs import EvaluationInput, Input
@@ -14,7 +15,7 @@ from data_prep.shards import FORMAT_VERSION
 from data_prep.stages import Stage, stage_key
 
 # Raised when a stage makes something else of the same input; results of an older one are redone.
-VERSION = 3
+VERSION = 4
 
 # In out_dir: the hashes of what decided the stages, for the next run to compare.
 SETTINGS_FILE = "settings.json"
@@ -55,6 +56,7 @@ def stage_keys(
     }
     add("documents", "fold", inputs=[source.description() for source in inputs], **made)
     add_cleaning_keys(config, evaluation_inputs, add)
+    add("statistics", "kept", terms=ALL_TERMS)
     if tokenizer is not None:
         add("tokenizer", description=tokenizer)
     else:

@@ -114,7 +114,7 @@ class Stage:
             for output in task.outputs:
                 (self.folder / output).parent.mkdir(parents=True, exist_ok=True)
             counts = task.run()
-            write_json(marker, {"counts": counts, "sizes": self._sizes(task)})
+            write_json(marker, {"counts": counts, "sizes": self.sizes(index)})
 
     def finish(self) -> list[Counts]:
         """Write the summary once all tasks are done; returns the counts of each."""
@@ -131,7 +131,7 @@ class Stage:
         if not self._marker(index).is_file():
             return None
         record = self._record(index)
-        return record["counts"] if record["sizes"] == self._sizes(self.tasks[index]) else None
+        return record["counts"] if record["sizes"] == self.sizes(index) else None
 
     def _marker(self, index: int) -> Path:
         return self._markers / f"{index:06d}.json"
@@ -139,8 +139,9 @@ class Stage:
     def _record(self, index: int) -> dict[str, Any]:
         return json.loads(self._marker(index).read_text(encoding="utf-8"))
 
-    def _sizes(self, task: Task) -> dict[str, int]:
-        paths = [path for output in task.outputs for path in self._files(output)]
+    def sizes(self, index: int) -> dict[str, int]:
+        """The bytes of each file that task `index` has written, by its path in the folder."""
+        paths = [path for output in self.tasks[index].outputs for path in self._files(output)]
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
     def _files(self, output: str) -> list[Path]:

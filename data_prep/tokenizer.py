@@ -15,6 +15,7 @@ import io
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.files import whole_folder, write_json
 from data_prep.document import Document, InputError
-from data_prep.tokenizer_export import ESCAPES, SPECIAL_TOKENS, fast_tokenizer
+from data_prep.encoding import WordEncoder
+from data_prep.tokenizer_export import ESCAPES, SPECIAL_TOKENS, fast_tokenizer, is_word_by_word
 from data_prep.tokenizer_sample import draw_sample
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
@@ -43,6 +45,8 @@ _LINE = re.compile(r"(?s).{1,1000}(?:\Z|(?<! )(?= ))|.{1,1000}")
 # SentencePiece's trainer writes this for an unknown character and drops a line that holds it, so it
 # is taken out, of what is trained on only.
 _TRAINER_UNKNOWN = "\u2585"
+_word_encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, WordEncoder]
+_word_encoders = weakref.WeakKeyDictionary()
 _UNUSED = re.compile(r"[\[<]\|?unused[ _-]?\d+\|?[\]>]", re.IGNORECASE)
 
 
@@ -130,9 +134,17 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[NDA
     Each is (tokens,) uint16 where the vocabulary has at most 65,536 ids, else uint32. A literal
     `[MASK]` in a text is text here: no special id is ever returned for it (called directly, the
     tokenizer does match it, which filling a mask needs). Other added tokens are matched as always.
+    One that was trained here is asked for every different word once (`data_prep.encoding`).
+
     Uses the tokenizers library's threads; not for two threads and one `tokenizer`.
     """
-    dtype = np.uint16 if _real_vocab_size(tokenizer) <= 2**16 else np.uint32
+    if is_word_by_word(tokenizer.backend_tokenizer):
+        return _word_encoder(tokenizer).encode(texts)
+    dtype = _id_dtype(tokenizer)
+    return [np.array(ids, dtype) for ids in _encode_plain(tokenizer, texts)]
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     backend = tokenizer.backend_tokenizer
     truncation, padding = backend.truncation, backend.padding
     match_special = backend.encode_special_tokens
@@ -147,7 +159,22 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[NDA
             backend.enable_truncation(**truncation)
         if padding:
             backend.enable_padding(**padding)
-    return [np.array(encoding.ids, dtype) for encoding in encodings]
+    return [encoding.ids for encoding in encodings]
+
+
+def _word_encoder(tokenizer: PreTrainedTokenizerFast) -> WordEncoder:
+    """The encoder that remembers the words of `tokenizer`, as long as there is a tokenizer."""
+    if tokenizer not in _word_encoders:
+        # A reference to the tokenizer would keep it.
+        proxy = weakref.proxy(tokenizer)
+        _word_encoders[tokenizer] = WordEncoder(
+            lambda words: _encode_plain(proxy, words), _id_dtype(tokenizer)
+        )
+    return _word_encoders[tokenizer]
+
+
+def _id_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if _real_vocab_size(tokenizer) <= 2**16 else np.uint32)
 
 
 def describe(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

@@ -22,6 +22,7 @@ of `▁` (which makes a cache of words possible, hence speed) prevents no merge.
 """
 
 from itertools import pairwise
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -57,10 +58,8 @@ def fast_tokenizer(model: bytes) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Replace(*pair) for pair in (*ESCAPES, (" ", SPACE))]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*"), "isolated")
+    tokenizer.normalizer = _normalizer()
+    tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),
@@ -82,6 +81,34 @@ def fast_tokenizer(model: bytes) -> Tokenizer:
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
     )
     return tokenizer
+
+
+def is_word_by_word(tokenizer: Tokenizer) -> bool:
+    """Whether `tokenizer` is one of `fast_tokenizer`'s, so that a text's ids are its words' ids.
+
+    That is so as long as special tokens are not matched in the text.
+    """
+    added = tokenizer.get_added_tokens_decoder().values()
+    return (
+        _state(tokenizer.normalizer) == _state(_normalizer())
+        and _state(tokenizer.pre_tokenizer) == _state(_pre_tokenizer())
+        and isinstance(tokenizer.model, BPE)
+        and tokenizer.model.dropout is None
+        and all(token.special for token in added)
+    )
+
+
+def _normalizer() -> normalizers.Normalizer:
+    pairs = (*ESCAPES, (" ", SPACE))
+    return normalizers.Sequence([normalizers.Replace(*pair) for pair in pairs])
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*"), "isolated")
+
+
+def _state(part: Any) -> bytes | None:
+    return None if part is None else part.__getstate__()
 
 
 def merge_rules(pieces: list[str]) -> list[tuple[str, str]]:

@@ -62,6 +62,8 @@ def report(out_dir: Path, others: Sequence[str], documents: int = 2000) -> list[
         texts = _sample(sorted((folder / source).glob("*.parquet")), documents)
         if texts:
             found += [_measure(name, one, source, texts) for name, one in tokenizers.items()]
+    if not found:
+        raise InputError(f"{folder} holds no documents; prepare with validation_share above 0")
     return found
 
 

@@ -1,6 +1,7 @@
 """Time the kernels against memory, against PyTorch and against whatever else is installed.
 
-    python -m kernels.benchmark [--op NAME] [--tokens N] [--csv FILE] [--plot DIR]
+    python -m kernels.benchmark [--op NAME] [--tokens N ...] [--csv FILE] [--plot DIR]
+    python -m kernels.benchmark --tune [--csv FILE]
 
 Base sizes in bf16. A figure is the median of replays of a CUDA graph, so that launch time stays
 out; input sets are rotated until they exceed the L2 cache several times. Bandwidth counts the bytes
@@ -9,12 +10,13 @@ time these bytes and the floating-point operations need at least, by the copy an
 measured in the same run, over the time taken.
 
 `gib` is the peak of memory allocated beside the inputs. What cannot be captured in a graph, because
-it waits for the GPU, is timed by events and marked "launched".
+it waits for the GPU, is timed by events and marked "launched". --tune times the ways in which
+`kernels.local_attention` can be cut up (its `Tuning`) instead of everybody's kernels: block, step,
+warps, stages and registers of the forward, of the queries' and of the keys' half of the backward.
 """
 
 import argparse
 import csv
-import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,8 @@ import triton
 from torch import Tensor
 
 from kernels import benchmark_cases as cases
-from kernels.benchmark_cases import Case
+from kernels.benchmark_attention import make_local, version_of
+from kernels.benchmark_layouts import Case, Outputs
 
 COLUMNS = (
     "op",
@@ -40,7 +43,8 @@ COLUMNS = (
     "share_of_roofline",
     "gib",
 )
-_LINE = "{:22}{:16}{:9}{:22}{:>10}{:>7}{:>6}{:>6}{:>7}"
+_LINE = "{:22}{:22}{:9}{:44}{:>10}{:>7}{:>6}{:>6}{:>7}"
+_PEERS = ("flash-attn-4", "flash-attn", "liger-kernel")
 _REPLAYS = 15
 _CALLS_A_GRAPH = 8
 
@@ -139,7 +143,7 @@ def _peak(call: Callable[[], object]) -> int:
 
 
 def _directions(
-    case: Case, function: Callable[..., cases.Outputs]
+    case: Case, function: Callable[..., Outputs]
 ) -> Iterator[tuple[str, list[Callable[[], object]]]]:
     """The calls of each direction the case has, one for each input set."""
 
@@ -172,7 +176,7 @@ def _directions(
     )
 
 
-def _outputs(value: cases.Outputs) -> list[Tensor]:
+def _outputs(value: Outputs) -> list[Tensor]:
     values = [value] if isinstance(value, Tensor) else list(value)
     return [one for one in values if one.requires_grad]
 
@@ -236,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m kernels.benchmark")
     parser.add_argument("--op", choices=cases.OPERATIONS, help="this operation alone")
     parser.add_argument("--tokens", type=int, nargs="+", default=[65_536], help="of a micro-batch")
+    parser.add_argument("--tune", action="store_true", help="ways to cut up local_attention")
     parser.add_argument("--csv", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="write one picture an operation into this folder")
     options = parser.parse_args(arguments)
@@ -248,30 +253,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch._functorch.config.donated_buffer = False
     # One stream for everything: backward runs where forward ran, and a graph captures one stream.
     with torch.cuda.stream(torch.cuda.Stream()):
-        table, header = measure([options.op] if options.op else cases.OPERATIONS, options.tokens)
+        chosen = ["local_attention"] if options.tune else [options.op]
+        operations = chosen if options.op or options.tune else cases.OPERATIONS
+        table, header = measure(operations, options.tokens, options.tune)
     if options.csv:
         write_csv(options.csv, table.rows, header)
     if options.plot:
         plot(options.plot, table.rows, header)
 
 
-def measure(operations: Sequence[str], tokens: Sequence[int]) -> tuple[Table, str]:
+def measure(operations: Sequence[str], tokens: Sequence[int], tune: bool) -> tuple[Table, str]:
     """Everybody's results on these operations, and one line on where they were measured."""
     roofline = measure_roofline()
+    found = {name: version_of(name) for name in _PEERS}
+    peers = "".join(f"{name} {number}, " for name, number in found.items() if number)
     header = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"copy {roofline.copy / 1e12:.2f} TB/s, bf16 product {roofline.product / 1e12:.0f} TFLOP/s"
+        f"{peers}copy {roofline.copy / 1e12:.2f} TB/s, "
+        f"bf16 product {roofline.product / 1e12:.0f} TFLOP/s"
     )
     print(header)
-    for name in ("flash_attn", "liger_kernel"):
-        if importlib.util.find_spec(name) is None:
-            print(f"{name} is not installed: not compared with")
+    for name in (name for name, number in found.items() if number is None):
+        print(f"{name} is not installed: not compared with")
     table = Table(roofline)
     print(_LINE.format(*COLUMNS[:5], "TB/s", "TF/s", "share", "GiB"))
     for count in tokens:
         for name in operations:
             torch._dynamo.reset()
-            for case in cases.make(name, count):
+            for case in make_local(count, tune=True) if tune else cases.make(name, count):
+                if len(tokens) > 1:
+                    case.layout = f"{case.layout}, {count} tokens"
                 run_case(case, table)
     return table, header
 

@@ -1,70 +1,41 @@
 """What `kernels.benchmark` measures: inputs, contestants, and the least that must be done."""
 
-import importlib.util
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from kernels.benchmark_attention import make_global, make_local, version_of
+from kernels.benchmark_layouts import (
+    BF16,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    Case,
+    Outputs,
+    layouts,
+    random_tensor,
+    sets_of,
+)
 from kernels.geglu import geglu, geglu_reference
 from kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.rope import rope, rope_in_place, rope_reference, rope_tables
 from kernels.unpad import Packing, pad, pad_reference, unpad, unpad_reference
 
-OPERATIONS = ("rope", "rope_in_place", "unpad", "layer_norm", "geglu", "linear_cross_entropy")
-HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCABULARY = 12, 64, 768, 1152, 50_368
+OPERATIONS = (
+    "rope",
+    "rope_in_place",
+    "unpad",
+    "layer_norm",
+    "geglu",
+    "linear_cross_entropy",
+    "local_attention",
+    "global_attention",
+)
+INTERMEDIATE, VOCABULARY = 1152, 50_368
 MASKED_SHARE = 0.3
-_BF16 = 2
-# All input sets of a case together: several times the L2 cache of any GPU of today.
-_ROTATED_BYTES = 2**29
-
-Outputs = Tensor | tuple[Tensor, ...] | list[Tensor]
-
-
-@dataclass
-class Case:
-    """One operation on one layout.
-
-    inputs: the input sets; what needs a gradient says so itself. who: each contestant, called with
-    an input set. bytes, flops: the least, by direction. waits: contestants that wait for the GPU.
-    """
-
-    op: str
-    layout: str
-    inputs: list[list[Tensor]]
-    who: dict[str, Callable[..., Outputs]]
-    bytes: dict[str, int]
-    flops: dict[str, int] = field(default_factory=dict)
-    waits: frozenset[str] = frozenset()
-
-
-def layouts(tokens: int) -> dict[str, list[int]]:
-    """Lengths of documents that fill this many tokens, by the name of the layout."""
-    long = min(8192, tokens)
-    return {
-        "full1024": [1024] * (tokens // 1024) or [tokens],
-        "full8192": [long] * (tokens // long),
-        "abstracts": _lognormal(tokens, 250, 0.7, 1024),
-        "notes": _lognormal(tokens, 2200, 0.7, 8192),
-        "skewed": [tokens // 8] * 2 + [16] * ((tokens - 2 * (tokens // 8)) // 16),
-        "code titles": _lognormal(tokens, 25, 0.4, 64),
-    }
-
-
-def _lognormal(tokens: int, median: int, spread: float, longest: int) -> list[int]:
-    generator = torch.Generator().manual_seed(3)
-    lengths: list[int] = []
-    left = tokens
-    while left > 0:
-        drawn = math.exp(torch.randn((), generator=generator).item() * spread) * median
-        lengths.append(max(3, min(round(drawn), longest, left)))
-        left -= lengths[-1]
-    lengths[-1] += left  # a last one shorter than three
-    return lengths
 
 
 def make(name: str, tokens: int) -> Iterator[Case]:
@@ -76,24 +47,13 @@ def make(name: str, tokens: int) -> Iterator[Case]:
         "layer_norm": _layer_norm,
         "geglu": _geglu,
         "linear_cross_entropy": _linear_cross_entropy,
+        "local_attention": make_local,
+        "global_attention": make_global,
     }[name](tokens)
-
-
-def _random(*shape: int, grad: bool = True) -> Tensor:
-    return torch.randn(shape, device="cuda").bfloat16().requires_grad_(grad)
-
-
-def _sets(size: int) -> range:
-    """As many input sets as exceed the cache, each of `size` bytes."""
-    return range(max(2, -(-_ROTATED_BYTES // size)))
 
 
 def _compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
     return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def _installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def _rope_apart_reference(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Outputs:
@@ -103,8 +63,8 @@ def _rope_apart_reference(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tens
 
 def _rope_inputs(tokens: int, grad: bool) -> Iterator[tuple[str, list[int], list[list[Tensor]]]]:
     cos, sin = (table.cuda() for table in rope_tables(8192, HEAD_DIM, 10_000.0))
-    size = tokens * 3 * HIDDEN * _BF16
-    packed = [_random(tokens, 3, HEADS, HEAD_DIM, grad=grad) for _ in _sets(size)]
+    size = tokens * 3 * HIDDEN * BF16
+    packed = [random_tensor(tokens, 3, HEADS, HEAD_DIM, grad=grad) for _ in sets_of(size)]
     for layout, lengths in layouts(tokens).items():
         positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).cuda()
         yield layout, lengths, [[qkv, cos, sin, positions] for qkv in packed]
@@ -112,7 +72,7 @@ def _rope_inputs(tokens: int, grad: bool) -> Iterator[tuple[str, list[int], list
 
 def _rope(tokens: int) -> Iterator[Case]:
     """Queries, keys and values apart, contiguous; backward puts three gradients together."""
-    moved = 6 * tokens * HIDDEN * _BF16
+    moved = 6 * tokens * HIDDEN * BF16
     least = {"forward": moved, "backward": moved, "both": 2 * moved}
     compiled = _compiled(_rope_apart_reference)
     who = {"ours": rope, "reference": _rope_apart_reference, "torch.compile": compiled}
@@ -136,9 +96,9 @@ def _rope_in_place(tokens: int) -> Iterator[Case]:
             "reference": rotate,
             "torch.compile": compiled,
         }
-        if _installed("flash_attn"):
+        if version_of("flash-attn"):
             who["flash-attn"] = _flash_rotary(lengths)
-        moved = {"forward": 4 * tokens * HIDDEN * _BF16}
+        moved = {"forward": 4 * tokens * HIDDEN * BF16}
         yield Case("rope_in_place", layout, inputs, who, moved)
 
 
@@ -162,16 +122,16 @@ def _unpad(tokens: int) -> Iterator[Case]:
         lengths = (torch.rand(rows, generator=generator) * 2 * share * columns).clamp(1, columns)
         mask = (torch.arange(columns) < lengths.int()[:, None]).long().cuda()
         real = int(mask.sum())
-        each = HIDDEN * _BF16 + 8
-        sets = _sets(rows * columns * each)
+        each = HIDDEN * BF16 + 8
+        sets = sets_of(rows * columns * each)
         ids = torch.randint(0, VOCABULARY, mask.shape, device="cuda")
-        padded = [[mask, ids, _random(rows, columns, HIDDEN, grad=False)] for _ in sets]
+        padded = [[mask, ids, random_tensor(rows, columns, HIDDEN, grad=False)] for _ in sets]
         packing, _ = unpad(mask, [], real)
         back: dict[str, Callable[..., Outputs]] = {
             "ours": partial(_pad_all, pad, packing),
             "reference": partial(_pad_all, pad_reference, packing),
         }
-        packed = [[ids.new_zeros(real), _random(real, HIDDEN, grad=False)] for _ in sets]
+        packed = [[ids.new_zeros(real), random_tensor(real, HIDDEN, grad=False)] for _ in sets]
         maps = mask.numel() * (2 * 8 + 4) + real * 4
         layout = f"{rows}x{columns} {real / mask.numel():.0%}"
         yield Case(
@@ -203,7 +163,7 @@ def _unpad_contestants(capacity: int) -> dict[str, Callable[..., Outputs]]:
         "ours": partial(with_maps, unpad),
         "reference": partial(with_maps, unpad_reference),
     }
-    if _installed("flash_attn"):
+    if version_of("flash-attn"):
         from flash_attn.bert_padding import unpad_input
 
         who["flash-attn"] = lambda mask, *values: [unpad_input(v, mask)[0] for v in values]
@@ -211,9 +171,12 @@ def _unpad_contestants(capacity: int) -> dict[str, Callable[..., Outputs]]:
 
 
 def _layer_norm(tokens: int) -> Iterator[Case]:
-    unit = tokens * HIDDEN * _BF16
+    unit = tokens * HIDDEN * BF16
     weight = torch.ones(HIDDEN, device="cuda").bfloat16().requires_grad_()
-    inputs = [[_random(tokens, HIDDEN), _random(tokens, HIDDEN), weight] for _ in _sets(2 * unit)]
+    inputs = [
+        [random_tensor(tokens, HIDDEN), random_tensor(tokens, HIDDEN), weight]
+        for _ in sets_of(2 * unit)
+    ]
     ours, reference = (
         partial(_with_eps, function) for function in (add_layer_norm, add_layer_norm_reference)
     )
@@ -222,6 +185,8 @@ def _layer_norm(tokens: int) -> Iterator[Case]:
         "reference": reference,
         "torch.compile": _compiled(reference),
     }
+    if version_of("liger-kernel"):
+        who["liger, add by PyTorch"] = _liger_layer_norm(HIDDEN)
     least = {"forward": 4 * unit, "backward": 4 * unit, "both": 8 * unit}
     yield Case("layer_norm", "residual add", inputs, who, least)
 
@@ -230,9 +195,21 @@ def _with_eps(function: Callable[..., Outputs], x: Tensor, y: Tensor, weight: Te
     return function(x, y, weight, 1e-5)
 
 
+def _liger_layer_norm(width: int) -> Callable[..., Outputs]:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    bias = torch.zeros(width, device="cuda").bfloat16()
+
+    def add_and_norm(x: Tensor, y: Tensor, weight: Tensor) -> Outputs:
+        total = x + y
+        return liger_layer_norm(total, weight, bias, 1e-5), total
+
+    return add_and_norm
+
+
 def _geglu(tokens: int) -> Iterator[Case]:
-    unit = tokens * INTERMEDIATE * _BF16
-    inputs = [[_random(tokens, 2 * INTERMEDIATE)] for _ in _sets(2 * unit)]
+    unit = tokens * INTERMEDIATE * BF16
+    inputs = [[random_tensor(tokens, 2 * INTERMEDIATE)] for _ in sets_of(2 * unit)]
     who = {"ours": geglu, "reference": geglu_reference, "torch.compile": _compiled(geglu_reference)}
     least = {"forward": 3 * unit, "backward": 5 * unit, "both": 8 * unit}
     yield Case("geglu", "exact erf", inputs, who, least)
@@ -242,20 +219,30 @@ def _linear_cross_entropy(tokens: int) -> Iterator[Case]:
     masked = int(MASKED_SHARE * tokens)
     scaled = 0.02 * torch.randn(VOCABULARY, HIDDEN, device="cuda")
     leaves = [
-        _random(masked, HIDDEN),
+        random_tensor(masked, HIDDEN),
         scaled.bfloat16().requires_grad_(),
         torch.zeros(VOCABULARY, device="cuda").bfloat16().requires_grad_(),
     ]
     labels = torch.randint(0, VOCABULARY, (masked,), device="cuda")
     product = 2 * masked * VOCABULARY * HIDDEN
-    least = 2 * sum(leaf.numel() for leaf in leaves) * _BF16
+    least = 2 * sum(leaf.numel() for leaf in leaves) * BF16
     who: dict[str, Callable[..., Outputs]] = {
         "ours": linear_cross_entropy,
         "reference": linear_cross_entropy_reference,
         "torch.compile": _compiled(linear_cross_entropy_reference),
     }
-    if _installed("liger_kernel"):
+    if version_of("liger-kernel"):
         who["liger"] = _liger_loss
+    half = labels.clone()
+    half[masked // 2 :] = -100
+    yield Case(
+        "linear_cross_entropy",
+        f"{masked}x{VOCABULARY} half filler",
+        [[*leaves, half]],
+        {"ours": partial(linear_cross_entropy, counted=masked // 2)},
+        {"forward": least // 2, "both": least},
+        {"forward": product // 2, "both": 3 * product // 2},
+    )
     yield Case(
         "linear_cross_entropy",
         f"{masked}x{VOCABULARY}",

@@ -51,8 +51,7 @@ def layer_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x: bf16, fp16 or fp32, copied first if it is not contiguous. weight: (D,), any of these; its
     gradient is summed in fp32 and rounded once. Raises TypeError or ValueError otherwise.
     """
-    _check(x_TD, None, weight_D)
-    rows_TD = x_TD.reshape(-1, x_TD.shape[-1]).contiguous()
+    (rows_TD,) = _rows(weight_D, x_TD)
     normed_TD, _, _ = _layer_norm(rows_TD, weight_D, eps)
     return normed_TD.view(x_TD.shape)
 
@@ -64,18 +63,14 @@ def add_layer_norm(
 
     As `layer_norm`; residual has the shape and dtype of x.
     """
-    _check(x_TD, residual_TD, weight_D)
-    width = x_TD.shape[-1]
-    normed_TD, sum_TD, _, _ = _add_layer_norm(
-        x_TD.reshape(-1, width).contiguous(),
-        residual_TD.reshape(-1, width).contiguous(),
-        weight_D,
-        eps,
-    )
+    rows_TD, residual_rows_TD = _rows(weight_D, x_TD, residual_TD)
+    normed_TD, sum_TD, _, _ = _add_layer_norm(rows_TD, residual_rows_TD, weight_D, eps)
     return normed_TD.view(x_TD.shape), sum_TD.view(x_TD.shape)
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+def _rows(weight: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """One or two inputs as contiguous (rows, D), once they are found to fit the weight."""
+    x, other = inputs[0], inputs[-1]
     kinds = (torch.bfloat16, torch.float16, torch.float32)
     if x.dtype not in kinds or weight.dtype not in kinds:
         raise TypeError(
@@ -85,11 +80,12 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
         raise ValueError(
             f"a weight of {tuple(weight.shape)} does not fit an input of {tuple(x.shape)}"
         )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+    if other.shape != x.shape or other.dtype != x.dtype:
         raise ValueError(
-            f"the residual is {tuple(residual.shape)} {residual.dtype}, "
+            f"the residual is {tuple(other.shape)} {other.dtype}, "
             f"the input {tuple(x.shape)} {x.dtype}; they must be alike"
         )
+    return [value.reshape(-1, x.shape[-1]).contiguous() for value in inputs]
 
 
 @triton.jit

@@ -12,7 +12,9 @@ the sum of each row, one reads it again, writes d and sums its columns for the b
 
 The gradients of weight and bias are summed over chunks in fp32, whatever the weight's dtype. Sums
 have a fixed order, without atomics. Rows whose label is −100 are not read in either pass; their d
-is zero.
+is zero. The products do not know them, and a device's count of them could not shape a call of the
+library without being waited for. So whoever fills a list of labels up to a constant length puts the
+filler last and says how many entries are not filler: the rest take part in nothing.
 """
 
 import torch
@@ -22,6 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
+# Rows that count are rounded up to these, for the library's sake.
+_ROWS_MULTIPLE = 64
 # At most so many rows of a chunk × vocabulary: 6,656 rows of 50,368 logits, 640 MiB in bf16. Fewer
 # rows leave the product that makes the gradient of `hidden` with too few tiles for the chip, and
 # add up the weight's gradient more often.
@@ -46,12 +50,17 @@ def linear_cross_entropy_reference(
 
 
 def linear_cross_entropy(
-    hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_M: Tensor
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    labels_M: Tensor,
+    counted: int | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy over labels other than −100, an fp32 scalar.
 
     hidden (M, D), weight (V, D) and bias (V,) of one floating dtype; labels (M,) int64, −100 or
-    below V (not checked: that would wait for the GPU). Logits are computed in that dtype,
+    below V (not checked: that would wait for the GPU). counted: labels from this place on are all
+    −100 (not checked either), and their rows cost nothing. Logits are computed in that dtype,
     everything after them in fp32 (fp64 inputs: in fp64). M may be 0. Differentiable once in all
     but the labels. On a GPU the two passes are Triton kernels, elsewhere and in fp64 PyTorch.
     Raises TypeError or ValueError for other dtypes and shapes.
@@ -59,7 +68,13 @@ def linear_cross_entropy(
     _check(hidden_MD, weight_VD, bias_V, labels_M)
     in_triton = hidden_MD.is_cuda and hidden_MD.dtype != torch.float64
     loss, *_ = _linear_cross_entropy(
-        hidden_MD, weight_VD, bias_V, labels_M, torch.is_grad_enabled(), in_triton
+        hidden_MD,
+        weight_VD,
+        bias_V,
+        labels_M,
+        hidden_MD.shape[0] if counted is None else counted,
+        torch.is_grad_enabled(),
+        in_triton,
     )
     return loss.float()
 
@@ -201,6 +216,7 @@ def _linear_cross_entropy(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
+    counted: int,
     with_gradients: bool,
     in_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -214,8 +230,10 @@ def _linear_cross_entropy(
     grad_bias.zero_()
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     most = max(1, (_ELEMENTS_A_CHUNK if in_triton else _ELEMENTS_A_PLAIN_CHUNK) // vocabulary)
+    buffer = hidden.new_empty((min(rows, most), vocabulary))
+    rows = min(rows, -(-counted // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+    grad_hidden[rows:] = 0
     chunk = -(-rows // max(1, -(-rows // most)))  # as even as can be
-    buffer = hidden.new_empty((chunk, vocabulary))
     losses = torch.zeros(rows, dtype=grad_bias.dtype, device=hidden.device)
     for start in range(0, rows, max(1, chunk)):
         part = slice(start, min(start + chunk, rows))
@@ -248,6 +266,7 @@ def _(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
+    counted: int,
     with_gradients: bool,
     in_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -280,7 +299,7 @@ def _backward(ctx, grad_loss: Tensor, *_: Tensor):  # type: ignore[no-untyped-de
         torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=ctx.dtype))
         for gradient in ctx.saved_tensors
     ]
-    return *scaled, None, None, None
+    return *scaled, None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)

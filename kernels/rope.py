@@ -27,7 +27,6 @@ from torch.library import triton_op, wrap_triton
 
 # Tokens and warps of a program. Measured on one H200 (docs/kernels.md).
 _TILE = (1, 2)
-_POSITIONS_A_PROGRAM = 256
 
 
 def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -43,21 +42,6 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Te
     places = torch.from_numpy(np.arange(positions, dtype=np.float32))
     angles = places[:, None] * frequencies
     return angles.cos(), angles.sin()
-
-
-def positions_from(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """The place of each of T tokens in its document, (T,) int32, without waiting for the device.
-
-    cu_seqlens: (N + 1,) int32, first 0, last T; documents may be empty.
-    """
-    return _positions(cu_seqlens.contiguous(), tokens)
-
-
-def positions_from_reference(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """What `positions_from` computes, in plain PyTorch."""
-    token_T = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
-    document_T = torch.bucketize(token_T, cu_seqlens[1:].contiguous(), right=True)
-    return token_T - cu_seqlens[document_T]
 
 
 def rope_reference(
@@ -82,10 +66,10 @@ def rope(
 
     qkv: (T, 3, H, D) bf16, fp16 or fp32, any even D; copied first if it is not contiguous.
     cos, sin: (P, D / 2) fp32 from `rope_tables`. position_ids: (T,) int32 or int64, each below P
-    (not checked: that would wait for the GPU); `positions_from` makes them from cu_seqlens.
+    (not checked: that would wait for the GPU); `kernels.documents` makes them from cu_seqlens.
     Differentiable in qkv. Raises TypeError or ValueError for other dtypes and shapes.
     """
-    _check(qkv_T3HD, cos_PR, sin_PR, position_ids_T)
+    check_rope("rope", qkv_T3HD, cos_PR, sin_PR, position_ids_T)
     tables = (cos_PR.contiguous(), sin_PR.contiguous(), position_ids_T.contiguous())
     return _rope(qkv_T3HD.contiguous(), *tables)
 
@@ -98,7 +82,7 @@ def rope_in_place(
     As `rope`, but a non-contiguous qkv (ValueError) and one that needs a gradient (RuntimeError)
     are refused.
     """
-    _check(qkv_T3HD, cos_PR, sin_PR, position_ids_T)
+    check_rope("rope_in_place", qkv_T3HD, cos_PR, sin_PR, position_ids_T)
     if qkv_T3HD.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("rope_in_place has no gradient; use rope where one is needed")
     if not qkv_T3HD.is_contiguous():
@@ -109,9 +93,10 @@ def rope_in_place(
     return q_THD, k_THD, v_THD
 
 
-def _check(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
+def check_rope(who: str, qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
+    """Raise TypeError or ValueError, in the name of `who`, for what cannot be turned."""
     if qkv.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"rope takes bf16, fp16 or fp32, not {qkv.dtype}")
+        raise TypeError(f"{who} takes bf16, fp16 or fp32, not {qkv.dtype}")
     if cos.dtype != torch.float32 or sin.dtype != torch.float32:
         raise TypeError(f"the tables must be fp32, not {cos.dtype} and {sin.dtype}")
     if qkv.dim() != 4 or qkv.shape[1] != 3 or qkv.shape[3] % 2:
@@ -183,7 +168,7 @@ def _turn(  # type: ignore[no-untyped-def]
         tl.store(v_out + to + HALF, v_second, mask=inside, cache_modifier=".cs")
 
 
-# Three entries to the same turn. Each names the packed tensor once, so that a compiler sees which
+# Four entries to the same turn. Each names the packed tensor once, so that a compiler sees which
 # whole tensors are written.
 @triton.jit
 def _apart_kernel(  # type: ignore[no-untyped-def]
@@ -225,33 +210,29 @@ def _in_place_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _positions_kernel(cu_seqlens, positions, documents, tokens, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # Binary search for the last document that starts at or before the token. Once found it stays,
-    # so that the number of steps need not follow the number of documents.
-    low = tl.zeros((BLOCK,), tl.int32)
-    high = low + documents
-    for _ in range(0, 31):
-        middle = (low + high + 1) // 2
-        starts_before = tl.load(cu_seqlens + middle) <= token
-        low = tl.where(starts_before, middle, low)
-        high = tl.where(starts_before, high, middle - 1)
-    tl.store(positions + token, token - tl.load(cu_seqlens + low), mask=token < tokens)
+def _queries_and_keys_kernel(  # type: ignore[no-untyped-def]
+    qkv, out, cos, sin, position_ids, tokens,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = HEADS * 2 * HALF
+    _turn(
+        qkv, qkv + WIDTH, qkv, out, out + WIDTH, out, cos, sin, position_ids, tokens,
+        3 * WIDTH, 2 * WIDTH, HEADS, HALF, False, False, BLOCK_T, BLOCK_H, BLOCK_R,
+    )  # fmt: skip
 
 
-@triton_op("clinical_modernbert::positions", mutates_args={})
-def _positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    positions = torch.empty(tokens, dtype=torch.int32, device=cu_seqlens.device)
-    if tokens > 0:
-        wrap_triton(_positions_kernel)[(triton.cdiv(tokens, _POSITIONS_A_PROGRAM),)](
-            cu_seqlens, positions, cu_seqlens.shape[0] - 1, tokens, BLOCK=_POSITIONS_A_PROGRAM
-        )
-    return positions
+def turn_queries_and_keys(
+    qkv: Tensor, out: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> None:
+    """Write turned queries and keys of (T, 3, H, D) to (T, 2, H, D), within an opaque operation.
 
-
-@_positions.register_fake
-def _positions_fake(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    return torch.empty(tokens, dtype=torch.int32, device=cu_seqlens.device)
+    All contiguous, and T at least 1.
+    """
+    tokens, _, heads, head_dim = qkv.shape
+    _queries_and_keys_kernel[(triton.cdiv(tokens, _TILE[0]),)](
+        qkv, out, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
+    )
 
 
 def _sizes(heads: int, head_dim: int) -> dict[str, int]:

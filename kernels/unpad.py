@@ -129,6 +129,7 @@ def _assert_fits(fits: Tensor, capacity: int) -> None:
 
 
 def _gather(tensors: Sequence[Tensor], which: Tensor, inverse: Tensor, fill: float) -> list[Tensor]:
+    """Rows `which` of any number of tensors, as many launches as that takes."""
     gathered: list[Tensor] = []
     for first in range(0, len(tensors), _TENSORS_A_LAUNCH):
         group = [tensor.contiguous() for tensor in tensors[first : first + _TENSORS_A_LAUNCH]]
@@ -162,7 +163,7 @@ def _maps_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Row b's places; beside them its entry in cu_seqlens, and the filler's by turns."""
+    """Row b's places; beside them its entry in cu_seqlens, and its share of the filler's."""
     row = tl.program_id(0)
     before = 0
     total = 0
@@ -178,6 +179,9 @@ def _maps_kernel(  # type: ignore[no-untyped-def]
     for filler in range(row, fillers, rows):
         end = tl.minimum(total + (filler + 1) * columns, capacity)
         tl.store(cu_seqlens + rows + 1 + filler, end)
+    for start in range(total + row * BLOCK, capacity, rows * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        tl.store(index + place, tl.full((BLOCK,), -1, tl.int32), mask=place < capacity)
     base = row.to(tl.int64) * columns
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -252,11 +256,12 @@ def _maps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """index_T, slot_BS, cu_seqlens, and whether the real tokens fit."""
     rows, columns = mask.shape
-    index = torch.full((capacity,), -1, dtype=torch.int32, device=mask.device)
     slot = torch.empty((rows, columns), dtype=torch.int32, device=mask.device)
     if rows == 0:
+        index = torch.full((capacity,), -1, dtype=torch.int32, device=mask.device)
         ends = torch.arange(fillers + 1, dtype=torch.int32, device=mask.device) * columns
         return index, slot, ends.clamp(max=capacity), ends.new_ones((), dtype=torch.bool)
+    index = torch.empty(capacity, dtype=torch.int32, device=mask.device)
     cu_seqlens = torch.empty(rows + 1 + fillers, dtype=torch.int32, device=mask.device)
     fits = torch.empty((), dtype=torch.bool, device=mask.device)
     wrap_triton(_maps_kernel)[(rows,)](

@@ -1,10 +1,15 @@
 """Attention over packed documents: one interface, several backends, chosen once at start.
 
+`attend` takes packed queries, keys and values before the rotary positions and gives what every
+token has seen of its document, the whole of it or a window. How it is computed is a `Choice`: one
+backend for all layers and, where this project's kernels run, `kernels.local_attention` for those
+with a window, which turns queries and keys by itself.
+
 A backend is a function `(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window) -> out_THD`:
 
 - q, k, v (T, H, D): queries and keys after the rotary positions, and values;
 - cu_seqlens (N + 1,) int32: document n is tokens cu_seqlens[n] to cu_seqlens[n + 1], possibly
-  none; the first entry is 0 and the last is T, so that no token lies outside a document;
+  none; the first entry is 0; tokens behind the last get zeros, and no gradient;
 - max_seqlen: no document is longer (a bound, need not be reached);
 - window: tokens a query sees to either side, both ends included, within its document; None is the
   whole document.
@@ -13,17 +18,80 @@ out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document rea
 """
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
+
+from kernels.documents import document_bounds
+from kernels.local_attention import local_attention
+from model.attention_backends import fa2_attention, fa4_attention, varlen_attention
+from model.config import Backend, Local
+from model.rotary import RotaryTables
 
 # Queries that the reference treats together in a long document's window.
 _TILE = 64
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
+
+_INSTALL = {
+    "fa4": "pip install -r requirements-gpu.txt (FlashAttention-4, for Hopper and Blackwell)",
+    "fa2": "pip install --no-build-isolation flash-attn (FlashAttention-2; needs nvcc)",
+}
+
+
+class Choice(NamedTuple):
+    """What computes attention: a name of BACKENDS and, for layers with a window, "kernel" for
+    `kernels.local_attention` or "backend" for the same as elsewhere."""
+
+    backend: str
+    local: str
+
+    def __str__(self) -> str:
+        local = "kernels.local_attention" if self.local == "kernel" else self.backend
+        return f"{self.backend}, in layers with a window {local}"
+
+
+class Documents(NamedTuple):
+    """Where the documents of a packed row lie; bounds_2T only for `kernels.local_attention`."""
+
+    position_ids_T: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    bounds_2T: Tensor | None
+
+
+def describe_documents(
+    position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, choice: Choice
+) -> Documents:
+    """What `attend` needs to know, computed once for all layers."""
+    bounds_2T = None
+    if choice.local == "kernel":
+        bounds_2T = document_bounds(cu_seqlens, position_ids_T.shape[0])
+    return Documents(position_ids_T, cu_seqlens, max_seqlen, bounds_2T)
+
+
+def attend(
+    qkv_T3HD: Tensor,
+    tables: RotaryTables,
+    documents: Documents,
+    window: int | None,
+    choice: Choice,
+) -> Tensor:
+    """Rotary positions and attention: (T, 3, H, D) to (T, H, D), differentiable in qkv."""
+    if window is not None and choice.local == "kernel":
+        assert documents.bounds_2T is not None
+        position_ids_T, bounds_2T = documents.position_ids_T, documents.bounds_2T
+        return local_attention(
+            qkv_T3HD, tables.cos_PR, tables.sin_PR, position_ids_T, bounds_2T, window
+        )
+    q_THD, k_THD, v_THD = tables(qkv_T3HD, documents.position_ids_T)
+    return BACKENDS[choice.backend](
+        q_THD, k_THD, v_THD, documents.cu_seqlens, documents.max_seqlen, window
+    )
 
 
 def reference_attention(
@@ -38,20 +106,17 @@ def reference_attention(
 
     Documents of one length are computed together and no document is padded, so what a document
     gets depends on its own tokens alone, to the last bit, wherever in the row it lies.
-    Reads `cu_seqlens` on the host. Raises ValueError where it does not end at T.
+    Reads `cu_seqlens` on the host.
     """
     qkv_T3HD = torch.stack([q_THD, k_THD, v_THD], dim=1)
     lengths = cu_seqlens.diff().tolist()
-    if sum(lengths) != qkv_T3HD.shape[0]:
-        raise ValueError(
-            f"cu_seqlens spans {sum(lengths)} tokens but there are {qkv_T3HD.shape[0]}: "
-            "tokens outside every document have no result; give padding a document of its own"
-        )
-    pieces = qkv_T3HD.split(lengths)
+    behind = qkv_T3HD.shape[0] - sum(lengths)
+    pieces = qkv_T3HD.split([*lengths, behind])
     alike: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
         alike.setdefault(length, []).append(document)
-    outputs = [piece[:, 2] for piece in pieces]  # stays so for empty documents only
+    # Stays so for empty documents, and what lies behind all documents becomes zeros.
+    outputs = [piece[:, 2] for piece in pieces[:-1]] + [torch.zeros_like(pieces[-1][:, 2])]
     for length, documents in alike.items():
         if length > 0:
             qkv_NL3HD = torch.stack([pieces[document] for document in documents])
@@ -114,31 +179,132 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
         return F.scaled_dot_product_attention(q, k, v, mask)
 
 
-def varlen_attention(
-    q_THD: Tensor,
-    k_THD: Tensor,
-    v_THD: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    window: int | None,
-) -> Tensor:
-    """torch's `varlen_attn` (CUDA, bf16 or fp16)."""
-    size = (-1, -1) if window is None else (window, window)
-    out_THD = varlen_attn(
-        q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=size
-    )
-    assert isinstance(out_THD, Tensor)  # a tuple only where the log-sum-exp is asked for
-    return out_THD
-
-
 BACKENDS: dict[str, Attention] = {
-    "varlen_attn": varlen_attention,
+    "fa4": fa4_attention,
+    "fa2": fa2_attention,
+    "varlen": varlen_attention,
     "reference": reference_attention,
 }
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the best backend for `qkv` of this dtype on this device."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return "varlen_attn"
-    return "reference"
+def choose_attention(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    backend: Backend = "auto",
+    local: Local = "auto",
+) -> Choice:
+    """What computes attention for `qkv` of this dtype and width on this device.
+
+    auto: the first of BACKENDS that can, and the kernel for layers with a window on a GPU. Raises
+    ValueError, with the reason, where something else is asked for by name and cannot.
+    """
+    found = backend
+    if backend == "auto":
+        found = _best_backend(device.type, device.index, dtype, head_dim)
+    elif reason := why_not(backend, device.type, device.index, dtype, head_dim):
+        raise ValueError(f"attention: {backend} cannot be used here: {reason}")
+    in_triton = device.type == "cuda" and dtype != torch.float64 and head_dim <= 256
+    if local == "kernel" and not in_triton:
+        raise ValueError(
+            f"local_attention: kernel needs a CUDA device, bf16, fp16 or fp32 and heads up to 256; "
+            f"here are {device.type}, {dtype} and {head_dim}"
+        )
+    if local == "auto":
+        local = "kernel" if in_triton else "backend"
+    return Choice(found, local)
+
+
+@torch.compiler.assume_constant_result
+def _best_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
+    return next(name for name in BACKENDS if not why_not(name, device, index, dtype, head_dim))
+
+
+def why_not(
+    backend: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """Why a backend cannot be used; None where it can."""
+    if backend == "reference":
+        return None
+    if device != "cuda":
+        return f"it needs a CUDA device, and this is {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bf16 and fp16, not {dtype}"
+    widest, oldest = (128, 9) if backend == "fa4" else (256, 8)
+    if head_dim % 8 or head_dim > widest:
+        return f"its heads are multiples of 8 up to {widest} wide, not {head_dim}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < oldest:
+        return f"it needs compute capability {oldest}.0, and this GPU has {major}.{minor}"
+    package = {"fa4": "flash-attn-4", "fa2": "flash-attn"}.get(backend)
+    if package and not _installed(package):
+        return f"{package} is not installed; {_INSTALL[backend]}"
+    return None
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def what_to_install(
+    choice: Choice, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """One line on a faster backend that this GPU could have, if there is one."""
+    for name in BACKENDS:
+        if name == choice.backend:
+            return None
+        reason = why_not(name, device.type, device.index, dtype, head_dim)
+        if reason and "not installed" in reason:
+            return f"attention would be faster with: {_INSTALL[name]}"
+    return None
+
+
+def check_attention(
+    choice: Choice,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    window: int,
+) -> None:
+    """Compare a choice with the reference on a few documents, gradients included, before a run.
+
+    A vendor's package can be installed and not work: for another CUDA, or compiled on first use.
+    Raises RuntimeError, naming the keys to change; nothing else is chosen in its place.
+    """
+    lengths, behind = [300, *[16] * 8, 1, 0, 77], 5
+    tokens = sum(lengths) + behind
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(tokens, 3, heads, head_dim, generator=generator).to(device, dtype)
+    grad = torch.randn(tokens, heads, head_dim, generator=generator).to(device, dtype)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+    places = torch.cat([torch.arange(n) for n in [*lengths, behind]]).to(device)
+    tables = RotaryTables(512, head_dim, 10_000.0).to(device)
+
+    def run(values: Tensor, which: Choice, seen: int | None) -> list[Tensor]:
+        leaf = values.clone().requires_grad_()
+        documents = describe_documents(places, cu_seqlens, 300, which)
+        out = attend(leaf, tables, documents, seen, which)
+        return [out.detach().float(), torch.autograd.grad(out, leaf, grad.to(out.dtype))[0].float()]
+
+    tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
+    for seen in (None, window):
+        name = choice.local if seen is not None and choice.local == "kernel" else choice.backend
+        try:
+            ours = run(qkv, choice, seen)
+        except Exception as error:
+            raise RuntimeError(f"attention {name} does not run. {_CHANGE}") from error
+        truth = run(qkv.float(), Choice("reference", "backend"), seen)
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True)]
+        if not max(errors) < tolerance:  # NaN too
+            raise RuntimeError(
+                f"attention {name}, window {seen}, is off by {errors[0]:.1e} of its result and "
+                f"{errors[1]:.1e} of its gradient, where {tolerance:.1e} is allowed. {_CHANGE}"
+            )
+
+
+_CHANGE = "Set `attention` to another backend (for a layer with a window, `local_attention`)."

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+# What `model.attention` may be asked for: everywhere, and in layers with a window.
+Backend = Literal["auto", "fa4", "fa2", "varlen", "reference"]
+Local = Literal["auto", "kernel", "backend"]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

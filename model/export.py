@@ -9,7 +9,6 @@ weights, those the model computed with: DeepSpeed saves the fp32 ones there with
 
 import argparse
 import contextlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -18,61 +17,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import file_hash, make_private
+from common.checkpoint_manifest import (
+    DEEPSPEED_FOLDER,
+    DEEPSPEED_TAG,
+    TOKENIZER_FOLDER,
+    CheckpointError,
+    verify,
+)
+from common.files import make_private
 from model.config import ModernBertConfig
 from model.huggingface import ModelError, load_weights, save_pretrained
 from model.modernbert import ModernBertForMaskedLM
-
-_DEEPSPEED = "deepspeed"
-_TAG = "state"
-_FORMAT = 1
 
 
 def export(checkpoint: Path, out: Path) -> None:
     """Write the model of a checkpoint to `out`, whole or not at all.
 
-    checkpoint: a folder with `manifest.json` (which names every file and its sha256), `deepspeed/`
-    and `tokenizer/`. Raises ModelError, naming the folder or the file, for anything else.
+    checkpoint: a folder as `common.checkpoint_manifest` describes it. Raises ModelError, naming the
+    folder or the file, for anything else.
     """
-    manifest = _read_manifest(checkpoint)
+    model = load_checkpoint(checkpoint)
+    save_pretrained(model, tokenizer_folder=checkpoint / TOKENIZER_FOLDER, out=out)
+
+
+def load_checkpoint(checkpoint: Path) -> ModernBertForMaskedLM:
+    """The model of a training checkpoint, on the CPU; raises ModelError like `export`."""
+    try:
+        manifest = verify(checkpoint, ["model"])
+    except CheckpointError as error:
+        raise ModelError(
+            f"{error}; give another checkpoint of the run, a folder RUN/checkpoints/step_…"
+        ) from None
     model = ModernBertForMaskedLM(ModernBertConfig(**manifest["model"]))
     # DeepSpeed, which unpickling its files imports, prints to stdout.
     with contextlib.redirect_stdout(sys.stderr):
-        weights = _read_weights(checkpoint / _DEEPSPEED)
+        weights = _read_weights(checkpoint / DEEPSPEED_FOLDER)
     load_weights(model, weights, str(checkpoint))
-    save_pretrained(model, tokenizer_folder=checkpoint / "tokenizer", out=out)
-
-
-def _read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there and whole."""
-    path = checkpoint / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files, _ = manifest["files"], manifest["model"]
-    except OSError:
-        raise ModelError(
-            f"{checkpoint} is not a checkpoint: it has no readable manifest.json. Give a folder "
-            "RUN/checkpoints/step_…; one without a manifest was never completed"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{path} is damaged; take another checkpoint of the run") from None
-    if manifest.get("format") != _FORMAT:
-        raise ModelError(f"{path} has the format {manifest.get('format')}; {_FORMAT} is read here")
-    for name, expected in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            raise ModelError(f"{file} is missing; take another checkpoint of the run")
-        if file_hash(file) != expected:
-            raise ModelError(
-                f"{file} is damaged: its sha256 is not the manifest's; take another checkpoint of "
-                "the run"
-            )
-    return manifest
+    return model
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """The parameters that DeepSpeed saved, from any ZeRO stage, by the model's names."""
-    state = folder / _TAG
+    state = folder / DEEPSPEED_TAG
     module_file = state / "mp_rank_00_model_states.pt"
     optimizer_files = sorted(state.glob("*_optim_states.pt"), key=_rank_of)
     if optimizer_files:
@@ -115,7 +101,7 @@ def _gather_zero_3(folder: Path) -> dict[str, Tensor]:
     # Imported here, because it is slow.
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG))
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_TAG))
 
 
 def _rank_of(file: Path) -> int:

@@ -10,7 +10,7 @@ Dimensions in the names of tensors: T packed tokens, D hidden size, H heads, M m
 V vocabulary, B rows, S columns of a padded batch, P positions of a rotary table, R pairs of a head.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,56 +24,11 @@ from kernels.layer_norm import (
     layer_norm_reference,
 )
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.rope import rope, rope_in_place, rope_reference, rope_tables
 from kernels.unpad import pad, pad_reference, unpad, unpad_reference
-from model.attention import BACKENDS, choose_attention
+from model.attention import Choice, Documents, attend, choose_attention, describe_documents
 from model.config import ModernBertConfig
 from model.initialization import initialize
-
-
-def runs_in_triton(tensor: Tensor) -> bool:
-    """Whether this project's kernels take it; elsewhere their references compute the same."""
-    return tensor.is_cuda and tensor.dtype != torch.float64
-
-
-class RotaryTables(nn.Module):
-    """Cosine and sine of every position for one base, fp32 whatever the model's dtype.
-
-    Not in the state dict: they follow from the configuration.
-    """
-
-    cos_PR: Tensor
-    sin_PR: Tensor
-
-    def __init__(self, positions: int, head_dim: int, theta: float):
-        super().__init__()
-        self.sizes = (positions, head_dim, theta)
-        cos, sin = rope_tables(*self.sizes)
-        self.register_buffer("cos_PR", cos, persistent=False)
-        self.register_buffer("sin_PR", sin, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTables":
-        """Follow the model to another device but not to another dtype.
-
-        In bf16 every sine and cosine would be rounded to eight bits; `model.bfloat16()`, which
-        DeepSpeed calls, must not touch them.
-        """
-        super()._apply(fn, recurse)
-        device = self.cos_PR.device
-        cos, sin = rope_tables(*self.sizes)
-        self.cos_PR, self.sin_PR = cos.to(device), sin.to(device)
-        return self
-
-    def forward(self, qkv_T3HD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys turned to their positions, and values: (T, H, D) each.
-
-        Triton on a GPU, where qkv is written over if there is no gradient to compute; plain
-        PyTorch elsewhere.
-        """
-        turn = rope_reference
-        if runs_in_triton(qkv_T3HD):
-            turn = rope if torch.is_grad_enabled() else rope_in_place
-        return turn(qkv_T3HD, self.cos_PR, self.sin_PR, position_ids_T)
+from model.rotary import RotaryTables, runs_in_triton
 
 
 class Attention(nn.Module):
@@ -89,16 +44,13 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_TD: Tensor,
-        position_ids_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
+        documents: Documents,
         tables: RotaryTables,
-        backend: str | None,
+        backends: Choice,
     ) -> Tensor:
         qkv_T3HD = self.Wqkv(hidden_TD).unflatten(-1, self.shape)
-        q_THD, k_THD, v_THD = tables(qkv_T3HD, position_ids_T)
-        attend = BACKENDS[backend or choose_attention(q_THD.device, q_THD.dtype)]
-        return self.Wo(attend(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, self.window).flatten(1))
+        out_THD = attend(qkv_T3HD, tables, documents, self.window, backends)
+        return self.Wo(out_THD.flatten(1))
 
 
 class GeGlu(nn.Module):
@@ -153,16 +105,14 @@ class Layer(nn.Module):
         self,
         hidden_TD: Tensor,
         branch_TD: Tensor | None,
-        position_ids_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
+        documents: Documents,
         tables: RotaryTables,
-        backend: str | None,
+        backends: Choice,
     ) -> tuple[Tensor, Tensor]:
         normed_TD = hidden_TD
         if branch_TD is not None:
             normed_TD, hidden_TD = self.attn_norm(branch_TD, hidden_TD)
-        branch_TD = self.attn(normed_TD, position_ids_T, cu_seqlens, max_seqlen, tables, backend)
+        branch_TD = self.attn(normed_TD, documents, tables, backends)
         normed_TD, hidden_TD = self.mlp_norm(branch_TD, hidden_TD)
         return hidden_TD, self.mlp(normed_TD)
 
@@ -200,14 +150,15 @@ class Encoder(nn.Module):
         position_ids_T: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        backend: str | None,
+        backends: Choice | None,
     ) -> Tensor:
         hidden_TD, branch_TD = self.embeddings(input_ids_T), None
+        if backends is None:
+            backends = choose_attention(hidden_TD.device, hidden_TD.dtype, self.config.head_dim)
+        documents = describe_documents(position_ids_T, cu_seqlens, max_seqlen, backends)
         for i, layer in enumerate(self.layers):
             tables = self.global_rotary if self.config.is_global(i) else self.local_rotary
-            hidden_TD, branch_TD = layer(
-                hidden_TD, branch_TD, position_ids_T, cu_seqlens, max_seqlen, tables, backend
-            )
+            hidden_TD, branch_TD = layer(hidden_TD, branch_TD, documents, tables, backends)
         normed_TD, _ = self.final_norm(branch_TD, hidden_TD)
         return normed_TD
 
@@ -231,10 +182,12 @@ class Decoder(nn.Linear):
     ZeRO-3 gathers a module's parameters for just that long.
     """
 
-    def forward(self, hidden: Tensor, labels_M: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels_M: Tensor | None = None, counted: int | None = None
+    ) -> Tensor:
         if labels_M is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight, self.bias, labels_M)
+        return linear_cross_entropy(hidden, self.weight, self.bias, labels_M, counted)
 
 
 class ModernBertForMaskedLM(nn.Module):
@@ -243,18 +196,18 @@ class ModernBertForMaskedLM(nn.Module):
     A batch is T tokens of documents laid end to end: `input_ids_T` int64, `position_ids_T` (int32
     or int64, starting at 0 in every document), `cu_seqlens` (N + 1,) int32 with first entry 0 and
     last T (empty documents are fine, padding is a document of its own) and `max_seqlen`, which no
-    document exceeds.
+    document exceeds. Where cu_seqlens ends before T, the tokens behind it attend to nothing.
 
     generator: draws the starting weights (see `model.initialization`); the same seed gives the
     same model in every process. None draws from torch's global generator.
-    `attention_backend` may be set to a name of `model.attention.BACKENDS`; None, the default,
-    means `choose_attention`'s choice for the device and dtype at hand.
+    `attention` may be set to another `model.attention.Choice`; None, the default, means
+    `choose_attention`'s choice for the device and dtype at hand.
     """
 
     def __init__(self, config: ModernBertConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.attention_backend: str | None = None
+        self.attention: Choice | None = None
         self.model = Encoder(config)
         self.head = Head(config)
         self.decoder = Decoder(config.hidden_size, config.vocab_size)
@@ -269,25 +222,30 @@ class ModernBertForMaskedLM(nn.Module):
         max_seqlen: int,
         masked_indices_M: Tensor,
         labels_M: Tensor,
+        counted: int | None = None,
     ) -> Tensor:
         """The SUM, an fp32 scalar, of the cross-entropy over the labels that are not −100.
 
         masked_indices_M: int64 places in 0 … T − 1 to predict; labels_M: int64 ids of what was
         there, −100 for entries that only fill the list up. M may be 0 and every label ignored:
-        then the loss is 0 and so are the gradients. Callers divide by the number of labels of the
-        whole step.
+        then the loss is 0 and so are the gradients. counted: how many entries are not filler, where
+        all filler comes last; the decoder then skips it. Callers divide by the number of labels of
+        the whole step.
         """
         hidden_TD = self.encode(input_ids_T, position_ids_T, cu_seqlens, max_seqlen)
         hidden_MD = self.head(hidden_TD.index_select(0, masked_indices_M))
-        return self.decoder(hidden_MD, labels_M)
+        return self.decoder(hidden_MD, labels_M, counted)
 
     def encode(
         self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
         """Hidden states (T, D) after the last norm."""
-        return self.model(
-            input_ids_T, position_ids_T, cu_seqlens, max_seqlen, self.attention_backend
-        )
+        return self.model(input_ids_T, position_ids_T, cu_seqlens, max_seqlen, self.attention)
+
+    def set_global_rope_theta(self, theta: float) -> None:
+        """Turn positions in global attention by another base, as training does for long texts."""
+        self.config = self.model.config = replace(self.config, global_rope_theta=theta)
+        self.model.global_rotary.set_theta(theta)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) hidden states to (…, V) logits."""

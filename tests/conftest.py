@@ -5,6 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Examples may take any time: on a busy machine the time of one says nothing about the code. All
+# else stays as it is, above all that CI, where hypothesis sees $CI, draws the same ones every time.
+settings.register_profile(
+    "any_load", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any_load")
 
 # Without a GPU the Triton kernels run in Triton's interpreter. A kernel is bound to it or not when
 # its module is imported, so this comes before any test module.

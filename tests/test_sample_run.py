@@ -2,20 +2,30 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 20 * 60
+CORES = 2
+
+
+def cpu_seconds() -> float:
+    """What the processes that this one started and waited for have computed, on all cores.
+
+    Unlike the time on a clock it does not grow with what else the machine does.
+    """
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.slow
 def test_a_small_model_learns_from_the_real_sample(shared_data: Path, tmp_path: Path) -> None:
-    """At least 1 nat below the unigram entropy of the validation tokens, in 20 minutes."""
+    """1 nat below the unigram entropy of the validation tokens, in 20 minutes of two cores."""
     data, run_dir = tmp_path / "data", tmp_path / "run"
     config = ["--config", "configs/sample.yaml"]
     environment = os.environ | {
@@ -27,10 +37,10 @@ def test_a_small_model_learns_from_the_real_sample(shared_data: Path, tmp_path: 
         subprocess.run(words, check=True, cwd=ROOT, env=environment)
 
     call(sys.executable, "-m", "data_prep", *config, f"raw_dir={shared_data}", f"out_dir={data}")
-    start = time.monotonic()
+    before = cpu_seconds()
     launch = ("deepspeed", "--num_accelerators", "2", "train/main.py", *config)
-    call(*launch, f"data.dir={data / 'rows-1024'}", f"run_dir={run_dir}")
-    assert time.monotonic() - start < LIMIT_S
+    call(*launch, f"phases.main.data.dir={data / 'rows-1024'}", f"run_dir={run_dir}")
+    assert cpu_seconds() - before < CORES * LIMIT_S
     call(sys.executable, "-m", "train.report", str(run_dir))
 
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

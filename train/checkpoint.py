@@ -1,15 +1,10 @@
 """Checkpoints: folders that exist whole or not at all, and the choice of one to continue from.
 
-    RUN/checkpoints/step_00000100/
-        deepspeed/state/…   what DeepSpeed saves of weights and optimizer
-        tokenizer/          the data set's
-        manifest.json       counters, model, configuration, and the sha256 of every other file
-
-A checkpoint is filled under a temporary name by all ranks, flushed to disk, and renamed by rank 0.
-There is no generator's state in it: all randomness of a run comes from its counters.
+What lies in one is said in `common.checkpoint_manifest`. A checkpoint is filled under a temporary
+name by all ranks, flushed to disk, and renamed by rank 0. There is no generator's state in it: all
+randomness of a run comes from its counters.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,20 +13,26 @@ from typing import Any
 
 import torch.distributed as dist
 
+from common.checkpoint_manifest import (
+    DEEPSPEED_FOLDER,
+    DEEPSPEED_TAG,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    CheckpointError,
+    read_manifest,
+    verify,
+)
 from common.config import config_to_dict
 from common.files import file_hash, sync_file, sync_folder, write_json
-from train.engine import Engine, quiet
+from train.engine import Engine, choose_dtypes, quiet
 from train.ranks import Ranks, from_first, gather
-from train.resolve import Run, tokenizer_folder
+from train.resolve import Run, RunPhase
 from train.schedule import Progress
+from train.start import tokenizer_folder
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-TAG = "state"
-
-
-class CheckpointError(ValueError):
-    """No checkpoint can be taken up; the message names it and says what to do."""
+# What a run needs of a manifest to continue.
+_KEYS = ("config", *asdict(Progress()))
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Found:
     """What is at hand to continue from: the checkpoint to take, and the newer ones passed over.
 
     changed: the keys whose value is another one than when the checkpoint was written, as text.
+    progress: where the checkpoint stands, or the start.
     """
 
     path: Path | None
     skipped: list[str]
     changed: list[str]
+    progress: Progress
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -54,7 +57,8 @@ def folder_of(run_dir: Path) -> Path:
 def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
     """Save a checkpoint; every rank calls this after the same step.
 
-    The newest `checkpoint.keep` stay. Returns the checkpoint's folder.
+    The newest `checkpoint.keep` stay, and those at the end of a phase, from which other runs may
+    start. Returns the checkpoint's folder.
     """
     folder = folder_of(run.config.run_dir)
     final = folder / f"step_{progress.step:08d}"
@@ -64,7 +68,7 @@ def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
         temporary.mkdir(parents=True, mode=0o700)
     # Nobody may write into the folder before it is there.
     dist.barrier()
-    engine.save_checkpoint(str(temporary / "deepspeed"), tag=TAG, save_latest=False)
+    engine.save_checkpoint(str(temporary / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG, save_latest=False)
     # The call above ended with a barrier, so every rank's files are complete here. Hashing and
     # flushing them is shared out, each rank's own to itself, whose machine may still hold them.
     mine = [path for path in _files(temporary) if _owner(path, ranks.size) == ranks.rank]
@@ -80,7 +84,8 @@ def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
             temporary.rename(final)
             sync_folder(folder)
             for old in checkpoints(folder)[run.config.checkpoint.keep :]:
-                _remove(old)
+                if not _ends_phase(old):
+                    _remove(old)
         except OSError as error:
             problem = f"{final} cannot be written: {error}"
     # Also a barrier: a rank that went on and ended the run would end rank 0 too, before the rename.
@@ -98,8 +103,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def find(run: Run, ranks: Ranks) -> Found:
     """The newest checkpoint that verifies, as rank 0 sees it; every rank calls this.
 
-    Raises CheckpointError if there are checkpoints and none verifies, if the configuration asks for
-    a fresh start where there are some, or if the checkpoint is of another run.
+    Without one, and with init_optimizer=kept, it is the checkpoint `init_from`, at the start of the
+    run. Raises CheckpointError if there are checkpoints and none verifies, if the configuration
+    asks for a fresh start where there are some, or if the checkpoint is of another run.
     """
     # Ranks that judged for themselves could take up different checkpoints.
     result: Found | CheckpointError | None = None
@@ -117,30 +123,12 @@ def find(run: Run, ranks: Ranks) -> Found:
     return result
 
 
-def load(engine: Engine, path: Path) -> Progress:
-    """Give `engine` the weights and optimizer of a checkpoint; returns the counters."""
+def load(engine: Engine, path: Path) -> None:
+    """Give `engine` the weights and optimizer of a checkpoint."""
     with quiet():
-        loaded, _ = engine.load_checkpoint(str(path / "deepspeed"), tag=TAG)
+        loaded, _ = engine.load_checkpoint(str(path / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG)
     if loaded is None:
         raise CheckpointError(f"{path} cannot be loaded by DeepSpeed; move it away to go on")
-    manifest = _read_manifest(path)
-    return Progress(**{name: manifest[name] for name in asdict(Progress())})
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there and have their hashes.
-
-    Raises CheckpointError naming the first file that is missing or damaged.
-    """
-    manifest = _read_manifest(path)
-    for name, expected in manifest["files"].items():
-        try:
-            found = file_hash(path / name)
-        except OSError as error:
-            raise CheckpointError(f"{path / name} cannot be read ({error.strerror})") from None
-        if found != expected:
-            raise CheckpointError(f"{path / name} is damaged: its sha256 is not the manifest's")
-    return manifest
 
 
 def _find(run: Run) -> Found:
@@ -154,19 +142,40 @@ def _find(run: Run) -> Found:
     skipped = []
     for path in paths:
         try:
-            manifest = verify(path)
+            manifest = verify(path, _KEYS)
         except CheckpointError as error:
             skipped.append(str(error))
             continue
-        _check_same_run(path, manifest, run)
+        progress = Progress(**{name: manifest[name] for name in asdict(Progress())})
+        _check_same_run(path, manifest, run, progress)
         changed = _differences(manifest["config"], config_to_dict(run.config))
-        return Found(path, skipped, changed)
+        return Found(path, skipped, changed, progress)
     if paths:
         raise CheckpointError(
             f"none of the checkpoints in {folder} verifies: {'; '.join(skipped)}. Move the folder "
             "away to start the run anew"
         )
-    return Found(None, [], [])
+    if run.config.init_from is not None and run.config.init_optimizer == "kept":
+        _check_can_be_kept(run.config.init_from, run)
+        return Found(run.config.init_from, [], [], Progress())
+    return Found(None, [], [], Progress())
+
+
+def _check_can_be_kept(path: Path, run: Run) -> None:
+    """Raise CheckpointError unless this run can take up the optimizer of another run at `path`."""
+    if not (path / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"init_from = {path} holds no optimizer to keep: it is no checkpoint "
+            "RUN/checkpoints/step_…; set init_optimizer to fresh"
+        )
+    manifest = verify(path, _layout(run))
+    for key, value in _layout(run).items():
+        if manifest.get(key) != value:
+            raise CheckpointError(
+                f"the optimizer of init_from = {path} cannot be kept: its {key} is "
+                f"{manifest.get(key)}, this run's is {value}; start with the same, or set "
+                "init_optimizer to fresh"
+            )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -181,31 +190,63 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return lines
 
 
-def _check_same_run(path: Path, manifest: dict[str, Any], run: Run) -> None:
-    for key, value in _identity(run).items():
-        if manifest.get(key) != value:
-            raise CheckpointError(
-                f"{path} is of another run: its {key} is {manifest.get(key)}, this run's is "
-                f"{value}; choose another run_dir, or set back what was changed"
-            )
+def _check_same_run(path: Path, manifest: dict[str, Any], run: Run, progress: Progress) -> None:
+    """Raise CheckpointError unless `run` goes on as if the one at `path` had never stopped.
+
+    Phases may be added at the end; the others are as they were, whether they have begun or not.
+    """
+    ours = _identity(run)
+    phases, former = ours.pop("phases"), manifest.get("phases", [])
+    for key, value in ours.items():
+        _check_same(path, key, manifest.get(key), value)
+    names = [phase["name"] for phase in phases][: len(former)]
+    _check_same(path, "phases", [phase["name"] for phase in former], names)
+    for theirs, phase in zip(former, phases, strict=False):
+        for key, value in phase.items():
+            _check_same(path, f"phases.{phase['name']}.{key}", theirs.get(key), value)
+    model = asdict(run.current_phase(progress).model_config)
+    _check_same(path, "model", manifest.get("model"), model)
+
+
+def _check_same(path: Path, key: str, theirs: Any, ours: Any) -> None:
+    if theirs != ours:
+        raise CheckpointError(
+            f"{path} is of another run: its {key} is {theirs}, this run's is {ours}; choose "
+            "another run_dir, or set back what was changed"
+        )
 
 
 def _identity(run: Run) -> dict[str, Any]:
     """What must not change for a run to go on as if it had never stopped."""
+    phases = [_phase_identity(phase) for phase in run.phases.values()]
+    return {"seed": run.config.seed, **_layout(run), "phases": phases}
+
+
+def _phase_identity(phase: RunPhase) -> dict[str, Any]:
     return {
-        "data_manifest_sha256": run.data.manifest_sha256,
-        "row_order": {"seed": run.config.seed, "quotas": run.order.quotas},
-        "model": asdict(run.model_config),
+        "name": phase.name,
+        "data_manifest_sha256": phase.data.manifest_sha256,
+        "row_order": {"quotas": phase.order.quotas, "start": phase.order.start},
+        "global_rope_theta": phase.model_config.global_rope_theta,
+    }
+
+
+def _layout(run: Run) -> dict[str, Any]:
+    """What decides how DeepSpeed's files are divided, and what is in them."""
+    return {
         "world_size": run.ranks,
         "zero_stage": run.config.zero_stage,
         "dtype": run.precision,
+        "grad_accum_dtype": choose_dtypes(run.config, run.precision)[0],
+        "optimizer": run.config.optimizer.name,
     }
 
 
 def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, str]) -> None:
     """Add the tokenizer and, last, the manifest; all of it on disk when this returns."""
-    for path in _files(source := tokenizer_folder(run.data)):
-        copy = temporary / "tokenizer" / path.relative_to(source)
+    phase = run.current_phase(progress)
+    for path in _files(source := tokenizer_folder(phase.data)):
+        copy = temporary / TOKENIZER_FOLDER / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         # The content alone: the copy is its owner's, whoever may read the original.
         shutil.copyfile(path, copy)
@@ -217,6 +258,9 @@ def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, s
         "format": FORMAT_VERSION,
         **asdict(progress),
         **_identity(run),
+        "model": asdict(phase.model_config),
+        "ends_phase": progress.rows_of(phase.name) * phase.schedule.row_tokens
+        >= phase.schedule.tokens,
         "config": config_to_dict(run.config),
         "files": hashes,
     }
@@ -226,22 +270,12 @@ def _complete(temporary: Path, run: Run, progress: Progress, hashes: dict[str, s
             sync_folder(path)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _ends_phase(path: Path) -> bool:
+    """Whether a checkpoint was made at the end of a phase, as far as its manifest can be read."""
     try:
-        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path / MANIFEST_NAME}: {error.strerror}") from None
-    except ValueError:
-        raise CheckpointError(f"{path / MANIFEST_NAME} is damaged: it is no JSON") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path / MANIFEST_NAME} has the format {found}, this program reads {FORMAT_VERSION}"
-        )
-    absent = {"files", "config", *asdict(Progress())} - set(manifest)
-    if absent:
-        raise CheckpointError(f"{path / MANIFEST_NAME} is damaged: it lacks {min(absent)!r}")
-    return dict(manifest)
+        return bool(read_manifest(path, _KEYS).get("ends_phase"))
+    except CheckpointError:
+        return False
 
 
 def _owner(path: Path, ranks: int) -> int:

@@ -1,31 +1,26 @@
 """The configuration of a pretraining run: the `train:` section of a YAML file.
 
-What may differ between stretches of a run (data, batch, masking, schedule) each has a section of
-its own; everything else holds for the whole run.
+What may differ between stretches of a run (data, batch, masking, learning rate) is a key of a
+phase, see `train.phase_config`; everything else holds for the whole run. A run has at least one
+phase.
 """
 
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config import ConfigError, config
-
-
-@config
-class Data:
-    """What is read."""
-
-    dir: Path = Path("data/base/rows-1024")
-    """a data set of `python -m data_prep`: the folder that holds manifest.json"""
-    weights: dict[str, float] | None = None
-    """share of each source in the rows read, on any scale; by default as many as it has rows"""
+from common.config import config
+from model.config import Backend, Local
+from train.phase_config import Phase, check_decay, require
 
 
 @config
 class Model:
     """A named geometry, and any size that differs from it; the vocabulary is the tokenizer's."""
 
-    geometry: Literal["base", "large"] = "base"
+    geometry: Literal["base", "large"] | None = None
+    """by default base, or that of init_from"""
     hidden_size: int | None = None
     intermediate_size: int | None = None
     num_hidden_layers: int | None = None
@@ -33,50 +28,22 @@ class Model:
 
 
 @config
-class Batch:
-    """Rows of an optimizer step."""
-
-    rows: int = 576
-    """rows of a step, over all ranks and micro-steps"""
-    micro_rows: int = 8
-    """rows that a rank passes through the model at once"""
-
-
-@config
-class Masking:
-    """Masked-language-model targets."""
-
-    rate: float = 0.3
-    """share of the maskable tokens that is masked"""
-    mask_share: float = 0.8
-    """share of these that becomes [MASK]"""
-    random_share: float = 0.1
-    """share of these that becomes a random token; the rest keeps its token"""
-
-
-@config
 class Optimizer:
-    """AdamW; weight decay is decoupled, and zero on norms and biases."""
+    """The rule of a step; weight decay is decoupled, and zero on norms and biases."""
 
-    lr: float = 8e-4
-    """the peak learning rate"""
+    name: Literal["stable_adamw", "adamw", "muon"] = "stable_adamw"
+    """stable_adamw: ModernBERT's; muon: Muon on the layers' matrices, AdamW on the rest"""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
-    weight_decay: float = 1e-2
-    """a step shrinks weights by lr × weight_decay"""
-    gradient_clipping: float = 1.0
-    """largest norm of the gradient of all parameters; 0 leaves it as it is"""
-
-
-@config
-class Schedule:
-    """Warm-up, stable, 1-sqrt decay to zero, in token slots (rows × row_tokens)."""
-
-    total_tokens: int = 20_000_000_000
-    """slots after which the run is complete (rounded up to a whole step)"""
-    warmup_tokens: int = 200_000_000
-    decay_tokens: int = 2_000_000_000
-    """length of the decay that ends the run; 0 keeps the peak rate to the end"""
+    weight_decay: float = 1e-5
+    """share of a weight that a step at the peak rate takes away; at a lower rate, that much less. A
+    phase may have its own"""
+    gradient_clipping: float = 0.0
+    """largest norm of the gradient of all parameters; 0 leaves it as it is, as ModernBERT does"""
+    muon_lr_factor: float | None = None
+    """muon alone: the rate of its matrices as a multiple of lr, 25 by default"""
+    muon_momentum: float | None = None
+    """muon alone: 0.95 by default"""
 
 
 @config
@@ -96,7 +63,8 @@ class Checkpoint:
 
     every_steps: int = 500
     keep: int = 2
-    """newest checkpoints to keep, at least 2: the newest may turn out to be damaged"""
+    """newest checkpoints to keep, at least 2: the newest may turn out to be damaged; those at the
+    end of a phase are kept besides"""
 
 
 @config
@@ -110,22 +78,31 @@ class Log:
 class Train:
     """A pretraining run."""
 
+    phases: dict[str, Phase]
+    """what is trained on, one phase after another, in the order of the file"""
     run_dir: Path = Path("runs/base")
     """folder of the run's configuration, metrics and checkpoints"""
     seed: int = 17
     init_from: Path | None = None
-    """a Hugging Face folder to take weights and geometry from; by default weights are random"""
+    """weights to start from: a Hugging Face folder, or a checkpoint RUN/checkpoints/step_…; where
+    `model` asks for a larger geometry, its weights are tiled; by default weights are random"""
+    init_optimizer: Literal["fresh", "kept"] = "fresh"
+    """kept: the optimizer's state, too, is that of init_from, a checkpoint of as many ranks"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on CPU"""
+    """dtype of weights and activations; auto: bf16 on a GPU, fp32 on CPU. Steps are always fp32"""
+    grad_accum_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the sum of gradients over micro-steps; auto: fp32, but bf16 with zero_stage 0 and bf16"""
+    reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the sum of gradients over ranks; auto: fp32"""
+    attention: Backend = "auto"
+    """what computes attention; auto: the best that is installed and fits the GPU"""
+    local_attention: Local = "auto"
+    """layers with a window; auto: kernels.local_attention on a GPU; backend: as in `attention`"""
     zero_stage: Literal[0, 1, 2, 3] = 1
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest checkpoint that verifies; never: refuse a run_dir with checkpoints"""
-    data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    batch: Batch = field(default_factory=Batch)
-    masking: Masking = field(default_factory=Masking)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: Schedule = field(default_factory=Schedule)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
@@ -133,52 +110,67 @@ class Train:
     """DeepSpeed's own keys (zero_optimization, comms_logger, …), over those the run sets itself"""
 
     def __post_init__(self) -> None:
+        require(bool(self.phases), "phases is empty; a run has at least one")
+        for name in self.phases:
+            # Key=value words split keys at dots, and file names are made of a phase's name.
+            require(
+                re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
+                f"the phase name {name!r} may have letters, digits, - and _ only",
+            )
         positive = {
-            "batch.rows": self.batch.rows,
-            "batch.micro_rows": self.batch.micro_rows,
-            "schedule.total_tokens": self.schedule.total_tokens,
             "validation.every_steps": self.validation.every_steps,
             "checkpoint.every_steps": self.checkpoint.every_steps,
             "log.every_steps": self.log.every_steps,
             "validation.rows": self.validation.rows,
-            "optimizer.lr": self.optimizer.lr,
             "optimizer.eps": self.optimizer.eps,
         }
         for key, value in positive.items():
-            _require(value > 0, f"{key} is {value}, it must be above 0")
-        not_negative = {
-            "optimizer.weight_decay": self.optimizer.weight_decay,
-            "optimizer.gradient_clipping": self.optimizer.gradient_clipping,
-        }
-        for key, value in not_negative.items():
-            _require(value >= 0, f"{key} is {value}, it must not be negative")
+            require(value > 0, f"{key} is {value}, it must be above 0")
+        clipping = self.optimizer.gradient_clipping
+        require(clipping >= 0, f"optimizer.gradient_clipping is {clipping}, it is negative")
+        _check_optimizer(self.optimizer)
         for beta in self.optimizer.betas:
-            _require(0 <= beta < 1, f"optimizer.betas has {beta}, it must be at least 0, below 1")
-        for key, rate in {"masking": self.masking.rate, "validation": self.validation.rate}.items():
-            _require(0 < rate < 1, f"{key}.rate is {rate}, it must lie between 0 and 1")
-        shares = (self.masking.mask_share, self.masking.random_share)
-        _require(
-            min(shares) >= 0 and sum(shares) <= 1,
-            f"masking.mask_share + masking.random_share is {sum(shares)}, it must lie in 0 … 1",
+            require(0 <= beta < 1, f"optimizer.betas has {beta}, it must be at least 0, below 1")
+        rate = self.validation.rate
+        require(0 < rate < 1, f"validation.rate is {rate}, it must lie between 0 and 1")
+        require(self.checkpoint.keep >= 2, "checkpoint.keep must be at least 2")
+        require(
+            self.init_optimizer == "fresh" or self.init_from is not None,
+            "init_optimizer is kept, but init_from names no checkpoint to keep it from",
         )
-        ramps = self.schedule.warmup_tokens + self.schedule.decay_tokens
-        _require(
-            min(self.schedule.warmup_tokens, self.schedule.decay_tokens) >= 0
-            and ramps <= self.schedule.total_tokens,
-            f"schedule.warmup_tokens + schedule.decay_tokens is {ramps}, more than "
-            f"schedule.total_tokens = {self.schedule.total_tokens}",
+        require(
+            self.optimizer.name != "muon" or self.zero_stage > 0,
+            "zero_stage is 0, and nothing there keeps Muon from taking a step that is not finite; "
+            "set zero_stage=1",
         )
-        _require(self.checkpoint.keep >= 2, "checkpoint.keep must be at least 2")
-        weights = self.data.weights
-        _require(weights is None or bool(weights), "data.weights names no source; leave it out")
-        for name, weight in (weights or {}).items():
-            _require(weight > 0, f"data.weights.{name} is {weight}, it must be above 0")
+        zero = self.deepspeed.get("zero_optimization") or {}
         owned = sorted(set(self.deepspeed) & OWNED_DEEPSPEED_KEYS)
-        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
-            owned.append("zero_optimization.stage")
-        _require(
-            not owned, f"deepspeed.{', deepspeed.'.join(owned)}: set the run's own key instead"
+        owned += [
+            f"zero_optimization.{key}" for key in ("stage", "compute_grad_norm") if key in zero
+        ]
+        require(not owned, f"deepspeed.{', deepspeed.'.join(owned)}: set the run's own key instead")
+        require(
+            not zero.get("offload_optimizer"),
+            "deepspeed.zero_optimization.offload_optimizer: optimizer steps run on the GPU alone; "
+            "leave it out, and use a higher zero_stage or more GPUs to save memory",
         )
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    is_muon = optimizer.name == "muon"
+    check_decay("optimizer.weight_decay", optimizer.weight_decay)
+    for key in ("muon_lr_factor", "muon_momentum"):
+        value = getattr(optimizer, key)
+        require(
+            value is None or is_muon,
+            f"optimizer.{key} is set but optimizer.name is {optimizer.name}; leave it out",
+        )
+        require(value is None or value > 0, f"optimizer.{key} is {value}, it must be above 0")
+    require(
+        not (is_muon and optimizer.gradient_clipping),
+        "optimizer.gradient_clipping: Muon's steps have one size whatever the gradient's norm, and "
+        "DeepSpeed would clip them, not the gradient; set it to 0",
+    )
 
 
 OWNED_DEEPSPEED_KEYS = {
@@ -190,31 +182,7 @@ OWNED_DEEPSPEED_KEYS = {
     "scheduler",
     "bf16",
     "fp16",
+    "data_types",
+    "communication_data_type",
+    "zero_allow_untested_optimizer",
 }
-
-
-def micro_steps(batch: Batch, ranks: int) -> int:
-    """Micro-steps of an optimizer step: batch.rows / (ranks × batch.micro_rows).
-
-    Raises ConfigError, with the counts that fit, where that is no whole number.
-    """
-    rows, at_once = batch.rows, ranks * batch.micro_rows
-    if rows % at_once == 0:
-        return rows // at_once
-    fitting_micro_rows = [m for m in range(1, rows + 1) if rows % (ranks * m) == 0]
-    fitting_ranks = [n for n in range(1, rows + 1) if rows % (n * batch.micro_rows) == 0]
-    lower, upper = rows // at_once * at_once, (rows // at_once + 1) * at_once
-    advice = [f"batch.rows = {' or '.join(str(n) for n in (lower, upper) if n)}"]
-    if fitting_micro_rows:
-        advice.append(f"batch.micro_rows one of {fitting_micro_rows}")
-    if fitting_ranks:
-        advice.append(f"ranks one of {fitting_ranks}")
-    raise ConfigError(
-        f"{ranks} ranks × batch.micro_rows = {batch.micro_rows} does not divide batch.rows = "
-        f"{rows}; what fits: {', or '.join(advice)}"
-    )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

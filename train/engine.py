@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from common.config import ConfigError
 from train.config import Train
-from train.optimizer import make_optimizer, set_lr
+from train.optimizer import make_optimizer
+from train.optimizer_step import Norms, OptimizerStep
+from train.phase_config import Batch
+from train.schedule import Rates
+from train.stable_adamw import StableAdamW
 
 Engine = Any
 """deepspeed.DeepSpeedEngine, which has no types"""
@@ -25,29 +29,77 @@ Engine = Any
 _NEVER = 2**62
 
 
-def deepspeed_config(config: Train, precision: str, micro_steps: int, ranks: int) -> dict[str, Any]:
-    """The configuration that DeepSpeed gets, the run's own `deepspeed` keys included."""
+def choose_dtypes(config: Train, precision: str) -> tuple[str, str]:
+    """The dtypes of gradient accumulation and of reduction for weights of `precision`.
+
+    Raises ConfigError for an accumulation that DeepSpeed has no buffers for.
+    """
+    accumulation, reduction = config.grad_accum_dtype, config.reduce_dtype
+    only_bf16 = precision == "bf16" and config.zero_stage == 0
+    if accumulation == "auto":
+        accumulation = "bf16" if only_bf16 else "fp32"
+    if only_bf16 and accumulation == "fp32":
+        raise ConfigError(
+            "grad_accum_dtype is fp32, but zero_stage 0 keeps the gradients of bf16 weights in "
+            "bf16 alone; set zero_stage=1, or grad_accum_dtype=bf16"
+        )
+    if precision == "fp32" and accumulation == "bf16":
+        raise ConfigError(
+            "grad_accum_dtype is bf16, but weights are fp32; leave it out, or set precision=bf16"
+        )
+    return accumulation, "fp32" if reduction == "auto" else reduction
+
+
+def deepspeed_config(
+    config: Train, precision: str, batch: Batch, micro_steps: int, ranks: int
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets, the run's own `deepspeed` keys included.
+
+    batch, micro_steps: those of the run's largest step. DeepSpeed wants one size; where each step
+    ends it is told outright, see `backward`.
+    """
     stage = config.zero_stage
+    accumulation, reduction = choose_dtypes(config, precision)
     own: dict[str, Any] = {
-        "train_batch_size": config.batch.rows,
-        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "train_batch_size": batch.rows,
+        "train_micro_batch_size_per_gpu": batch.micro_rows,
         "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": config.optimizer.gradient_clipping,
+        # Clipped by `step`, on the device.
+        "gradient_clipping": 0.0,
         "steps_per_print": _NEVER,
         # Its throughput timer waits for the device in every step.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "zero_optimization": {"stage": stage},
+        "data_types": {"grad_accum_dtype": accumulation},
+        "communication_data_type": reduction,
     }
+    if stage > 0:
+        own["zero_optimization"] |= {
+            # Buckets are reduced on a stream of their own while backward goes on.
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            # Elements. DeepSpeed's 500 million are more than most models have: nothing would be
+            # reduced before backward ends, and two such buckets stay allocated.
+            "reduce_bucket_size": 25_000_000,
+        }
+    # See OptimizerStep.
+    checks_itself = config.optimizer.name == "muon"
     if precision == "bf16":
-        # A step whose gradients overflow is skipped rather than taken.
-        own["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if stage > 0:
-            own["data_types"] = {"grad_accum_dtype": "fp32"}
+        own["bf16"] = {"enabled": True, "check_grad_overflow": checks_itself}
+    steps_by_bf16_optimizer = stage == 1 and precision == "bf16" and accumulation == "fp32"
+    if stage in (1, 2) and not steps_by_bf16_optimizer:
+        own["zero_optimization"]["compute_grad_norm"] = checks_itself
+    if checks_itself and stage == 3:
+        # DeepSpeed's Muon refuses it.
+        own["zero_optimization"]["reduce_scatter"] = False
     return _merge(own, config.deepspeed)
 
 
 def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> Engine:
-    """Wrap `model` with its optimizer; every rank calls this once they have joined."""
+    """Wrap `model` with its optimizer; every rank calls this once they have joined.
+
+    `engine.optimizer_step` is what `step` calls.
+    """
     deepspeed = _import_deepspeed()
     optimizer = make_optimizer(model, config.optimizer)
     with quiet():
@@ -57,7 +109,9 @@ def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> E
     # The step that ZeRO 0 takes in bf16 to allocate the moments is none of the run's, and AdamW's
     # bias correction must not count it.
     for state in optimizer.state.values():
-        state["step"].zero_()
+        if "step" in state:
+            state["step"] *= 0
+    engine.optimizer_step = OptimizerStep(engine, optimizer, config.optimizer)
     return engine
 
 
@@ -81,20 +135,14 @@ def backward(
     engine.backward(loss_sum * (ranks / masked_tokens), scale_wrt_gas=False)
 
 
-def step(engine: Engine, lr: float, want_norm: bool) -> float | None:
-    """Take the optimizer step at `lr`; the gradient norm before clipping if `want_norm`.
+def step(engine: Engine, rates: Rates, want_norms: bool) -> Norms | None:
+    """Take the optimizer step at `rates`; what is to be logged of it if `want_norms`.
 
-    Asking for the norm may wait for the device.
+    A step whose gradient is not finite changes nothing and is counted in `engine.skipped_steps`.
+    The device is waited for if `want_norms`, and otherwise not.
     """
-    set_lr(engine.optimizer.param_groups, lr)
-    norm: Tensor | float | None = None
-    if want_norm and engine.zero_optimization_stage() == 0:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-    engine.step()
-    if not want_norm:
-        return None
-    return float(norm if norm is not None else engine.get_global_grad_norm())
+    optimizer_step: OptimizerStep = engine.optimizer_step
+    return optimizer_step(rates, want_norms)
 
 
 def _import_deepspeed() -> Any:
@@ -102,7 +150,11 @@ def _import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+    # A list of the optimizers that were tested with ZeRO; tests/train/test_zero.py is our test.
+    if StableAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(StableAdamW)
     # Compiled at first use, and needed for inference alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

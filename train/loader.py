@@ -9,15 +9,18 @@ import contextlib
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from data_prep.shards import DataSet
-from train.batch import BatchShape, PackedBatch, pack
-from train.masking import Masker, masked_count
-from train.row_order import RowAddress, RowOrder
-from train.schedule import StepPlan
+from train.batch import PackedBatch, pack
+from train.masking import masked_count
+from train.resolve import Run, RunPhase
+from train.row_order import RowAddress
+from train.schedule import BySource, StepPlan
 
 AHEAD = 8
 """micro-batches that wait, ready, for the training loop"""
@@ -30,8 +33,14 @@ class StepCounts:
     """What a whole step holds over all ranks and micro-steps."""
 
     masked_tokens: int
-    tokens: int
+    rows_by_source: BySource
+    tokens_by_source: BySource
     """real tokens, padding not counted"""
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of all sources."""
+        return sum(self.tokens_by_source.values())
 
 
 class RowCounts:
@@ -56,58 +65,63 @@ class RowCounts:
 class StepMaker:
     """Turns the plan of a step into a rank's micro-batches and the counts of the whole step."""
 
-    def __init__(
-        self,
-        data: DataSet,
-        order: RowOrder,
-        masker: Masker,
-        shape: BatchShape,
-        rank: int,
-        ranks: int,
-    ) -> None:
-        self._data, self._order, self._masker, self._shape = data, order, masker, shape
-        self._rank, self._ranks = rank, ranks
-        self._counts = RowCounts(data, "train")
+    def __init__(self, run: Run, rank: int) -> None:
+        self._run, self._rank = run, rank
+        self._counts: dict[Path, RowCounts] = {}
 
     def counts(self, plan: StepPlan) -> StepCounts:
         """The counts of a whole step, the same on every rank, without reading a row."""
-        addresses = self._addresses(plan)
-        maskable = [self._counts.maskable(at.source, at.row) for at in addresses]
-        return StepCounts(
-            masked_tokens=sum(masked_count(plan.mask_rate, count) for count in maskable),
-            tokens=sum(self._counts.tokens(at.source, at.row) for at in addresses),
-        )
+        phase = self._run.phases[plan.phase]
+        counts = self._counts_of(phase)
+        rows: Counter[str] = Counter()
+        tokens: Counter[str] = Counter()
+        masked = 0
+        for at in _addresses(phase, plan):
+            rows[at.source] += 1
+            tokens[at.source] += counts.tokens(at.source, at.row)
+            masked += masked_count(plan.mask_rate, counts.maskable(at.source, at.row))
+        return StepCounts(masked, dict(rows), dict(tokens))
 
     def micro_batches(self, plan: StepPlan) -> Iterator[PackedBatch]:
         """The rank's micro-batches of a step, in order."""
-        addresses = self._addresses(plan)
-        size = self._shape.rows
-        for first in range(self._rank * size, plan.rows, self._ranks * size):
-            numbers = range(first, first + size)
-            yield self._micro_batch(plan, numbers, addresses)
+        phase = self._run.phases[plan.phase]
+        addresses = _addresses(phase, plan)
+        size = phase.shape.rows
+        for first in range(self._rank * size, plan.rows, self._run.ranks * size):
+            yield self._micro_batch(phase, plan, range(first, first + size), addresses)
 
     def micro_steps(self, plan: StepPlan) -> int:
         """How many micro-batches of a step a rank gets."""
-        return plan.rows // (self._ranks * self._shape.rows)
+        return plan.rows // (self._run.ranks * self._run.phases[plan.phase].shape.rows)
 
-    def _addresses(self, plan: StepPlan) -> list[RowAddress]:
-        return [self._order[plan.first_row + number] for number in range(plan.rows)]
+    def _counts_of(self, phase: RunPhase) -> RowCounts:
+        """The row counts of a phase's data set, which other phases may share."""
+        counts = self._counts.get(phase.data.folder)
+        if counts is None:
+            counts = self._counts[phase.data.folder] = RowCounts(phase.data, "train")
+        return counts
 
     def _micro_batch(
-        self, plan: StepPlan, numbers: range, addresses: Sequence[RowAddress]
+        self, phase: RunPhase, plan: StepPlan, numbers: range, addresses: Sequence[RowAddress]
     ) -> PackedBatch:
+        counts = self._counts_of(phase)
         rows, masks = [], []
         for number in numbers:
             at = addresses[number]
-            row = self._data.read("train", at.source, at.row)
-            maskable = self._counts.maskable(at.source, at.row)
+            row = phase.data.read("train", at.source, at.row)
+            maskable = counts.maskable(at.source, at.row)
+            global_row = plan.first_row + number
             rows.append(row)
             masks.append(
-                self._masker.mask(
-                    row.input_ids, maskable, plan.mask_rate, "train", plan.first_row + number
+                phase.masker.mask(
+                    row.input_ids, maskable, plan.mask_rate, "train", phase.name, global_row
                 )
             )
-        return pack(rows, masks, self._shape)
+        return pack(rows, masks, phase.shape)
+
+
+def _addresses(phase: RunPhase, plan: StepPlan) -> list[RowAddress]:
+    return [phase.order[plan.first_row + number] for number in range(plan.rows)]
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,24 @@ import contextlib
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config import ConfigError, config_to_yaml
-from common.counter_random import derive_key
 from common.files import whole_file, write_json
-from model.attention import choose_attention
-from model.modernbert import ModernBertForMaskedLM
+from model.attention import Choice, check_attention, choose_attention, what_to_install
 from train import checkpoint
-from train.engine import Engine, backward, start_engine, step
+from train.describe import describe_phase, parameter_count
+from train.engine import Engine, Norms, backward, start_engine, step
 from train.loader import LoadedStep, Loader, StepMaker
-from train.metrics import Interval, Metrics
-from train.ranks import Ranks
-from train.resolve import Run, parameter_count
-from train.schedule import Progress
+from train.metrics import Interval, Metrics, counters
+from train.ranks import Ranks, only_run_in
+from train.resolve import Run, RunPhase
+from train.schedule import StepPlan
+from train.start import make_model
 from train.validation import Validation
+
+MOST_SKIPPED_IN_A_ROW = 20
+"""steps without a finite gradient, after which a run gives up"""
 
 
 class TrainingError(RuntimeError):
@@ -30,64 +33,68 @@ class TrainingError(RuntimeError):
 
 
 def train(run: Run, ranks: Ranks, device: torch.device) -> None:
-    """Train `run` from its newest checkpoint, or from the start, to its end."""
-    found = checkpoint.find(run, ranks)
-    engine = start_engine(make_model(run).to(device), run.config, run.deepspeed)
-    progress = Progress()
-    if found.path is not None:
-        progress = checkpoint.load(engine, found.path)
-    if ranks.is_first:
-        _begin(run, found, progress, device)
+    """Train `run` from its newest checkpoint, or from the start, to its end.
 
+    Raises ConfigError, on every rank alike, while another process trains in its `run_dir`.
+    """
+    with only_run_in(run.config.run_dir, ranks):
+        _train(run, ranks, device)
+
+
+def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
     config = run.config
-    maker = StepMaker(run.data, run.order, run.masker, run.shape, ranks.rank, ranks.size)
-    validate = Validation(run, ranks, device)
+    found = checkpoint.find(run, ranks)
+    model = make_model(config, run.start).to(device)
+    attention = model.attention = _choose_attention(run, device)
+    engine = start_engine(model, config, run.deepspeed)
+    if found.path is not None:
+        checkpoint.load(engine, found.path)
+    progress = found.progress
+    if ranks.is_first:
+        _begin(run, found, device, attention)
+
     with contextlib.ExitStack() as stack:
         metrics = None
         if ranks.is_first:
             metrics = stack.enter_context(
                 Metrics(config.run_dir, progress.step, run.last_step(progress))
             )
+        maker = StepMaker(run, ranks.rank)
         loader = stack.enter_context(Loader(maker, run.plans(progress), device.type == "cuda"))
         interval = Interval(loader, device)
+        phase: RunPhase | None = None
         for loaded in loader:
             plan = loaded.plan
-            saves = plan.step % config.checkpoint.every_steps == 0 or plan.is_last
-            validates = plan.step % config.validation.every_steps == 0 or plan.is_last
+            if phase is None or plan.phase != phase.name:
+                phase = run.phases[plan.phase]
+                validate = _enter(phase, run, ranks, engine, device)
+                interval.restart()
+            saves = plan.step % config.checkpoint.every_steps == 0 or plan.ends_phase
+            validates = plan.step % config.validation.every_steps == 0 or plan.ends_phase
             # An interval of the log ends with every checkpoint, so that the lines of a run that
             # continues from one are those of a run that never stopped; and with every validation,
             # whose time is none of training's.
             logs = plan.step % config.log.every_steps == 0 or plan.step == 1 or saves or validates
 
             loss_sum = accumulate(engine, loaded, ranks, device)
-            norm = step(engine, plan.lr, want_norm=logs)
-            progress = Progress(
-                step=plan.step,
-                next_row=plan.first_row + plan.rows,
-                slots=plan.slots,
-                tokens=progress.tokens + loaded.counts.tokens,
-            )
-            interval.add(loss_sum, loaded.counts)
-            if logs:
+            norms = step(engine, plan.rates, want_norms=logs)
+            counts = loaded.counts
+            progress = progress.after(plan, counts.rows_by_source, counts.tokens_by_source)
+            interval.add(loss_sum, counts)
+            if norms is not None:
                 record = interval.close()
-                _check_finite(engine, plan.step, record["loss"], norm)
+                check_finite(plan, record["loss"], norms)
                 if metrics is not None:
-                    metrics.train(
-                        {
-                            "step": plan.step,
-                            "slots": progress.slots,
-                            "tokens": progress.tokens,
-                            "lr": plan.lr,
-                            "mask_rate": plan.mask_rate,
-                            "grad_norm": norm,
-                            "skipped_steps": engine.skipped_steps,
-                            **record,
-                        }
-                    )
+                    state = {
+                        "grad_norm": norms.gradient,
+                        "update_norm": norms.update,
+                        "skipped_steps": engine.skipped_steps,
+                    }
+                    metrics.train({**counters(run, plan, progress), **state, **record})
             if validates:
                 figures = validate(engine)
                 if metrics is not None:
-                    metrics.validation({"step": plan.step, **figures})
+                    metrics.validation({"step": plan.step, "phase": plan.phase, **figures})
             if saves:
                 path = checkpoint.save(engine, run, ranks, progress)
                 if ranks.is_first:
@@ -96,19 +103,36 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 interval.restart()
 
 
-def _check_finite(engine: Engine, step_number: int, loss: float, norm: float | None) -> None:
-    """Raise TrainingError, on every rank alike, where the weights are spoilt or about to be.
+def _enter(
+    phase: RunPhase, run: Run, ranks: Ranks, engine: Engine, device: torch.device
+) -> Validation:
+    """Make ready for the steps of a phase, on every rank; its validation.
 
-    Called before every checkpoint, so that none is written of such weights. A step that DeepSpeed
-    skipped, because a gradient overflowed, spoils nothing.
+    The engine goes on with its weights and its optimizer: what is new is the data, which the
+    loader knows, the base of the rotary positions, and what is validated on.
     """
-    norm_is_fine = norm is None or math.isfinite(norm) or not engine.was_step_applied()
-    if not (math.isfinite(loss) and norm_is_fine):
-        raise TrainingError(
-            f"at step {step_number} the loss is {loss} and the gradient norm {norm}: lower "
-            "optimizer.lr or lengthen schedule.warmup_tokens; the same command continues from the "
-            "newest checkpoint"
-        )
+    engine.module.set_global_rope_theta(phase.model_config.global_rope_theta)
+    if ranks.is_first:
+        print("\n".join(describe_phase(phase, ranks.size)), flush=True)
+    return Validation(phase, run.config.validation.rate, ranks, device)
+
+
+def check_finite(plan: StepPlan, loss: float, norms: Norms) -> None:
+    """Raise TrainingError, on every rank alike, where the run has gone wrong.
+
+    Called before every checkpoint, so that none is written of spoilt weights. A step that was left
+    out, because its gradient was not finite, spoils nothing; many in a row never end.
+    """
+    if norms.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        what = f"the gradients of {norms.skipped_in_a_row} steps in a row were not finite"
+    elif not (math.isfinite(loss) and math.isfinite(norms.update)):
+        what = f"the loss is {loss} and the norm of the update {norms.update}"
+    else:
+        return
+    raise TrainingError(
+        f"at step {plan.step} {what}: lower phases.{plan.phase}.lr.peak or lengthen its "
+        "lr.warmup_tokens; the same command continues from the newest checkpoint"
+    )
 
 
 def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:
@@ -123,6 +147,7 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
             batch.max_seqlen,
             batch.masked_indices,
             batch.labels,
+            batch.masked_tokens,
         )
         is_last = number == loaded.micro_steps
         backward(engine, loss, ranks.size, loaded.counts.masked_tokens, is_last)
@@ -130,37 +155,47 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
     return loss_sum
 
 
-def make_model(run: Run) -> nn.Module:
-    """The model a run starts from: random weights, the same on every rank, or those of a folder."""
-    if run.config.init_from is not None:
-        # Only here, for it brings transformers with it, which takes seconds.
-        from model.huggingface import load_pretrained
+def _choose_attention(run: Run, device: torch.device) -> Choice:
+    """The run's attention, tried out on a GPU before anything depends on it."""
+    width, dtype = run.start.head_dim, _dtype(run)
+    config = run.config
+    try:
+        choice = choose_attention(device, dtype, width, config.attention, config.local_attention)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if device.type == "cuda":
+        heads, window = run.start.num_attention_heads, run.start.local_attention // 2
+        check_attention(choice, device, dtype, heads, width, window)
+    return choice
 
-        try:
-            return load_pretrained(run.config.init_from)
-        except ValueError as error:
-            raise ConfigError(f"init_from: {error}") from None
-    seed = derive_key(run.config.seed, "weights") >> 1
-    return ModernBertForMaskedLM(run.model_config, torch.Generator().manual_seed(seed))
+
+def _dtype(run: Run) -> torch.dtype:
+    return torch.bfloat16 if run.precision == "bf16" else torch.float32
 
 
-def _begin(run: Run, found: checkpoint.Found, progress: Progress, device: torch.device) -> None:
+def _begin(run: Run, found: checkpoint.Found, device: torch.device, attention: Choice) -> None:
     """Say what is about to run, and put what the report needs into the run's folder."""
     for reason in found.skipped:
         print(f"warning: a checkpoint is passed over: {reason}", flush=True)
     for change in found.changed:
         print(f"warning: since {found.path} was written, {change}", flush=True)
     run_dir = run.config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "data").mkdir(exist_ok=True)
     with whole_file(run_dir / "config.yaml") as file:
         file.write(config_to_yaml(run.config).encode())
-    write_json(run_dir / "data_manifest.json", run.data.manifest)
-    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    start = f"continues from {found.path}" if found.path else "starts anew"
+    for phase in run.phases.values():
+        write_json(run_dir / "data" / f"{phase.name}.json", phase.data.manifest)
+    start = "starts anew"
+    if found.path is not None:
+        start = f"continues from {found.path}"
+    elif run.config.init_from is not None:
+        start = f"starts from the weights of {run.config.init_from}"
     print(
-        f"{run_dir}: {parameter_count(run.model_config):,} parameters, {run.ranks} ranks on "
+        f"{run_dir}: {parameter_count(run.start):,} parameters, {run.ranks} ranks on "
         f"{device.type}, {run.precision}, ZeRO {run.config.zero_stage}, attention "
-        f"{choose_attention(device, dtype)}; {run.last_step(progress):,} steps of "
-        f"{run.slots_per_step:,} token slots; {start}",
+        f"{attention}; {run.last_step(found.progress):,} steps; {start}",
         flush=True,
     )
+    advice = what_to_install(attention, device, _dtype(run), run.start.head_dim)
+    if advice is not None:
+        print(advice, flush=True)

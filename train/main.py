@@ -1,7 +1,7 @@
 """Pretraining from the command line.
 
     deepspeed train/main.py                                            # configs/base.yaml
-    deepspeed --num_accelerators 2 train/main.py --config configs/sample.yaml optimizer.lr=1e-3
+    deepspeed --num_accelerators 2 train/main.py --config configs/sample.yaml seed=18
     python train/main.py --config configs/sample.yaml --dry-run        # what would run
     srun python train/main.py --config FILE         # with MASTER_ADDR and MASTER_PORT exported
 
@@ -19,12 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # Run as a file, Python puts train/ itself first, where `import config` would find ours.
 sys.path[0] = str(ROOT)
 
+from common.checkpoint_manifest import CheckpointError  # noqa: E402
 from common.config import ConfigError, load_config  # noqa: E402
 from common.files import make_private  # noqa: E402
+from common.process import run_and_exit  # noqa: E402
 from data_prep.shards import DataError  # noqa: E402
 from train.config import Train  # noqa: E402
+from train.describe import describe  # noqa: E402
 from train.ranks import Ranks, choose_device, find_ranks, gather, join  # noqa: E402
-from train.resolve import Run, describe, resolve  # noqa: E402
+from train.resolve import Run, resolve  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +71,6 @@ def _run(asked: argparse.Namespace, ranks: Ranks, device: torch.device) -> int:
     assert run is not None
 
     # Imported late, for DeepSpeed takes seconds to import and reads what `join` set.
-    from train.checkpoint import CheckpointError
     from train.loop import TrainingError, train
 
     try:
@@ -96,8 +98,7 @@ def _fail_together(problem: str, ranks: Ranks) -> int:
     """End a run for a reason that every rank has; one of them says it."""
     if ranks.is_first:
         _fail(problem)
-    # A launcher ends everybody once one has ended: not before it is said. And left open, the
-    # group's threads may abort the process as it exits.
+    # A launcher ends everybody once one has ended: not before it is said.
     gather("said")
     torch.distributed.destroy_process_group()
     return 2
@@ -109,4 +110,4 @@ def _fail(problem: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -1,12 +1,14 @@
 """Masked-language-model targets: which positions of a row are masked, and what is put there.
 
-Masks are a pure function of (seed, global row number, rate). Exactly `masked_count(rate, maskable)`
-positions of a row are masked, those with the smallest counter-based keys, where maskable are the
-tokens of the row's documents but their [CLS] and [SEP]. The number follows from the index of the
-shards, so that every rank knows the masked tokens of a whole step without reading others' rows.
+Masks are a pure function of (seed, phase, global row number, rate). Exactly
+`masked_count(rate, maskable)` positions of a row are masked, those with the smallest counter-based
+keys, where maskable are the tokens of the row's documents but their [CLS] and [SEP]. The number
+follows from the index of the shards, so that every rank knows the masked tokens of a whole step
+without reading others' rows.
+What the keys are is the way of masking (`train.mask_order`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from common.counter_random import derive_key, random_bits
 from data_prep.shards import DataError
+from train.mask_order import MaskOrder, TokenOrder
 
 IGNORED = -100
 """the label that the loss leaves out (torch's convention)"""
@@ -65,6 +68,7 @@ class Masker:
     vocabulary: Vocabulary
     mask_share: float = 0.8
     random_share: float = 0.1
+    order: MaskOrder = field(default_factory=TokenOrder)
 
     def mask(
         self,
@@ -77,7 +81,7 @@ class Masker:
         """The masked positions of one row.
 
         input_ids: (row_tokens,); maskable: how many tokens of the row may be masked; purpose and
-        counter: what the mask is for, ("train", global row) or ("validation", source, row).
+        counter: what the mask is for, ("train", phase, global row) or ("validation", source, row).
         Raises DataError if the row has fewer tokens to mask than the rate asks for, which only a
         text that its tokenizer does not know (nearly every token special) can bring about.
         """
@@ -88,8 +92,9 @@ class Masker:
                 f"a row has {len(candidates)} ordinary tokens, fewer than the {number} to mask at "
                 f"rate {rate}: its tokenizer does not know the text; train another tokenizer"
             )
-        keys = random_bits(derive_key(self.seed, "mask", purpose, *counter), _counters(input_ids))
-        smallest = np.argpartition(keys[candidates], max(number - 1, 0))[:number]
+        key = derive_key(self.seed, "mask", purpose, *counter)
+        keys = self.order.keys(key, input_ids, candidates)
+        smallest = np.argpartition(keys, max(number - 1, 0))[:number]
         positions = np.sort(candidates[smallest])
         labels = input_ids[positions].astype(np.int64)
         return MaskedRow(
@@ -116,7 +121,3 @@ class Masker:
         masked = uniform < self.mask_share
         at_random = ~masked & (uniform < self.mask_share + self.random_share)
         return np.where(masked, self.vocabulary.mask_id, np.where(at_random, random_ids, labels))
-
-
-def _counters(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
-    return np.arange(len(input_ids), dtype=np.uint64)

@@ -16,6 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from common.files import whole_file
 from train.loader import Loader, StepCounts
 from train.ranks import max_over_ranks, sum_over_ranks
+from train.resolve import Run
+from train.schedule import Progress, StepPlan
 
 Record = dict[str, Any]
 
@@ -108,6 +110,28 @@ class Interval:
             # A step takes as long as its slowest rank.
             "data_wait_s": float(max_over_ranks(wait)) / self._steps,
         }
+
+
+def counters(run: Run, plan: StepPlan, progress: Progress) -> Record:
+    """The part of a record that follows from the counters alone.
+
+    sources: what has been read so far of each, in real tokens and in epochs.
+    """
+    epochs = run.epochs_read(progress)
+    tokens = progress.tokens_by_source
+    return {
+        "step": plan.step,
+        "phase": plan.phase,
+        "slots": plan.slots,
+        "tokens": progress.all_tokens,
+        "phase_tokens": progress.tokens_of(plan.phase),
+        "rows_per_step": plan.rows,
+        "lr": plan.rates.lr,
+        "mask_rate": plan.mask_rate,
+        "sources": {
+            name: {"tokens": tokens[name], "epochs": epochs[name]} for name in sorted(tokens)
+        },
+    }
 
 
 def keep_until(path: Path, step: int) -> None:

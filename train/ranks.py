@@ -4,9 +4,11 @@ The same `train/main.py` is started by `deepspeed` (or torchrun), by `srun` with
 MASTER_PORT exported, or plainly as a single process.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.config import ConfigError
+from common.files import only_user_of
 
 T = TypeVar("T")
 
@@ -110,6 +113,27 @@ def from_first(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@contextlib.contextmanager
+def only_run_in(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Make `run_dir` and keep it for this run until the block ends; every rank calls this.
+
+    Raises ConfigError on every rank while another run has it: two would cut back each other's logs
+    and delete each other's checkpoints as they are written. Rank 0 holds the lock (`only_user_of`
+    says when other machines see it); it dies with the process, so a killed run goes on at once.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if ranks.is_first:
+            try:
+                stack.enter_context(only_user_of(run_dir))
+            except OSError as error:
+                problem = f"run_dir: {error}"
+        problem = from_first(problem)
+        if problem:
+            raise ConfigError(problem)
+        yield
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

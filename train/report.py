@@ -1,21 +1,21 @@
 """One HTML page about a run, from the files in its folder: `python -m train.report RUN`.
 
-It reads `config.yaml`, `metrics.jsonl` and `data_manifest.json` and writes `RUN/report.html`. The
+It reads `config.yaml`, `metrics.jsonl` and `data/PHASE.json` and writes `RUN/report.html`. The
 training loop knows nothing of it, and it runs on a finished, a running or a copied run alike.
 """
 
 import argparse
-import io
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from common.files import make_private
 from common.html import Page
+from common.plots import to_svg
 
 Record = dict[str, Any]
 
@@ -45,12 +45,22 @@ def write_report(run_dir: Path) -> None:
     validation = [record for record in records if record["kind"] == "validation"]
     if not train:
         raise ReportError(f"{run_dir / 'metrics.jsonl'} holds no training step yet")
-    manifest = json.loads(_read_text(run_dir / "data_manifest.json"))
+    names = list(dict.fromkeys(record["phase"] for record in train))
+    phases = {
+        name: Part(
+            [record for record in train if record["phase"] == name],
+            [record for record in validation if record["phase"] == name],
+            json.loads(_read_text(run_dir / "data" / f"{name}.json")),
+        )
+        for name in names
+    }
 
     page = Page(f"Pretraining run {run_dir.resolve().name}")
-    _summary(page, train, validation, manifest)
-    page.figure(_loss_plot(train, validation, manifest), "Loss in nats a masked token.")
-    _validation_by_source(page, validation, manifest)
+    _summary(page, train, phases)
+    page.figure(_loss_plot(train, validation, phases), "Loss in nats a masked token.")
+    _phases(page, phases)
+    _sources(page, train[-1])
+    _validation_by_source(page, phases)
     page.heading("Speed and schedule")
     page.figure(
         _series_plot(train, {"tok_per_s": "real tokens a second", "data_wait_s": "data wait, s"}),
@@ -60,7 +70,11 @@ def write_report(run_dir: Path) -> None:
         _series_plot(train, {"lr": "learning rate", "grad_norm": "gradient norm"}),
         "Learning rate, and the gradient norm before clipping.",
     )
-    _data_table(page, manifest)
+    page.figure(
+        _series_plot(train, {"mask_rate": "masking rate", "rows_per_step": "rows a step"}),
+        "Share of the tokens that is masked, and rows of a step over all ranks.",
+    )
+    _data_table(page, phases)
     page.heading("Configuration")
     page.preformatted(_read_text(run_dir / "config.yaml"))
     page.write(run_dir / "report.html")
@@ -77,25 +91,36 @@ def _read_metrics(path: Path) -> list[Record]:
     return [json.loads(line) for line in _read_text(path).splitlines()]
 
 
-def _unigram_entropy(manifest: Record) -> float:
-    return manifest["splits"]["validation"]["unigram_entropy"]
+@dataclass(frozen=True)
+class Part:
+    """What belongs to one phase: its records, and the manifest of its data set."""
+
+    train: list[Record]
+    validation: list[Record]
+    manifest: Record
+
+    @property
+    def unigram_entropy(self) -> float:
+        """That of the validation tokens, in nats."""
+        return float(self.manifest["splits"]["validation"]["unigram_entropy"])
 
 
-def _summary(page: Page, train: list[Record], validation: list[Record], manifest: Record) -> None:
+def _summary(page: Page, train: list[Record], phases: dict[str, Part]) -> None:
     last = train[-1]
+    part = next((part for part in reversed(phases.values()) if part.validation), None)
     rows: list[list[object]] = [
         ["steps", last["step"]],
         ["real tokens seen", last["tokens"]],
         ["training loss, last step", last["loss"]],
         ["real tokens a second, median", _median([record["tok_per_s"] for record in train])],
     ]
-    if validation:
-        entropy, loss = _unigram_entropy(manifest), validation[-1]["loss"]
+    if part is not None:
+        entropy, loss = part.unigram_entropy, part.validation[-1]["loss"]
         rows += [
             ["validation loss (nats)", loss],
             ["unigram entropy of the validation tokens (nats)", entropy],
             ["validation loss below the unigram entropy by (nats)", entropy - loss],
-            ["validation accuracy on masked tokens", validation[-1]["accuracy"]],
+            ["validation accuracy on masked tokens", part.validation[-1]["accuracy"]],
         ]
     page.table(["figure", "value"], rows)
     page.paragraph(
@@ -104,42 +129,85 @@ def _summary(page: Page, train: list[Record], validation: list[Record], manifest
     )
 
 
-def _validation_by_source(page: Page, validation: list[Record], manifest: Record) -> None:
-    if not validation:
-        page.paragraph("No validation has run yet.")
-        return
-    page.heading("Validation by source")
-    sources = manifest["splits"]["validation"]["sources"]
+def _phases(page: Page, phases: dict[str, Part]) -> None:
+    page.heading("Phases")
+    header = ["phase", "last step", "real tokens", "documents up to", "rows a step"]
+    header += ["masking rate", "training loss", "validation loss"]
     page.table(
-        ["source", "rows", "tokens", "loss (nats)", "accuracy"],
+        header,
         [
-            [name, sources[name]["rows"], sources[name]["tokens"], part["loss"], part["accuracy"]]
-            for name, part in sorted(validation[-1]["by_source"].items())
+            [
+                name,
+                part.train[-1]["step"],
+                part.train[-1]["phase_tokens"],
+                part.manifest["max_length"],
+                part.train[-1]["rows_per_step"],
+                part.train[-1]["mask_rate"],
+                part.train[-1]["loss"],
+                part.validation[-1]["loss"] if part.validation else "none yet",
+            ]
+            for name, part in phases.items()
         ],
     )
 
 
-def _data_table(page: Page, manifest: Record) -> None:
+def _sources(page: Page, last: Record) -> None:
+    """What has been read of each source in the whole run, as it came out."""
+    page.heading("Sources read")
+    page.table(
+        ["source", "real tokens read", "share of the tokens", "epochs"],
+        [
+            [name, read["tokens"], read["tokens"] / last["tokens"], read["epochs"]]
+            for name, read in sorted(last["sources"].items())
+        ],
+    )
+    page.paragraph(
+        "An epoch is every row of a source once; phases on rows of other lengths add up, for the "
+        "rows hold the same documents."
+    )
+
+
+def _validation_by_source(page: Page, phases: dict[str, Part]) -> None:
+    page.heading("Validation by source")
+    rows = []
+    for name, part in phases.items():
+        held = part.manifest["splits"]["validation"]["sources"]
+        figures = part.validation[-1]["by_source"] if part.validation else {}
+        rows += [
+            [name, source, held[source]["rows"], held[source]["tokens"], it["loss"], it["accuracy"]]
+            for source, it in sorted(figures.items())
+        ]
+    if not rows:
+        page.paragraph("No validation has run yet.")
+        return
+    page.table(["phase", "source", "rows", "tokens", "loss (nats)", "accuracy"], rows)
+
+
+def _data_table(page: Page, phases: dict[str, Part]) -> None:
     page.heading("Data")
-    header = ["split", "source", "documents", "tokens", "rows", "share of the rows used"]
+    header = ["phase", "split", "source", "documents", "tokens", "rows", "share of the rows used"]
     rows = [
-        [split, name, part["documents"], part["tokens"], part["rows"], part["fill"]]
-        for split, content in sorted(manifest["splits"].items())
-        for name, part in sorted(content["sources"].items())
+        [phase, split, name, held["documents"], held["tokens"], held["rows"], held["fill"]]
+        for phase, part in phases.items()
+        for split, content in sorted(part.manifest["splits"].items())
+        for name, held in sorted(content["sources"].items())
     ]
     page.table(header, rows)
 
 
-def _loss_plot(train: list[Record], validation: list[Record], manifest: Record) -> str:
+def _loss_plot(train: list[Record], validation: list[Record], phases: dict[str, Part]) -> str:
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
     axes.plot(*_series(train, "loss"), label="training", linewidth=1)
     if validation:
         axes.plot(*_series(validation, "loss"), label="validation", marker="o", markersize=3)
-    axes.axhline(_unigram_entropy(manifest), linestyle="--", color="grey", label="unigram entropy")
+    for number, part in enumerate(phases.values()):
+        ends = [part.train[0]["step"], part.train[-1]["step"]]
+        label = None if number else "unigram entropy"
+        axes.plot(ends, [part.unigram_entropy] * 2, linestyle="--", color="grey", label=label)
     axes.set(xlabel="step", ylabel="nats a masked token")
     axes.legend()
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _series_plot(records: list[Record], labels: dict[str, str]) -> str:
@@ -147,19 +215,11 @@ def _series_plot(records: list[Record], labels: dict[str, str]) -> str:
     for axes, (key, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
         axes.plot(*_series(records, key), linewidth=1)
         axes.set(xlabel="step", ylabel=label)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _series(records: list[Record], key: str) -> tuple[list[int], list[float]]:
     return [record["step"] for record in records], [record[key] for record in records]
-
-
-def _svg(figure: Figure) -> str:
-    # A fixed salt and no date: equal runs give equal pages.
-    with mpl.rc_context({"svg.hashsalt": "clinical-modernbert"}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
 
 
 def _median(values: list[float]) -> float:

@@ -1,201 +1,248 @@
 """A run worked out before anything is trained: configuration, data and ranks fitted together."""
 
 import dataclasses
-import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import ConfigError, config_to_yaml
+from common.config import ConfigError
 from data_prep.shards import DataError, DataSet
-from model.config import GEOMETRIES, ModernBertConfig, from_hugging_face
+from model.config import ModernBertConfig
 from train.batch import BatchShape
-from train.config import Train, micro_steps
-from train.engine import deepspeed_config
+from train.config import Train
+from train.engine import choose_dtypes, deepspeed_config
+from train.mask_order import make_order
 from train.masking import Masker, Vocabulary
+from train.phase_config import Data, Phase, micro_steps
 from train.row_order import RowOrder
-from train.schedule import Progress, StepPlan, last_step, plan_steps
+from train.schedule import PhaseSchedule, Progress, StepPlan, current_phase, last_step, plan_steps
+from train.start import starting_geometry, tokenizer_folder
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything that follows from the configuration, the data set and the number of ranks."""
+class RunPhase:
+    """Everything that follows from the configuration of a phase and its data set."""
 
-    config: Train
+    name: str
+    config: Phase
     data: DataSet
     model_config: ModernBertConfig
-    precision: str
-    ranks: int
     micro_steps: int
+    """of a step of full size"""
+    schedule: PhaseSchedule
     order: RowOrder
     masker: Masker
     shape: BatchShape
     validation_rows: dict[str, int]
 
-    @property
-    def slots_per_step(self) -> int:
-        """Token slots of an optimizer step."""
-        return self.config.batch.rows * self.data.row_tokens
 
-    def last_step(self, start: Progress) -> int:
-        """The number of the run's last step when it continues from `start`."""
-        return last_step(self.config.schedule, self.slots_per_step, start)
+@dataclass(frozen=True)
+class Run:
+    """Everything that follows from the configuration, the data sets and the number of ranks."""
+
+    config: Train
+    start: ModernBertConfig
+    """the model that the first phase is given"""
+    precision: str
+    ranks: int
+    phases: dict[str, RunPhase]
+
+    @property
+    def last_phase(self) -> RunPhase:
+        """The phase that the run ends with."""
+        return list(self.phases.values())[-1]
+
+    @property
+    def schedules(self) -> list[PhaseSchedule]:
+        """What determines the steps, phase by phase."""
+        return [phase.schedule for phase in self.phases.values()]
 
     @property
     def deepspeed(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""
-        return deepspeed_config(self.config, self.precision, self.micro_steps, self.ranks)
+        largest = max(self.phases.values(), key=lambda phase: phase.micro_steps)
+        return deepspeed_config(
+            self.config, self.precision, largest.config.batch, largest.micro_steps, self.ranks
+        )
+
+    def last_step(self, start: Progress) -> int:
+        """The number of the run's last step when it continues from `start`."""
+        return last_step(self.schedules, start)
 
     def plans(self, start: Progress) -> Iterator[StepPlan]:
         """Every step from `start` to the end."""
-        config = self.config
-        return plan_steps(
-            config.schedule,
-            config.optimizer.lr,
-            config.masking.rate,
-            config.batch.rows,
-            self.data.row_tokens,
-            start,
-        )
+        return plan_steps(self.schedules, start)
+
+    def current_phase(self, progress: Progress) -> RunPhase:
+        """The last phase that has begun, or the first."""
+        return list(self.phases.values())[current_phase(self.schedules, progress)]
+
+    def epochs_read(self, progress: Progress) -> dict[str, float]:
+        """How often each source has been read, whatever the length its rows were packed for."""
+        epochs: dict[str, float] = {}
+        for name, rows in progress.rows.items():
+            available = self.phases[name].data.sources("train")
+            for source, number in rows.items():
+                epochs[source] = epochs.get(source, 0.0) + number / available[source]
+        return epochs
 
 
 def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
     """Work out a run; raises ConfigError or DataError for whatever does not fit together."""
-    steps = micro_steps(config.batch, ranks)
-    data = _open_data(config)
+    precision = _precision(config.precision, on_gpu)
+    choose_dtypes(config, precision)
+    steps = {name: micro_steps(name, part.batch, ranks) for name, part in config.phases.items()}
+    opened = _open_data(config)
+    max_length = max(data.max_length for data in opened.values())
+    start = starting_geometry(config, next(iter(opened.values())), max_length)
+    phases: dict[str, RunPhase] = {}
+    model = start
+    for name, part in config.phases.items():
+        if part.global_rope_theta is not None:
+            model = dataclasses.replace(model, global_rope_theta=part.global_rope_theta)
+        data = opened[part.data.dir]
+        phases[name] = _resolve_phase(config, name, data, model, steps[name], phases)
     return Run(
         config=config,
-        data=data,
-        model_config=_model_config(config, data),
-        precision=_precision(config.precision, on_gpu),
+        start=start,
+        precision=precision,
         ranks=ranks,
-        micro_steps=steps,
-        order=RowOrder(config.seed, data.sources("train"), _weights(config, data)),
-        masker=Masker(
-            seed=config.seed,
-            vocabulary=Vocabulary.from_manifest(data.tokenizer),
-            mask_share=config.masking.mask_share,
-            random_share=config.masking.random_share,
-        ),
-        shape=BatchShape(
-            rows=config.batch.micro_rows,
-            row_tokens=data.row_tokens,
-            max_length=data.max_length,
-            highest_rate=config.masking.rate,
-        ),
-        validation_rows=_validation_rows(config.validation.rows, data.sources("validation")),
+        phases=phases,
     )
 
 
-def describe(run: Run) -> str:
-    """The resolved run as text, for `--dry-run`."""
-    model = run.model_config
-    steps = run.last_step(Progress())
-    rows = steps * run.config.batch.rows
-    weights = run.order.quotas
-    lines = [
-        config_to_yaml(run.config).rstrip(),
-        "---",
-        f"model: {model.num_hidden_layers} layers × {model.hidden_size}, vocabulary "
-        f"{model.vocab_size}, {parameter_count(model):,} parameters, {run.precision}",
-        f"data: {run.data.folder}, rows of {run.data.row_tokens:,} tokens, documents of at most "
-        f"{run.data.max_length:,}",
-        f"batch: {run.config.batch.rows} rows a step = {run.ranks} ranks × {run.micro_steps} "
-        f"micro-steps × {run.config.batch.micro_rows} rows",
-        f"run: {steps:,} steps, {rows:,} rows, {rows * run.data.row_tokens:,} token slots",
-    ]
-    epochs = run.order.epochs(rows)
-    lines += [
-        f"source {name}: {run.order.rows[name]:,} rows, {weights[name] / sum(weights.values()):.2%}"
-        f" of the rows read, {epochs[name]:.3f} epochs"
-        for name in weights
-    ]
-    lines += [
-        f"validation {name}: {number:,} of {run.data.sources('validation')[name]:,} rows"
-        for name, number in run.validation_rows.items()
-    ]
-    lines.append("deepspeed: " + json.dumps(run.deepspeed, indent=2))
-    return "\n".join(lines)
+def _resolve_phase(
+    config: Train,
+    name: str,
+    data: DataSet,
+    model: ModernBertConfig,
+    steps: int,
+    earlier: dict[str, RunPhase],
+) -> RunPhase:
+    part = config.phases[name]
+    vocabulary = Vocabulary.from_manifest(data.tokenizer)
+    rows = data.sources("train")
+    weights, total_rows = mixture(name, part.data, rows, part.tokens, data.row_tokens)
+    tokens = part.tokens if part.tokens is not None else total_rows * data.row_tokens
+    _check_ramps(name, part, tokens)
+    read: Counter[str] = Counter()
+    for phase in earlier.values():
+        if phase.data.manifest_sha256 == data.manifest_sha256:
+            read.update(phase.order.rows_read(phase.schedule.rows()))
+    return RunPhase(
+        name=name,
+        config=part,
+        data=data,
+        model_config=model,
+        micro_steps=steps,
+        schedule=PhaseSchedule(
+            name=name,
+            tokens=tokens,
+            row_tokens=data.row_tokens,
+            batch=part.batch,
+            lr=part.lr,
+            masking=part.masking,
+            weight_decay=(
+                config.optimizer.weight_decay if part.weight_decay is None else part.weight_decay
+            ),
+        ),
+        order=RowOrder(config.seed, rows, weights, read),
+        masker=Masker(
+            seed=config.seed,
+            vocabulary=vocabulary,
+            mask_share=part.masking.mask_share,
+            random_share=part.masking.random_share,
+            order=make_order(part.masking, data, tokenizer_folder(data), vocabulary.special),
+        ),
+        shape=BatchShape(
+            rows=part.batch.micro_rows,
+            row_tokens=data.row_tokens,
+            max_length=data.max_length,
+            highest_rate=part.masking.highest_rate,
+        ),
+        validation_rows=_validation_rows(
+            data.folder, config.validation.rows, data.sources("validation")
+        ),
+    )
 
 
-def parameter_count(model: ModernBertConfig) -> int:
-    """Parameters of a model, the tied decoder's matrix counted once."""
-    hidden, layers = model.hidden_size, model.num_hidden_layers
-    attention = 4 * hidden * hidden
-    mlp = 3 * hidden * model.intermediate_size
-    norms = 2 * hidden
-    # The first layer has no norm before its attention; the encoder has one before and one after.
-    encoder = model.vocab_size * hidden + layers * (attention + mlp + norms) + hidden
-    head = hidden * hidden + hidden + model.vocab_size
-    return encoder + head
+def mixture(
+    phase: str, data: Data, rows: dict[str, int], tokens: int | None, row_tokens: int
+) -> tuple[dict[str, float], int]:
+    """The share of each source in a phase, in rows on any scale, and the rows of the phase.
 
-
-def _open_data(config: Train) -> DataSet:
-    data = DataSet(config.data.dir)
-    data.check_tokenizer(tokenizer_folder(data))
-    return data
-
-
-def tokenizer_folder(data: DataSet) -> Path:
-    """The tokenizer's folder, which lies beside the data set's."""
-    return data.folder.resolve().parent / "tokenizer"
-
-
-def _model_config(config: Train, data: DataSet) -> ModernBertConfig:
-    tokenizer = data.tokenizer
-    special = tokenizer["special_ids"]
-    if config.init_from is not None:
-        start = _read_geometry(config)
-        if start.vocab_size != tokenizer["vocab_size"]:
-            raise ConfigError(
-                f"init_from = {config.init_from} has a vocabulary of {start.vocab_size}, the "
-                f"tokenizer of data.dir = {data.folder} one of {tokenizer['vocab_size']}; make "
-                "the data set with the tokenizer of that model"
-            )
-        if start.max_position_embeddings < data.max_length:
-            raise ConfigError(
-                f"init_from = {config.init_from} has {start.max_position_embeddings} positions, "
-                f"data.dir = {data.folder} documents of {data.max_length} tokens; use a data set "
-                "of a smaller max_length"
-            )
-        for token in ("cls", "sep", "pad"):
-            if getattr(start, f"{token}_token_id") != special[token]:
+    rows: those that each source has. With `epochs`, a source gets epochs × rows; the sources that
+    `epochs` does not name share what is left of `tokens` in proportion to their rows.
+    """
+    for key in ("weights", "epochs"):
+        for source in getattr(data, key) or {}:
+            if source not in rows:
                 raise ConfigError(
-                    f"init_from = {config.init_from} has another tokenizer than data.dir = "
-                    f"{data.folder}: its {token} token is {getattr(start, f'{token}_token_id')}, "
-                    f"not {special[token]}; make the data set with the tokenizer of that model"
+                    f"phases.{phase}.data.{key}.{source}: the data set {data.dir} has no source "
+                    f"{source!r}; it has {', '.join(sorted(rows))}"
                 )
-    else:
-        start = GEOMETRIES[config.model.geometry]
-    sizes = {
-        name: value
-        for name, value in dataclasses.asdict(config.model).items()
-        if name != "geometry" and value is not None
-    }
-    if config.init_from is not None and sizes:
-        raise ConfigError(f"model.{min(sizes)} cannot be set: init_from brings the model's sizes")
-    try:
-        return dataclasses.replace(
-            start,
-            **sizes,
-            vocab_size=tokenizer["vocab_size"],
-            max_position_embeddings=max(start.max_position_embeddings, data.max_length),
-            pad_token_id=special["pad"],
-            cls_token_id=special["cls"],
-            sep_token_id=special["sep"],
+    total = 0 if tokens is None else math.ceil(tokens / row_tokens)
+    if data.epochs is None:
+        weights = data.weights or {name: float(number) for name, number in rows.items()}
+        return weights, total
+    wanted = {name: epochs * rows[name] for name, epochs in data.epochs.items()}
+    if tokens is None:
+        return wanted, math.ceil(sum(wanted.values()))
+    others = {name: number for name, number in rows.items() if name not in wanted}
+    left = total - sum(wanted.values())
+    if not others:
+        raise ConfigError(
+            f"phases.{phase}: data.epochs names every source, so that {sum(wanted.values()):,.0f} "
+            f"rows are read, {sum(wanted.values()) * row_tokens:,.0f} slots; leave tokens out, or "
+            "leave a source out of data.epochs, which then fills what tokens leaves"
         )
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
+    if left <= 0:
+        raise ConfigError(
+            f"phases.{phase}: data.epochs asks for {sum(wanted.values()) * row_tokens:,.0f} slots, "
+            f"which leaves nothing of tokens = {tokens:,} to {', '.join(sorted(others))}; raise "
+            "tokens or lower the epochs"
+        )
+    scale = left / sum(others.values())
+    return wanted | {name: number * scale for name, number in others.items()}, total
 
 
-def _read_geometry(config: Train) -> ModernBertConfig:
-    assert config.init_from is not None
-    path = config.init_from / "config.json"
-    try:
-        return from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"init_from: cannot take the model from {path}: {error}") from None
+def _check_ramps(name: str, phase: Phase, tokens: int) -> None:
+    """Raise ConfigError where a warm-up or a decay is longer than the phase."""
+    ramps = phase.lr.warmup_tokens + (phase.lr.decay_tokens or 0)
+    if ramps > tokens:
+        raise ConfigError(
+            f"phases.{name}: lr.warmup_tokens + lr.decay_tokens is {ramps:,}, more than the "
+            f"phase's {tokens:,} tokens"
+        )
+    if phase.lr.decay != "none" and phase.lr.warmup_tokens == tokens:
+        raise ConfigError(f"phases.{name}: lr.warmup_tokens leaves no tokens for lr.decay")
+    if phase.batch.warmup is not None and phase.batch.warmup.tokens > tokens:
+        raise ConfigError(
+            f"phases.{name}: batch.warmup.tokens is {phase.batch.warmup.tokens:,}, more than the "
+            f"phase's {tokens:,} tokens"
+        )
+
+
+def _open_data(config: Train) -> dict[Path, DataSet]:
+    """The data sets of all phases by their `dir`, which must have one tokenizer."""
+    opened: dict[Path, DataSet] = {}
+    for name, phase in config.phases.items():
+        if phase.data.dir in opened:
+            continue
+        data = DataSet(phase.data.dir)
+        data.check_tokenizer(tokenizer_folder(data))
+        for other in opened.values():
+            if data.tokenizer["sha256"] != other.tokenizer["sha256"]:
+                raise ConfigError(
+                    f"phases.{name}.data.dir = {data.folder} was made with another tokenizer than "
+                    f"{other.folder}; a model has one: make both with it (data_prep's max_lengths "
+                    "makes data sets of several lengths at once)"
+                )
+        opened[phase.data.dir] = data
+    return opened
 
 
 def _precision(asked: str, on_gpu: bool) -> str:
@@ -204,26 +251,13 @@ def _precision(asked: str, on_gpu: bool) -> str:
     return asked
 
 
-def _weights(config: Train, data: DataSet) -> dict[str, float]:
-    rows = data.sources("train")
-    if config.data.weights is None:
-        return {name: float(number) for name, number in rows.items()}
-    for name in config.data.weights:
-        if name not in rows:
-            raise ConfigError(
-                f"data.weights.{name}: the data set {data.folder} has no source {name!r}; it has "
-                f"{', '.join(sorted(rows))}"
-            )
-    return config.data.weights
-
-
-def _validation_rows(wanted: int, available: dict[str, int]) -> dict[str, int]:
+def _validation_rows(folder: Path, wanted: int, available: dict[str, int]) -> dict[str, int]:
     """How many rows of each source to validate on: all, or a share, at least one, of each."""
     total = sum(available.values())
     if not total:
         raise DataError(
-            "the data set has no validation rows; make it again with a larger validation_share, or "
-            "of more documents"
+            f"the data set {folder} has no validation rows; make it again with a larger "
+            "validation_share, or of more documents"
         )
     if wanted >= total:
         return available

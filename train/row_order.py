@@ -1,9 +1,10 @@
-"""Which row a run reads when: a pure function of (seed, mixture, global row number).
+"""Which row a phase reads when: a pure function of (seed, mixture, global row number).
 
-Rows of a run are numbered 0, 1, 2, … without end. Every block of 16,384 consecutive numbers holds
+Rows of a phase are numbered 0, 1, 2, … without end. Every block of 16,384 consecutive numbers holds
 exactly the quota of each source, in an order permuted by (seed, block); the i-th row a source
 contributes is row permutation(seed, source, epoch)[i mod rows] of it, with epoch = i div rows. So a
-source is read once through before any of its rows comes again, whatever the number of ranks.
+source is read once through before any of its rows comes again, whatever the number of ranks. i goes
+on from one phase to the next that reads the same data set, whatever mixture each of them has.
 
 The micro-steps and ranks of a step share its rows like this: global row c + k·(ranks·micro_rows) +
 rank·micro_rows + j is row j of micro-step k on `rank`, where c is the first row of the step.
@@ -49,13 +50,21 @@ def quotas(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 class RowOrder:
-    """The endless order of a run's rows over sources of known sizes."""
+    """The endless order of a phase's rows over sources of known sizes."""
 
-    def __init__(self, seed: int, rows: Mapping[str, int], weights: Mapping[str, float]) -> None:
-        """`rows`: rows of each source; `weights`: the share of each source, any positive scale."""
+    def __init__(
+        self,
+        seed: int,
+        rows: Mapping[str, int],
+        weights: Mapping[str, float],
+        start: Mapping[str, int] | None = None,
+    ) -> None:
+        """`rows`: rows of each source; `weights`: the share of each source, any positive scale;
+        `start`: how many rows of a source have been read before, none by default."""
         self.seed = seed
         self.quotas = quotas(weights)
         self.rows = {source: rows[source] for source in self.quotas}
+        self.start = {source: (start or {}).get(source, 0) for source in self.quotas}
         self._names = list(self.quotas)
         self._ends = np.cumsum([self.quotas[name] for name in self._names])
         # Consecutive rows touch one or two blocks, and one or two epochs of each source.
@@ -67,16 +76,16 @@ class RowOrder:
         block, position = divmod(global_row, BLOCK)
         sources, ranks = self._block(block)
         source = self._names[sources[position]]
-        count = block * self.quotas[source] + int(ranks[position])
+        count = self.start[source] + block * self.quotas[source] + int(ranks[position])
         epoch, index = divmod(count, self.rows[source])
         return RowAddress(source=source, row=int(self._epoch(source, epoch)[index]), epoch=epoch)
 
-    def epochs(self, global_rows: int) -> dict[str, float]:
-        """How often each source has been read once the first `global_rows` rows are."""
+    def rows_read(self, global_rows: int) -> dict[str, int]:
+        """How many rows of each source are among the first `global_rows` ones."""
         blocks, rest = divmod(global_rows, BLOCK)
         begun = np.bincount(self._block(blocks)[0][:rest], minlength=len(self._names))
         return {
-            name: (blocks * self.quotas[name] + int(begun[number])) / self.rows[name]
+            name: blocks * self.quotas[name] + int(begun[number])
             for number, name in enumerate(self._names)
         }
 

@@ -1,6 +1,7 @@
 """Loss and accuracy on the validation rows: the same rows under the same masks every time."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,33 +9,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.modernbert import ModernBertForMaskedLM
-from train.batch import BatchShape, PackedBatch, pack
+from train.batch import PackedBatch, pack
 from train.engine import Engine
 from train.loader import RowCounts
+from train.mask_order import TokenOrder
 from train.masking import IGNORED
 from train.ranks import Ranks, sum_over_ranks
-from train.resolve import Run
+from train.resolve import RunPhase
 
 LOGIT_ROWS = 2_048
 """masked positions whose logits are held at once"""
 
 
 class Validation:
-    """Runs the model over a fixed part of the validation rows, shared out over the ranks."""
+    """Runs the model over a fixed part of a phase's validation rows, shared out over the ranks."""
 
-    def __init__(self, run: Run, ranks: Ranks, device: torch.device) -> None:
-        self._run, self._ranks, self._device = run, ranks, device
-        self._sources = sorted(run.validation_rows)
+    def __init__(self, phase: RunPhase, rate: float, ranks: Ranks, device: torch.device) -> None:
+        """rate: the masking rate, the same in all phases, so that their figures compare."""
+        self._phase, self._rate, self._ranks, self._device = phase, rate, ranks, device
+        self._sources = sorted(phase.validation_rows)
         self._rows = [
-            (source, row) for source in self._sources for row in range(run.validation_rows[source])
+            (source, row)
+            for source in self._sources
+            for row in range(phase.validation_rows[source])
         ]
-        self._counts = RowCounts(run.data, "validation")
-        self._shape = BatchShape(
-            rows=run.shape.rows,
-            row_tokens=run.shape.row_tokens,
-            max_length=run.shape.max_length,
-            highest_rate=run.config.validation.rate,
-        )
+        self._counts = RowCounts(phase.data, "validation")
+        # Plain, however training masks, so that losses of different runs compare.
+        self._masker = replace(phase.masker, order=TokenOrder())
+        self._shape = replace(phase.shape, highest_rate=rate)
 
     def __call__(self, engine: Engine) -> dict[str, Any]:
         """Loss in nats a masked token and accuracy, in all and by source; every rank calls this.
@@ -67,18 +69,11 @@ class Validation:
         for number in numbers:
             # Past the end the last row stands in, with nothing masked, so that it does not count.
             source, at = self._rows[min(number, len(self._rows) - 1)]
-            row = self._run.data.read("validation", source, at)
+            row = self._phase.data.read("validation", source, at)
             maskable = self._counts.maskable(source, at) if number < len(self._rows) else 0
             rows.append(row)
             masks.append(
-                self._run.masker.mask(
-                    row.input_ids,
-                    maskable,
-                    self._run.config.validation.rate,
-                    "validation",
-                    source,
-                    at,
-                )
+                self._masker.mask(row.input_ids, maskable, self._rate, "validation", source, at)
             )
         return pack(rows, masks, self._shape)
 
@@ -88,17 +83,28 @@ class Validation:
         columns = torch.tensor(
             [self._sources.index(source) for source in batch.sources], device=self._device
         )
-        hidden_TD = model.encode(
-            batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
-        )
-        for indices_M, labels_M in zip(
-            batch.masked_indices.split(LOGIT_ROWS), batch.labels.split(LOGIT_ROWS), strict=True
-        ):
-            logits_MV = model.logits(hidden_TD.index_select(0, indices_M)).float()
-            loss_M = F.cross_entropy(logits_MV, labels_M, ignore_index=IGNORED, reduction="none")
-            correct_M = logits_MV.argmax(-1) == labels_M
-            figures = torch.stack([loss_M, correct_M, labels_M != IGNORED]).to(sums.dtype)
-            sums.index_add_(1, columns[indices_M // self._shape.row_tokens], figures)
+        loss_M, correct_M = predict(model, batch)
+        figures = torch.stack([loss_M, correct_M, batch.labels != IGNORED]).to(sums.dtype)
+        sums.index_add_(1, columns[batch.masked_indices // self._shape.row_tokens], figures)
+
+
+def predict(model: ModernBertForMaskedLM, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (M,) fp32 and whether the likeliest token is the label (M,) bool.
+
+    batch: on the model's device. Both are 0 where the label is ignored. No more than LOGIT_ROWS
+    rows of logits are held at once.
+    """
+    hidden_TD = model.encode(
+        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+    )
+    losses, corrects = [], []
+    for indices_M, labels_M in zip(
+        batch.masked_indices.split(LOGIT_ROWS), batch.labels.split(LOGIT_ROWS), strict=True
+    ):
+        logits_MV = model.logits(hidden_TD.index_select(0, indices_M)).float()
+        losses.append(F.cross_entropy(logits_MV, labels_M, ignore_index=IGNORED, reduction="none"))
+        corrects.append(logits_MV.argmax(-1) == labels_M)
+    return torch.cat(losses), torch.cat(corrects)
 
 
 def _figures(sums: list[float]) -> dict[str, float]:

@@ -126,9 +126,9 @@ def _distinct(
 
 
 def _parents(code: Code, codes: dict[tuple[str, str], Code]) -> tuple[tuple[str, str], ...]:
-    """The headings above an ICD code: the codes of its table that it begins with."""
+    """What stands above a code: for ICD the codes of its table that it begins with."""
     if not code.system.startswith("icd"):
-        return ()
+        return code.parents
     lengths = range(len(code.category), len(code.code))
     above = (codes.get((code.prefix, code.code[:length])) for length in lengths)
     return tuple((parent.shown, parent.title) for parent in above if parent is not None)

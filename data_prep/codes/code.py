@@ -19,7 +19,8 @@ class Code:
     shown: as people write it (`S72.001A`, `00071-0155-23`).
     category: the part of the classification it stands in, such as `S72`.
     group: what a split may not cut; the same for one code in the tables of several publishers.
-    parents: (shown, title) of the headings above it, the outermost first.
+    parents: (shown, title) of the headings above it, the outermost first; those of ICD codes are
+    other codes of the table, all others are columns of its own row.
     details: (name, value) of what else the table says in a few words.
     definition: a sentence or more on what it means.
     meta: of this system only, added to the document's.

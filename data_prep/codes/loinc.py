@@ -27,6 +27,8 @@ _DETAILS = {
     "SHORTNAME": "Short name",
 }
 _AXES = tuple(_DETAILS)[:6]
+# From what is wide to what is measured.
+_HEADINGS = ("CLASS", "COMPONENT")
 
 
 def _read(path: Path) -> Iterator[tuple[int, Code]]:
@@ -49,6 +51,7 @@ def _read(path: Path) -> Iterator[tuple[int, Code]]:
                 category=values["CLASS"],
                 # Codes that differ in method or specimen only are near-identical texts.
                 group=group_of_text("loinc", values["COMPONENT"]),
+                parents=sum((detail(_DETAILS[c], values[c]) for c in _HEADINGS), ()),
                 details=sum((detail(_DETAILS[c], v) for c, v in values.items()), ()),
                 definition=normalise(row.get("DefinitionDescription", "")),
                 meta={

@@ -68,6 +68,7 @@ def _read_labitems(path: Path) -> Iterator[tuple[int, Code]]:
                 title=f"{label} ({where})" if label and where else label,
                 category=category,
                 group=group_of_text("mimic-lab", label),
+                parents=detail("Category", category) + detail("Fluid", fluid),
                 details=detail("Fluid", fluid) + detail("Category", category),
             ),
         )

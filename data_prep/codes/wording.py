@@ -68,7 +68,7 @@ def wording(code: Code, templates: Sequence[str]) -> str:
     `sentence`    The ICD-10-CM diagnosis code S72.001A stands for: Fracture of …
     `record`      code, title and the table's other columns, each on a line with its name
     `hierarchy`   the headings above the code that the table has, the outermost first, and the code,
-                  each on a line with its title
+                  each on a line with its title; docs/data.md says which tables have which
 
     Which one is a pure function of the code's system, kind and characters and of the names in
     `templates`: not of their order, of other codes or of the edition, so that a code that stays the

@@ -14,6 +14,8 @@ def page(tmp_path: Path) -> html.HtmlElement:
     page.heading("Loss")
     page.table(["name", "rows"], [["<script>", 12345], ["x", 0.5]])
     page.figure('<?xml version="1.0"?><svg width="1"></svg>', "a curve")
+    page.figure('<svg width="1"></svg>', "bars", alt='falls "fast"')
+    page.table(["year"], [[3]], folded="The <numbers>")
     page.preformatted("a: <1>")
     page.write(tmp_path / "page.html")
     return html.parse(tmp_path / "page.html").getroot()
@@ -26,9 +28,19 @@ def test_text_is_escaped(page: html.HtmlElement) -> None:
 
 
 def test_table_and_figure(page: html.HtmlElement) -> None:
-    assert [cell.text for cell in page.iterfind(".//td")] == ["<script>", "12,345", "x", "0.5000"]
+    cells = [cell.text for cell in page.iterfind(".//td")]
+    assert cells == ["<script>", "12,345", "x", "0.5000", "3"]
+    assert {cell.get("scope") for cell in page.iterfind(".//th")} == {"col"}
     assert page.find(".//figure/svg") is not None
     assert page.findtext(".//figcaption") == "a curve"
+    assert page.findtext(".//details/summary") == "The <numbers>"
+    assert page.findtext(".//details/table//td") == "3"
+
+
+def test_a_plot_says_what_it_shows(page: html.HtmlElement) -> None:
+    plots = page.findall(".//figure/svg")
+    assert {plot.get("role") for plot in plots} == {"img"}
+    assert [plot.get("aria-label") for plot in plots] == ["a curve", 'falls "fast"']
 
 
 def test_nothing_is_fetched(page: html.HtmlElement) -> None:

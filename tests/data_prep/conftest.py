@@ -1,11 +1,14 @@
 """Fixtures that several tests of the data preparation share."""
 
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lxml.html import HtmlElement
 
-from data_prep.document import Document
+from data_prep.document import Document, read_documents
 from data_prep.tokenizer import train_tokenizer
 
 WORDS = [
@@ -39,3 +42,28 @@ def trained(notes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = [Document(f"discharge-{i}", "discharge", str(i), text) for i, text in enumerate(notes)]
     train_tokenizer(found, folder, 640)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_runs() -> Callable[[HtmlElement, Path], set[tuple[str, ...]]]:
+    """The runs of five words that a page and the documents below a folder have both."""
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"[^\W_]+", text.lower())
+        return set(zip(*(words[start:] for start in range(5)), strict=False))
+
+    def find(page: HtmlElement, documents: Path) -> set[tuple[str, ...]]:
+        blocks = [
+            element.text_content() for element in page.iter("td", "th", "p", "pre", "h1", "h2")
+        ]
+        blocks += [*page.xpath("//@aria-label"), *page.xpath("//figcaption/text()")]
+        blocks += page.xpath("//summary/text()")
+        wanted = set().union(*map(runs, blocks))
+        assert wanted
+        found = set()
+        for path in sorted(documents.rglob("*.parquet")):
+            for document in read_documents(path):
+                found |= wanted & runs(document.text)
+        return found
+
+    return find

@@ -190,6 +190,13 @@ def test_links_that_would_tie_too_many_leave_out_of_validation(
     assert 2 < len(template) < 12
     left_out = counts(tmp_path / "out", "split", "groups")["left_out_of_validation"]
     assert left_out >= 12 - len(template)
+    log = [
+        json.loads(line)
+        for path in tmp_path.glob("out/kept/apart/**/*.jsonl")
+        for line in path.open()
+    ]
+    assert len({entry["id"] for entry in log}) == len(log) == left_out
+    assert not {entry["id"] for entry in log} & set(found)
 
 
 def test_no_text_is_anywhere_but_in_documents(planted: Path, tmp_path: Path) -> None:
@@ -235,6 +242,25 @@ def test_the_order_of_the_tasks_changes_nothing(planted: Path, tmp_path: Path) -
     for path in files:
         name = path.relative_to(tmp_path / "one")
         assert path.read_bytes() == (tmp_path / "backwards" / name).read_bytes(), name
+
+
+def test_the_order_of_the_files_changes_neither_texts_nor_sides(
+    planted: Path, tmp_path: Path
+) -> None:
+    """Only which of equal documents is the first, and stays, depends on it."""
+    clean(planted, tmp_path / "one", **SETTINGS)
+    for name, other in (("a", "z"), ("b", "a")):
+        (planted / f"{name}.csv.gz").rename(planted / f"{other}.csv.gz")
+    clean(planted, tmp_path / "two", **SETTINGS)
+    found = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        documents = kept(out).values()
+        texts = Counter(" ".join(document.text.casefold().split()) for _, document in documents)
+        found.append((texts, {document.group: side for side, document in documents}))
+    (texts, sides), (other_texts, other_sides) = found
+    assert texts == other_texts
+    assert len(sides.keys() & other_sides.keys()) > 4
+    assert all(sides[group] == other_sides[group] for group in sides.keys() & other_sides.keys())
 
 
 def test_a_changed_key_redoes_what_it_decides(

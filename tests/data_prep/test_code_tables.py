@@ -338,6 +338,8 @@ def test_loinc(tmp_path: Path) -> None:
         *("Component: Glucose", "Property: MCnc", "Time: Pt", "System: Ser/Plas", "Scale: Qn"),
         *("Class: CHEM", "Short name: Glucose SerPl-mCnc"),
     ]
+    tree, _ = documents(path, "loinc", templates=["hierarchy"])
+    assert tree.text.splitlines()[1:-1] == ["Class: CHEM", "Component: Glucose"]
 
 
 def test_codes_for_one_component_are_one_group(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The words of codes: every template holds code and title, the choice depends on the code alone."""
 
+import csv
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +87,37 @@ def test_real_headings_stand_above_their_codes(shared_data: Path) -> None:
         *("S72", "S72.0", "S72.00", "S72.001", "S72.001A"),
     ]
     assert trees["icd10cm-S72001A"].splitlines()[1] == "S72: Fracture of femur"
-    assert sum(len(text.splitlines()) > 2 for text in trees.values()) > 96_000
+    titles = {
+        line.partition(": ")[0]: line for text in trees.values() for line in [text.split("\n")[-1]]
+    }
+    assert len(titles) == 98_186
+    for text in trees.values():
+        _, *above, own = text.splitlines()
+        code = own.partition(": ")[0]
+        # All the table's codes that it begins with, from the category down, in their own words.
+        shorter = [code[:length].rstrip(".") for length in range(3, len(code))]
+        expected = [titles[name] for name in dict.fromkeys(shorter) if name in titles]
+        assert above == expected
+        assert len(code) == 3 or above[0].partition(": ")[0] == code[:3]
+
+
+def test_real_laboratory_items_stand_in_their_category(tmp_path: Path, shared_data: Path) -> None:
+    """The items of MIMIC's published mapping, in the columns of d_labitems."""
+    mapping = shared_data / "codes" / "mimic_mapping" / "d_labitems_to_loinc.csv"
+    with mapping.open(encoding="utf-8-sig", newline="") as file:
+        items = [list(row.values())[:4] for row in csv.DictReader(file)]
+    with (tmp_path / "d_labitems.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["itemid", "label", "fluid", "category"], *items])
+    trees = list(documents(tmp_path / "d_labitems.csv", "d-labitems", templates=["hierarchy"]))
+    # Four have no label, and so no text.
+    items = [item for item in items if item[1]]
+    assert len(trees) == len(items) == 1_626
+    for (item, label, fluid, category), tree in zip(items, trees, strict=True):
+        assert tree.id == f"mimic-lab-{item}"
+        _, *above, own = tree.text.splitlines()
+        expected = (("Category", category), ("Fluid", fluid))
+        assert above == [f"{name}: {' '.join(value.split())}" for name, value in expected if value]
+        assert " ".join(label.split()) in own
 
 
 def _template(text: str) -> str:

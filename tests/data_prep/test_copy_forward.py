@@ -1,6 +1,8 @@
 """Copy-forward: what an earlier note of the subject says goes once, layout and all else stays."""
 
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,15 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import mimic
-from data_prep.copy_forward import copied, paragraphs, parts_of, without, write_paragraphs
+from data_prep.copy_forward import (
+    copied,
+    paragraphs,
+    parts_of,
+    place_in_time,
+    without,
+    write_paragraphs,
+)
 from data_prep.document import Document
 
 HISTORY = "Past medical history:\n  hypertension since 1998, diabetes mellitus, gout  "
 PLAN = "Plan:\n\tcontinue metformin 500 mg twice a day and follow up in two weeks"
 
 
-def note(name: str, subject: str, sequence: int | None, text: str) -> Document:
-    return Document(name, "discharge", subject, text, {"note_seq": sequence})
+def note(
+    name: str, subject: str, sequence: int | None, text: str, time: str | None = None
+) -> Document:
+    return Document(name, "discharge", subject, text, {"note_seq": sequence, "charttime": time})
 
 
 def dropped(notes: list[Document], folder: Path, least: int = 20, **size: int) -> list[list[int]]:
@@ -69,6 +80,38 @@ def test_notes_without_a_number_come_last_in_the_order_of_the_file(tmp_path: Pat
     notes = [note("a", "s", None, PLAN), note("b", "s", None, PLAN), note("c", "s", 7, PLAN)]
     assert dropped(notes, tmp_path) == [[0, 0], [1, 0]]
     assert dropped(notes[:2], tmp_path) == [[1, 0]]
+
+
+def test_notes_are_in_the_order_of_their_time_before_their_number(tmp_path: Path) -> None:
+    """Addenda are numbered by themselves, and a number may be lower for a later note."""
+    notes = [
+        note("a", "s", 1, PLAN, "2150-03-02 08:00:00"),
+        note("b", "s", 9, PLAN, "2150-03-01 23:59:59"),
+        note("c", "s", 0, PLAN),
+    ]
+    assert dropped(notes, tmp_path) == [[0, 0], [2, 0]]
+    at_one_time = [
+        note("a", "s", 2, PLAN, "2150-03-01 00:00:00"),
+        note("b", "s", 1, PLAN, "2150-03-01"),
+        note("c", "s", None, PLAN, "2150-03-01"),
+    ]
+    assert dropped(at_one_time, tmp_path) == [[0, 0], [2, 0]]
+
+
+TIMES = st.one_of(
+    st.none(), st.datetimes(datetime(1800, 1, 1)).map(lambda time: f"{time:%Y-%m-%d %H:%M:%S}")
+)
+
+
+@given(st.lists(st.tuples(TIMES, st.one_of(st.none(), st.integers(0, 9))), max_size=8))
+def test_places_in_time_sort_like_times_and_numbers(notes: list[tuple[Any, Any]]) -> None:
+    def key(found: tuple[Any, Any]) -> Any:
+        time, number = found
+        return time is None, time or "", number is None, number or 0
+
+    ordered = sorted(notes, key=key)
+    assert sorted(notes, key=lambda found: place_in_time(*found)) == ordered
+    assert all(0 <= place_in_time(*found) < 2**63 for found in notes)
 
 
 def test_notes_that_are_left_out_keep_nothing_from_others(tmp_path: Path) -> None:

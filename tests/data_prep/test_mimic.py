@@ -76,7 +76,7 @@ def test_a_note_becomes_a_document(tmp_path: Path) -> None:
         meta={
             "note_type": "DS",
             "note_seq": 1,
-            "chart_year": 2150,
+            "charttime": "2150-01-01 00:00:00",
             "admission": _hash("2001"),
             "characters": len(text) - 2,
         },
@@ -88,11 +88,26 @@ def test_a_note_becomes_a_document(tmp_path: Path) -> None:
 
 def test_identifiers_are_strings_and_hadm_id_may_be_missing(tmp_path: Path) -> None:
     """`007` and `7` are two subjects; an empty hadm_id is None, not a hash of nothing."""
-    rows = [_row(1, subject_id="007", hadm_id=""), _row(2, subject_id="7", charttime="")]
+    rows = [_row(1, subject_id="007", hadm_id=""), _row(2, subject_id="7")]
     first, second = documents(_write(tmp_path / "r.csv", _csv(*rows)), "radiology")
     assert first.group != second.group
-    assert (first.meta["admission"], first.meta["chart_year"]) == (None, 2150)
-    assert (second.meta["admission"], second.meta["chart_year"]) == (_hash("2002"), None)
+    assert (first.meta["admission"], second.meta["admission"]) == (None, _hash("2002"))
+
+
+@pytest.mark.parametrize(
+    ("stated", "kept"),
+    [
+        ("2150-03-04", "2150-03-04"),
+        ("2150-03-04 05:06:07", "2150-03-04 05:06:07"),
+        ("", None),
+        ("yesterday", None),
+        ("2150-03-04 at noon", None),
+    ],
+)
+def test_a_time_is_kept_and_nothing_else(tmp_path: Path, stated: str, kept: str | None) -> None:
+    path = _write(tmp_path / "r.csv", _csv(_row(1, charttime=stated)))
+    (document,) = documents(path, "radiology")
+    assert document.meta["charttime"] == kept
 
 
 def test_white_space_is_no_document_and_is_counted(tmp_path: Path) -> None:

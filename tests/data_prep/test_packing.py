@@ -54,6 +54,33 @@ def test_rows_hold_every_piece_once_within_their_bounds(
     np.testing.assert_array_equal(plan.bounds, again.bounds)
 
 
+@given(
+    lengths=st.lists(st.integers(2, 50), max_size=120),
+    row_tokens=st.integers(50, 200),
+    max_documents=st.integers(1, 12),
+    key=st.integers(0, 2**64 - 1),
+)
+def test_a_row_is_closed_only_when_nothing_that_waits_fits(
+    lengths: list[int], row_tokens: int, max_documents: int, key: int
+) -> None:
+    """Of any two rows, the later one has no piece that would go into the earlier one.
+
+    So at most one row is less than half full: fewer than twice as many rows as can be.
+    """
+    sizes = np.array(lengths, np.int64)
+    plan = pack(sizes, row_tokens, max_documents, key)
+    rows = [sizes[plan.order[b:e]] for b, e in zip(plan.bounds, plan.bounds[1:], strict=False)]
+
+    def takes(row: np.ndarray, other: np.ndarray) -> bool:
+        return len(row) < max_documents and row.sum() + other.min() <= row_tokens
+
+    for number, row in enumerate(rows):
+        for other in rows[:number]:
+            assert not (takes(row, other) and takes(other, row))
+    halves = [len(row) < max_documents and 2 * row.sum() <= row_tokens for row in rows]
+    assert sum(halves) <= 1
+
+
 def test_few_documents_make_one_row_and_none_make_none() -> None:
     assert pack(np.array([5, 7]), 64, 512, 1).rows == 1
     assert pack(np.zeros(0, np.int64), 64, 512, 1).rows == 0

@@ -6,15 +6,19 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
+from lxml import html
 
 from common.config import config_to_yaml, load_config
 from data_prep import cleaning_tasks, near_duplicates, pipeline, tasks
+from data_prep.card.mixture import Mixture
+from data_prep.card.report import write_reports
 from data_prep.config import DataPrep, Sources, Tokenizer
 from data_prep.document import read_documents
 from data_prep.shards import DataSet
@@ -126,6 +130,8 @@ def test_manifest_counts_are_those_of_documents_and_rows(made: Path, length: int
     data = DataSet(made / f"rows-{length}")
     tokenizer = load_tokenizer(made / "tokenizer")
     special = set(manifest["tokenizer"]["special_ids"].values())
+    token_counts = data.token_counts()
+    assert list(token_counts) == sorted(data.sources("train"))
     for split in SPLITS:
         content = manifest["splits"][split]
         occurrences: Counter[int] = Counter()
@@ -138,18 +144,30 @@ def test_manifest_counts_are_those_of_documents_and_rows(made: Path, length: int
             tokens = [ids.tolist() for ids in encode(tokenizer, texts)]
             occurrences.update(token for ids in tokens for token in ids)
             rows = [data.read(split, source, row) for row in range(entry["rows"])]
+            if split == "train":
+                ids = np.concatenate([row.input_ids for row in rows])
+                found = np.bincount(ids, minlength=manifest["tokenizer"]["vocab_size"])
+                found[list(special)] = 0
+                np.testing.assert_array_equal(token_counts[source], found)
             pieces = sum(len(row.documents) for row in rows)
             assert entry["documents"] == len(texts)
             assert entry["pieces"] == pieces
             assert entry["tokens"] == sum(map(len, tokens)) + 2 * pieces
             assert entry["fill"] == pytest.approx(entry["tokens"] / (512 * len(rows)), abs=1e-6)
+            least = max(entry["tokens"] / 512, entry["pieces"] / 24)
+            assert least <= entry["least_rows"] < least + 1
+            assert entry["rows"] >= entry["least_rows"]
             for name in ("rows", "tokens", "documents", "pieces"):
                 assert entry[name] == sum(shard[name] for shard in entry["shards"])
-        for name in ("rows", "tokens", "documents", "pieces"):
+        for name in ("rows", "least_rows", "tokens", "documents", "pieces"):
             assert content[name] == sum(entry[name] for entry in content["sources"].values())
         assert not special & set(occurrences)
         shares = np.array(list(occurrences.values())) / occurrences.total()
         assert content["unigram_entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
+    totals = manifest["totals"]
+    for name in ("rows", "least_rows", "tokens", "documents", "pieces"):
+        assert totals[name] == sum(manifest["splits"][split][name] for split in SPLITS)
+    assert totals["fill"] == pytest.approx(totals["tokens"] / (512 * totals["rows"]), abs=1e-6)
 
 
 def test_plain_webdataset_reads_what_the_reader_reads(made: Path) -> None:
@@ -439,13 +457,25 @@ def assert_lossless(out: Path, data: DataSet) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_real_sample(shared_data: Path, tmp_path: Path) -> None:
-    words = [f"raw_dir={shared_data}", f"out_dir={tmp_path / 'out'}", "row_tokens=8192"]
+def test_the_whole_real_sample(
+    shared_data: Path,
+    tmp_path: Path,
+    shared_runs: Callable[[html.HtmlElement, Path], set[tuple[str, ...]]],
+) -> None:
+    """Nothing is lost, rows are as few as can be, and the data card holds no text."""
+    out = tmp_path / "out"
+    words = [f"raw_dir={shared_data}", f"out_dir={out}", "row_tokens=8192"]
     words.append("max_lengths=[1024, 8192]")
     run = load_config(DataPrep, "data_prep", ROOT / "configs" / "sample.yaml", words)
     manifests = pipeline.run(run)
-    assert_lossless(tmp_path / "out", DataSet(tmp_path / "out" / "rows-1024"))
-    for folder, least in ((1024, 0.995), (8192, 0.98)):
-        train = manifests[tmp_path / "out" / f"rows-{folder}"]["splits"]["train"]
-        assert train["fill"] > least
-        assert train["sources"]["pubmed"]["documents"] > 12_000
+    assert_lossless(out, DataSet(out / "rows-1024"))
+    for length, least in ((1024, 0.995), (8192, 0.98)):
+        manifest = manifests[out / f"rows-{length}"]
+        # Training and validation together, their last rows included.
+        assert manifest["totals"]["fill"] > least
+        for split in SPLITS:
+            for source, entry in manifest["splits"][split]["sources"].items():
+                assert entry["rows"] == entry["least_rows"], (length, split, source)
+        assert manifest["splits"]["train"]["sources"]["pubmed"]["documents"] > 12_000
+    page, _ = write_reports(out, Mixture())
+    assert shared_runs(html.parse(page).getroot(), out / "documents") == set()

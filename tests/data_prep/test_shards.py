@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from data_prep.__main__ import main as run_data_prep
 from data_prep.shard_writer import shard_name, write_shard
 from data_prep.shards import FORMAT_VERSION, DataError, DataSet, Row, row_key
 
@@ -252,6 +253,30 @@ def test_verify_finds_a_changed_byte_that_opening_cannot_see(folder: Path) -> No
     data = DataSet(folder)
     with pytest.raises(DataError, match=rf"{SECOND}\.tar is damaged.*make the data set again"):
         data.verify()
+
+
+def test_the_command_that_verifies_says_what_it_read_or_names_the_spoilt_shard(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_data_prep(["verify", str(folder)]) == 0
+    out = capsys.readouterr().out
+    sources = DataSet(folder).manifest["splits"]["train"]["sources"]
+    for source, entry in sources.items():
+        rows = sum(shard["rows"] for shard in entry["shards"])
+        assert f"train {source}: {len(entry['shards'])} shards, {rows} rows" in out
+    assert f"{folder} is whole" in out
+
+    shard = folder / sources[min(sources)]["shards"][-1]["name"]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert run_data_prep(["verify", str(folder)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: {shard} is damaged")
+    assert shown.err.count("\n") == 1
+    assert not shown.out
+    assert run_data_prep(["verify", str(folder / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_a_row_whose_bytes_changed_is_refused(folder: Path) -> None:

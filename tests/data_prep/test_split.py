@@ -1,5 +1,7 @@
 """The split: by group, near the wanted share, and stable."""
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -106,3 +108,50 @@ def test_a_group_is_where_its_key_is() -> None:
     keys = np.array([group_key(group) for group in groups], np.uint64)
     sides = Split(0.3, 1).is_validation(keys)
     assert [split_of(g, 0.3, 1) == VALIDATION for g in groups] == sides.tolist()
+
+
+CLUSTERED = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 19)), max_size=40)
+
+
+def sides_of(
+    documents: list[tuple[int, int]], most: int, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which (cluster, group) documents are for validation, and which of these are left out."""
+    clusters = np.array([cluster for cluster, _ in documents], np.int64)
+    groups = np.array([group_key(f"subject-{group}") for _, group in documents], np.uint64)
+    pairs = cluster_pairs(clusters, groups)
+    links = link_groups(pairs, most)
+    is_validation = Split(share, seed, links).is_validation(groups)
+    return is_validation, on_both_sides(clusters, is_validation)
+
+
+@given(CLUSTERED, st.integers(1, 25), st.floats(0, 0.9), st.integers(0, 99))
+def test_no_cluster_and_no_group_is_on_both_sides(
+    documents: list[tuple[int, int]], most: int, share: float, seed: int
+) -> None:
+    """However few groups may be linked: validation gives way."""
+    is_validation, left_out = sides_of(documents, most, share, seed)
+    assert not (left_out & ~is_validation).any()
+    sides: dict[tuple[str, int], set[bool]] = {}
+    for (cluster, group), side, gone in zip(documents, is_validation, left_out, strict=True):
+        sides.setdefault(("group", group), set()).add(bool(side))
+        if not gone:
+            sides.setdefault(("cluster", cluster), set()).add(bool(side))
+    assert all(len(side) == 1 for side in sides.values())
+    if most >= 20:
+        # All groups could be one, so nothing has to go.
+        assert not left_out.any()
+
+
+@given(CLUSTERED, st.floats(0, 0.9), st.integers(0, 99), st.randoms())
+def test_the_order_of_documents_and_clusters_changes_no_side(
+    documents: list[tuple[int, int]], share: float, seed: int, random: Random
+) -> None:
+    """Nor do the clusters' names: with files in another order other documents are the first."""
+    order, names = list(range(len(documents))), list(range(10))
+    random.shuffle(order)
+    random.shuffle(names)
+    shuffled = [(names[documents[place][0]], documents[place][1]) for place in order]
+    first, _ = sides_of(documents, 20, share, seed)
+    second, _ = sides_of(shuffled, 20, share, seed)
+    assert first[order].tolist() == second.tolist()

@@ -1,5 +1,6 @@
 """Normalisation: what may change in a text, stated as properties."""
 
+import html
 import re
 import unicodedata
 
@@ -45,6 +46,13 @@ def test_what_is_normal_stays(text: str) -> None:
     once = normalise(text.replace("&", "+"))
     assert normalise(once) == once
     assert not re.search(r"\s\s|[^\S ]|^\s|\s$", once)
+
+
+@given(st.one_of(ODD_TEXT, st.text(st.characters(max_codepoint=127))))
+def test_the_short_way_gives_what_the_rule_says(text: str) -> None:
+    """Most texts are not taken apart and put together again; the result is the same."""
+    plain = " ".join(unicodedata.normalize("NFC", html.unescape(text)).split())
+    assert normalise(text) == plain
 
 
 @given(ODD_TEXT)

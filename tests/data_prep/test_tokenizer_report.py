@@ -68,3 +68,6 @@ def test_the_command_line_prints_a_line_a_source_and_tokenizer(
     assert "1.000" in lines[2]
     assert main([str(tmp_path / "absent")]) == 2
     assert "make them with python -m data_prep first" in capsys.readouterr().err
+    shutil.rmtree(out_dir / "kept" / "validation" / "discharge")
+    assert main([str(out_dir)]) == 2
+    assert "holds no documents; prepare with validation_share" in capsys.readouterr().err

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from kernels import benchmark
-from kernels.benchmark_cases import Case, layouts
+from kernels.benchmark_attention import candidates, seen_pairs
+from kernels.benchmark_layouts import Case, layouts
+from kernels.local_attention import NARROW
 
 
 @pytest.mark.parametrize("tokens", [65_536, 16_384, 1000])
@@ -47,3 +49,15 @@ def test_a_cpu_is_told_what_it_cannot_do() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit, match="needs a CUDA GPU"):
         benchmark.main([])
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, 0), (7, 2), (7, 6), (7, 64), (130, 64)])
+def test_pairs_within_a_window(length: int, window: int) -> None:
+    near = [abs(i - j) <= window for i in range(length) for j in range(length)]
+    assert seen_pairs(length, window) == sum(near)
+
+
+def test_tuning_compares_with_what_is_in_use() -> None:
+    tunings = list(candidates())
+    assert tunings[0] == NARROW
+    assert {tuning.together for tuning in tunings} == {False, True}

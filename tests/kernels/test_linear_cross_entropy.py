@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import linear_cross_entropy as module
 from kernels.linear_cross_entropy import (
@@ -35,7 +36,8 @@ def make_case(
 
 def in_triton(*arguments: Tensor) -> Tensor:
     """The loss as on a GPU; on a CPU Triton interprets."""
-    return _linear_cross_entropy(*arguments, torch.is_grad_enabled(), True)[0]
+    rows = len(arguments[0])
+    return _linear_cross_entropy(*arguments, rows, torch.is_grad_enabled(), True)[0]
 
 
 def run(function: Callable, leaves: list[Tensor], labels: Tensor) -> list[Tensor]:
@@ -109,6 +111,41 @@ def test_ignored_rows_give_and_get_nothing(
     assert not any(bool(value.any()) for value in nothing)
 
 
+@pytest.mark.parametrize(("counted", "triton"), [(0, False), (9, False), (30, False), (9, True)])
+def test_filler_at_the_end_costs_nothing(
+    counted: int,
+    triton: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    poisoned: None,
+) -> None:
+    """The products of a long list with filler are those of the list without."""
+    for name in ("_ELEMENTS_A_CHUNK", "_ELEMENTS_A_PLAIN_CHUNK"):
+        monkeypatch.setattr(module, name, 7 * VOCABULARY)
+    monkeypatch.setattr(module, "_ROWS_MULTIPLE", 2)
+    (hidden, *others), labels = make_case(30, torch.float32, device)
+    labels[counted:] = -100
+    with torch.no_grad():
+        hidden[counted + 1 :] = float("nan")  # would show wherever it is read
+
+    def run_part(rows: int) -> tuple[list[Tensor], int]:
+        with FlopCounterMode(display=False) as counter:
+            values = _linear_cross_entropy._init_fn(
+                hidden.detach()[:rows], *(o.detach() for o in others), labels[:rows], counted, True,
+                triton,
+            )  # fmt: skip
+        return list(values), counter.get_total_flops()
+
+    whole, flops = run_part(30)
+    rounded = min(30, counted + counted % 2)
+    alone, flops_alone = run_part(rounded)
+    assert flops == flops_alone == 3 * 2 * rounded * VOCABULARY * 16
+    assert not bool(whole[1][rounded:].any())
+    whole[1] = whole[1][:rounded]
+    for one, two in zip(whole, alone, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_weight_gradient_is_summed_in_fp32(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
@@ -159,8 +196,8 @@ def test_wrong_input_is_refused() -> None:
 def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
     leaves, labels = make_case(7, torch.float32, device)
     detached = [leaf.detach() for leaf in leaves]
-    opcheck(_linear_cross_entropy, (*leaves, labels, True, device.type == "cuda"))
-    opcheck(_linear_cross_entropy, (*detached, labels, False, device.type == "cuda"))
+    opcheck(_linear_cross_entropy, (*leaves, labels, 7, True, device.type == "cuda"))
+    opcheck(_linear_cross_entropy, (*detached, labels, 5, False, device.type == "cuda"))
 
 
 @pytest.mark.gpu

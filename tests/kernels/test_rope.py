@@ -8,13 +8,11 @@ from torch import Tensor
 from transformers import ModernBertConfig as TheirConfig
 from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 
+from kernels.documents import positions_from
 from kernels.rope import (
-    _positions,
     _rope,
     _rope_backward,
     _rope_in_place,
-    positions_from,
-    positions_from_reference,
     rope,
     rope_in_place,
     rope_reference,
@@ -81,16 +79,6 @@ def test_in_place_is_the_same(layout: str, dtype: torch.dtype, device: torch.dev
         rope_in_place(qkv.requires_grad_(), *others)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_positions_from_documents(layout: str, device: torch.device) -> None:
-    lengths = LAYOUTS[layout]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
-    for function in (positions_from, positions_from_reference):
-        positions = function(cu_seqlens, sum(lengths))
-        assert positions.dtype == torch.int32
-        assert positions.tolist() == [place for length in lengths for place in range(length)]
-
-
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's numpy
 def test_values_pass_through_bit_by_bit(device: torch.device) -> None:
     qkv, *others = make_rows([9], 3, 8, torch.float32, device)
@@ -152,7 +140,6 @@ def test_registration(device: torch.device, opcheck: Callable[..., None]) -> Non
         opcheck(_rope, (leaf, *others))
     opcheck(_rope_backward, (*(part.contiguous() for part in qkv.unbind(1)), *others))
     opcheck(_rope_in_place, (qkv, *others))
-    opcheck(_positions, (torch.tensor([0, 6, 9], dtype=torch.int32, device=device), 9))
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 
+from common.process import run_and_exit
 from model.config import ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
 
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

@@ -6,12 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import BACKENDS, choose_attention, reference_attention
+from kernels.documents import positions_from
+from model import attention
+from model.attention import (
+    BACKENDS,
+    Choice,
+    attend,
+    check_attention,
+    choose_attention,
+    describe_documents,
+    reference_attention,
+    what_to_install,
+    why_not,
+)
+from model.rotary import RotaryTables
 
 LAYOUTS = {
     "even": [64, 64, 64],
     "abstracts": [250, 181, 322, 260],
     "skewed": [900, *[3] * 40, 450],
+    "code titles": [16] * 60,
     "empty documents": [0, 0, 130, 0, 66, 65, 0, 0],
     "length 1": [1] * 9,
     "whole tiles": [448, 512, 448],
@@ -97,41 +111,162 @@ def test_a_local_layer_does_not_make_all_scores() -> None:
     assert max(event.cpu_memory_usage for event in profile.events()) < 32 * 2**20
 
 
-def test_tokens_outside_every_document_are_refused() -> None:
-    qkv, cu_seqlens = make_row([5, 4])
-    with pytest.raises(ValueError, match="spans 5 tokens but there are 9"):
-        reference_attention(*qkv.unbind(1), cu_seqlens[:2], 5, None)
+@pytest.mark.parametrize("window", [None, 3])
+def test_tokens_behind_all_documents_get_and_give_nothing(window: int | None) -> None:
+    qkv, cu_seqlens = make_row([5, 4, 3])
+    qkv[9:] = float("nan")
+    leaf = qkv.requires_grad_()
+    out = reference_attention(*leaf.unbind(1), cu_seqlens[:3], 5, window)
+    (gradient,) = torch.autograd.grad(out.sum(), leaf)
+    assert torch.equal(
+        out[:9], reference_attention(*qkv.detach()[:9].unbind(1), cu_seqlens[:3], 5, window)
+    )
+    assert bool(gradient[:9].any())
+    assert not bool(out[9:].any())
+    assert not bool(gradient[9:].any())
 
 
-def test_choice() -> None:
-    assert choose_attention(torch.device("cpu"), torch.bfloat16) == "reference"
-    assert choose_attention(torch.device("cuda"), torch.float32) == "reference"
-    assert choose_attention(torch.device("cuda"), torch.bfloat16) == "varlen_attn"
-    assert {"reference", "varlen_attn"} == set(BACKENDS)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends that there is a GPU of this capability, with these packages."""
+
+    def pretend(capability: tuple[int, int], *packages: str) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(attention, "_installed", lambda name: name in packages)
+
+    return pretend
+
+
+def test_choice(machine: Callable[..., None]) -> None:
+    bf16 = torch.bfloat16
+    assert choose_attention(CPU, bf16, 64) == ("reference", "backend")
+    machine((9, 0))
+    assert choose_attention(GPU, bf16, 64) == ("varlen", "kernel")
+    assert choose_attention(GPU, bf16, 64, local="backend") == ("varlen", "backend")
+    assert choose_attention(GPU, torch.float32, 64) == ("reference", "kernel")
+    assert choose_attention(GPU, torch.float64, 64) == ("reference", "backend")
+    assert choose_attention(GPU, bf16, 12) == ("reference", "kernel")
+    machine((9, 0), "flash-attn", "flash-attn-4")
+    assert choose_attention(GPU, bf16, 64) == ("fa4", "kernel")
+    assert choose_attention(GPU, bf16, 256) == ("fa2", "kernel")
+    assert choose_attention(GPU, bf16, 64, backend="varlen") == ("varlen", "kernel")
+    machine((8, 0), "flash-attn", "flash-attn-4")
+    assert choose_attention(GPU, bf16, 64) == ("fa2", "kernel")
+    machine((7, 5), "flash-attn")
+    assert choose_attention(GPU, bf16, 64) == ("reference", "kernel")
+    assert str(Choice("fa4", "kernel")) == "fa4, in layers with a window kernels.local_attention"
+    assert str(Choice("fa4", "backend")) == "fa4, in layers with a window fa4"
+
+
+def test_what_is_asked_for_by_name_is_not_replaced(machine: Callable[..., None]) -> None:
+    with pytest.raises(ValueError, match="attention: varlen cannot be used here: it needs a CUDA"):
+        choose_attention(CPU, torch.bfloat16, 64, "varlen")
+    with pytest.raises(ValueError, match="local_attention: kernel needs a CUDA device"):
+        choose_attention(CPU, torch.bfloat16, 64, local="kernel")
+    machine((9, 0))
+    with pytest.raises(ValueError, match="flash-attn-4 is not installed; pip install"):
+        choose_attention(GPU, torch.bfloat16, 64, "fa4")
+    machine((8, 6), "flash-attn-4")
+    with pytest.raises(ValueError, match=r"capability 9\.0, and this GPU has 8\.6"):
+        choose_attention(GPU, torch.bfloat16, 64, "fa4")
+    with pytest.raises(ValueError, match="bf16 and fp16, not"):
+        choose_attention(GPU, torch.float32, 64, "fa2")
+    with pytest.raises(ValueError, match="multiples of 8"):
+        choose_attention(GPU, torch.float16, 20, "varlen")
+
+
+def test_one_line_says_what_to_install(machine: Callable[..., None]) -> None:
+    def advice(device: torch.device) -> str | None:
+        choice = choose_attention(device, torch.bfloat16, 64)
+        return what_to_install(choice, device, torch.bfloat16, 64)
+
+    assert advice(CPU) is None
+    machine((9, 0))
+    assert "FlashAttention-4" in str(advice(GPU))
+    machine((9, 0), "flash-attn")
+    assert "FlashAttention-4" in str(advice(GPU))
+    machine((8, 0))
+    assert "FlashAttention-2" in str(advice(GPU))
+    for capability, package in (((9, 0), "flash-attn-4"), ((8, 0), "flash-attn")):
+        machine(capability, package)
+        assert advice(GPU) is None
+
+
+def test_a_choice_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (CPU, torch.float32, 2, 16, 8)
+    check_attention(Choice("reference", "backend"), *arguments)
+
+    def wrong(*values: Tensor) -> Tensor:
+        return 1.01 * reference_attention(*values)
+
+    monkeypatch.setitem(BACKENDS, "fa4", wrong)
+    with pytest.raises(RuntimeError, match="attention fa4, window None, is off by 1"):
+        check_attention(Choice("fa4", "backend"), *arguments)
+
+    def missing(*values: Tensor) -> Tensor:
+        raise ImportError("no kernel")
+
+    monkeypatch.setitem(BACKENDS, "fa4", missing)
+    with pytest.raises(RuntimeError, match=r"attention fa4 does not run\. Set `attention`"):
+        check_attention(Choice("fa4", "backend"), *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
+def test_the_local_kernel_is_the_reference_with_a_window() -> None:
+    lengths, window = [30, 0, 1, 12], 7
+    qkv, cu_seqlens = make_row(lengths)
+    tables = RotaryTables(64, WIDTH, 10_000.0)
+    places = torch.cat([torch.arange(n) for n in lengths])
+    results = []
+    for choice in (Choice("reference", "kernel"), Choice("reference", "backend")):
+        documents = describe_documents(places, cu_seqlens, 30, choice)
+        leaf = qkv.clone().requires_grad_()
+        out = attend(leaf, tables, documents, window, choice)
+        results.append([out, torch.autograd.grad(out.square().sum(), leaf)[0]])
+    for one, two in zip(*results, strict=True):
+        assert (one - two).norm() < 1e-5 * two.norm()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "no token"])
+@pytest.mark.parametrize("name", ["fa4", "fa2", "varlen", "kernel"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("behind", [0, 50])
 @pytest.mark.parametrize("window", [None, 64, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gpu_backends_agree_with_the_reference(
-    layout: str, window: int | None, dtype: torch.dtype, cuda: str
+def test_gpu_attention_agrees_with_the_reference(
+    name: str, layout: str, behind: int, window: int | None, dtype: torch.dtype, cuda: str
 ) -> None:
+    width = 64
+    choice = Choice("reference", "kernel") if name == "kernel" else Choice(name, "backend")
+    if name == "kernel" and window is None:
+        pytest.skip("the kernel is for layers with a window")
+    if name != "kernel" and (reason := why_not(name, "cuda", None, dtype, width)):
+        pytest.skip(reason)
     lengths = LAYOUTS[layout]
-    qkv, cu_seqlens = (tensor.to(cuda) for tensor in make_row(lengths))
-    weight = torch.randn(qkv[:, 0].shape, device=cuda).to(dtype)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(cuda)
+    generator = torch.Generator().manual_seed(0)
+    shape = (sum(lengths) + behind, 3, HEADS, width)
+    qkv = torch.randn(shape, generator=generator).to(cuda, dtype)
+    weight = torch.randn(qkv[:, 0].shape, generator=generator).to(cuda, dtype)
+    tables = RotaryTables(1024, width, 10_000.0).to(cuda)
+    places = positions_from(cu_seqlens, len(qkv))
 
-    def run(attend: Callable[..., Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = values.requires_grad_()
-        out = attend(*leaf.unbind(1), cu_seqlens, max(lengths), window)
+    def run(values: Tensor, which: Choice) -> tuple[Tensor, Tensor]:
+        leaf = values.clone().requires_grad_()
+        documents = describe_documents(places, cu_seqlens, max(lengths), which)
+        out = attend(leaf, tables, documents, window, which)
         (gradient,) = torch.autograd.grad(out, leaf, weight.to(out.dtype))
         return out.detach().double(), gradient.double()
 
-    rounded = qkv.to(dtype)
-    exact = run(reference_attention, rounded.double())
-    plain = run(reference_attention, rounded.clone())
-    fast = run(BACKENDS[choose_attention(rounded.device, dtype)], rounded.clone())
+    slow = Choice("reference", "backend")
+    exact, plain, fast = run(qkv.double(), slow), run(qkv, slow), run(qkv, choice)
     for what, a, b, c in zip(("forward", "gradient"), fast, plain, exact, strict=True):
-        errors = [float((values - c).norm() / c.norm()) for values in (a, b)]
-        print(f"{layout} window {window} {what}: {errors[0]:.1e}, plain PyTorch {errors[1]:.1e}")
+        assert not bool(a[sum(lengths) :].any())
+        if c.numel() == 0:
+            continue
+        errors = [float((x - c).norm() / c.norm().clamp(min=1e-30)) for x in (a, b)]
+        print(f"{name} {layout} window {window} {what}: {errors[0]:.1e}, PyTorch {errors[1]:.1e}")
         assert errors[0] < 2 * errors[1] + 2 * torch.finfo(dtype).eps

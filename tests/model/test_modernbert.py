@@ -160,6 +160,27 @@ def test_rotary_tables_stay_fp32(small: ModernBertConfig) -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_another_base_is_the_model_that_was_made_with_it(
+    small: ModernBertConfig, lively_model: Callable, packed_row: Callable
+) -> None:
+    """In global layers alone, in place, and in the configuration that is exported."""
+    row = packed_row([3, 450, 70])
+    made = lively_model(replace(small, global_rope_theta=500.0))
+    turned = ModernBertForMaskedLM(small)
+    turned.load_state_dict(made.state_dict())
+    table, before = turned.model.global_rotary.cos_PR, turned.encode(*row.arguments())
+    turned.set_global_rope_theta(500.0)
+    expected = made.encode(*row.arguments())
+    assert torch.equal(turned.encode(*row.arguments()), expected)
+    assert not torch.allclose(before, expected, atol=1e-3)
+    assert turned.config == turned.model.config == made.config
+    assert turned.model.global_rotary.cos_PR is table
+    turned.bfloat16()
+    assert torch.equal(turned.model.global_rotary.cos_PR, made.model.global_rotary.cos_PR)
+
+
+@torch.no_grad()
 def test_masked_logits_and_capacity(
     small: ModernBertConfig, lively_model: Callable, packed_row: Callable
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-DEADLINE_S = 300
+DEADLINE_S = 900
 
 RUN = """
 data_prep:
@@ -25,10 +25,13 @@ data_prep:
   validation_share: 0.05
 train:
   run_dir: {folder}/run
-  data: {{dir: {folder}/data/rows-256}}
   model: {{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2}}
-  batch: {{rows: 4, micro_rows: 1}}
-  schedule: {{total_tokens: 12288, warmup_tokens: 2048, decay_tokens: 2048}}
+  phases:
+    main:
+      data: {{dir: {folder}/data/rows-256}}
+      tokens: 12288
+      batch: {{rows: 4, micro_rows: 1}}
+      lr: {{warmup_tokens: 2048, decay: sqrt, decay_tokens: 2048}}
   validation: {{every_steps: 100, rows: 4}}
 """
 

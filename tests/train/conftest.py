@@ -1,8 +1,12 @@
 """Small data sets of learnable structure, and launches of real runs on them."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -16,18 +20,31 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from common.files import write_json
+from common.files import file_hash, write_json
 from data_prep.shard_writer import shard_name, write_shard
-from data_prep.shards import FORMAT_VERSION, Row, row_key
+from data_prep.shards import FORMAT_VERSION, TOKEN_COUNTS_NAME, Row, row_key
 from train.config import Train
 from train.resolve import Run, resolve
 
 ROOT = Path(__file__).parent.parent.parent
 CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
+HANGS_AFTER_S = 1200
+"""far longer than any run of these takes on a slow and busy machine"""
 UNUSED = 9
 """an ordinary-looking id that the tokenizer excludes from random replacement"""
 REAL_VOCABULARY, VOCABULARY = 61, 64
-TOKENIZER_JSON = b"{}"
+SPECIAL = ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]"]
+# In every three ids one token begins a word and two go on with it.
+PIECES = SPECIAL + [f"{'##' if i % 3 else ''}word{'abcdefghij'[i % 10]}" for i in range(5, 61)]
+TOKENIZER_JSON = json.dumps(
+    {
+        "model": {
+            "type": "WordPiece",
+            "continuing_subword_prefix": "##",
+            "vocab": {f"{piece}{'x' * i}": i for i, piece in enumerate(PIECES)},
+        }
+    }
+).encode()
 TOKENIZER = {
     "sha256": "0" * 64,
     "file_sha256": hashlib.sha256(TOKENIZER_JSON).hexdigest(),
@@ -75,6 +92,7 @@ def make_data(
     (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER_JSON)
     random = np.random.default_rng(seed)
     splits: dict[str, Any] = {}
+    counts = np.zeros((len(rows["train"]), VOCABULARY), np.int64)
     for split, sources in rows.items():
         entries = {}
         for source, number in sources.items():
@@ -88,6 +106,11 @@ def make_data(
                 for at, part in enumerate((made[:half], made[half:]))
                 if part
             ]
+            if split == "train":
+                ids = np.concatenate([row.input_ids for row in made])
+                counts[list(sources).index(source)] = np.bincount(
+                    ids[ids > UNK], minlength=VOCABULARY
+                )
             tokens = sum(shard["tokens"] for shard in shards)
             documents = sum(shard["documents"] for shard in shards)
             entries[source] = {
@@ -98,8 +121,13 @@ def make_data(
                 "shards": shards,
             }
         splits[split] = {"unigram_entropy": float(np.log(50)), "sources": entries}
+    np.save(out / TOKEN_COUNTS_NAME, counts)
     manifest = {
         "format": FORMAT_VERSION,
+        "token_counts": {
+            "sha256": file_hash(out / TOKEN_COUNTS_NAME),
+            "sources": list(rows["train"]),
+        },
         "row_tokens": row_tokens,
         "max_length": max_length,
         "max_documents": 16,
@@ -120,17 +148,33 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def long_folder(data_folder: Path) -> Path:
+    """A data set of the same sources and tokenizer: rows of 128 tokens, documents of up to 64."""
+    rows = {"train": {"notes": 15, "papers": 24}, "validation": {"notes": 2, "papers": 3}}
+    return make_data(data_folder.parent, rows, row_tokens=128, max_length=64)
+
+
+@pytest.fixture(scope="session")
 def data_maker() -> Callable[..., Path]:
     """`make_data`, for tests that need another data set."""
     return make_data
 
 
+@pytest.fixture(scope="session")
+def phases(data_folder: Path, long_folder: Path) -> Callable[..., Any]:
+    """`two_phases` on the session's data sets, of so many times 8 and 4 steps."""
+    return functools.partial(two_phases, data_folder, long_folder)
+
+
 @pytest.fixture
 def resolved(data_folder: Path, tmp_path: Path) -> Callable[..., Run]:
-    """Works out the tiny run for so many ranks, sections replaced by `changes`, untrained."""
+    """Works out the tiny run for so many ranks, sections replaced by `changes`, untrained.
+
+    `phase` in `changes` replaces sections of the run's only phase, "main".
+    """
 
     def resolve_it(ranks: int = 1, **changes: Any) -> Run:
-        values = run_config(data_folder, tmp_path / "run") | changes
+        values = changed(run_config(data_folder, tmp_path / "run"), changes)
         return resolve(TypeAdapter(Train).validate_python(values), ranks, on_gpu=False)
 
     return resolve_it
@@ -141,20 +185,59 @@ def run_config(data: Path, run_dir: Path) -> dict[str, Any]:
     return {
         "run_dir": str(run_dir),
         "zero_stage": 1,
-        "data": {"dir": str(data)},
+        "phases": {
+            "main": {
+                "data": {"dir": str(data)},
+                "tokens": 12 * 8 * 64,
+                "batch": {"rows": 8, "micro_rows": 2},
+                "lr": {
+                    "peak": 5e-3,
+                    "warmup_tokens": 1024,
+                    "decay": "sqrt",
+                    "decay_tokens": 2048,
+                },
+            },
+        },
         "model": {
             "hidden_size": 32,
             "intermediate_size": 48,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
         },
-        "batch": {"rows": 8, "micro_rows": 2},
-        "optimizer": {"lr": 5e-3},
-        "schedule": {"total_tokens": 12 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 2048},
         "validation": {"every_steps": 6, "rows": 5},
         "checkpoint": {"every_steps": 4},
         "log": {"every_steps": 1},
     }
+
+
+def two_phases(short: Path, long: Path, scale: int = 1) -> dict[str, Any]:
+    """Phases of 8 and 4 steps times `scale`: the batch grows in the first, which reads rows of 64
+    tokens; the second reads rows of 128, with another mixture, another base and fewer masks."""
+    warmup = {"rows": 2, "increment": 2, "tokens": scale * 2 * (2 + 4 + 6) * 64}
+    return {
+        "short": {
+            "data": {"dir": str(short)},
+            "tokens": scale * 2 * (2 + 4 + 6 + 8) * 64,
+            "batch": {"rows": 8, "micro_rows": 1, "warmup": warmup},
+            "lr": {"peak": 5e-3, "warmup_tokens": 512},
+            "global_rope_theta": 10_000,
+        },
+        "long": {
+            "data": {"dir": str(long), "weights": {"notes": 1, "papers": 1}},
+            "tokens": scale * 4 * 4 * 128,
+            "batch": {"rows": 4, "micro_rows": 2},
+            "masking": {"rate": 0.3, "final_rate": 0.15},
+            "lr": {"peak": 3e-3, "decay": "sqrt"},
+            "global_rope_theta": 160_000,
+        },
+    }
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with sections replaced, those under `phase` in its phase "main"."""
+    top = {key: value for key, value in changes.items() if key != "phase"}
+    main = values["phases"]["main"] | changes.get("phase", {})
+    return values | {"phases": {"main": main}} | top
 
 
 @dataclass(frozen=True)
@@ -174,11 +257,22 @@ class Launcher:
         self.accelerator = "cpu"
 
     def write(self, name: str, data: Path, **changes: Any) -> Path:
-        """A configuration file of a run in `folder/name`; `changes` replace whole sections."""
-        values = run_config(data, self.folder / name) | changes
+        """A configuration file of a run in `folder/name`; for `changes` see `resolved`."""
+        values = changed(run_config(data, self.folder / name), changes)
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"train": values}))
+        path.write_text(yaml.safe_dump({"train": values}, sort_keys=False))
         return path
+
+    def write_long(self, name: str, data: Path, phases: dict[str, Any]) -> Path:
+        """A run whose checkpoints, validations and log lines are out of step."""
+        return self.write(
+            name,
+            data,
+            phases=phases,
+            checkpoint={"every_steps": 8},
+            validation={"every_steps": 7, "rows": 5},
+            log={"every_steps": 3},
+        )
 
     def command(self, ranks: int, script: Path, *words: str) -> list[str]:
         """What starts `script` with so many processes."""
@@ -204,7 +298,11 @@ class Launcher:
     def run(self, ranks: int, *words: str, script: Path | None = None) -> Finished:
         """Start it and wait for its end."""
         with self.start(ranks, *words, script=script) as process:
-            out, err = process.communicate(timeout=300)
+            try:
+                out, err = process.communicate(timeout=HANGS_AFTER_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
         return Finished(process.returncode, out, err)
 
     def records(self, name: str, kind: str) -> list[dict[str, Any]]:
@@ -230,13 +328,48 @@ def launcher(tmp_path: Path) -> Launcher:
 
 
 @pytest.fixture(scope="session")
-def launcher_in() -> Callable[[Path], Launcher]:
-    """A launcher of runs in a folder of one's choice."""
-    return Launcher
+def two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, data_folder: Path, phases: Callable[..., Any]
+) -> Launcher:
+    """What several tests look at, in one start: runs, gradients, and steps of an optimizer."""
+    launcher = Launcher(tmp_path_factory.mktemp("two_ranks"))
+    # Without this every parameter of a tiny model is kept whole on every rank, tied decoder too.
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    both = phases()
+    runs: dict[str, dict[str, Any]] = {
+        f"zero{stage}": {"zero_stage": stage, "deepspeed": settings, "phases": both}
+        for stage in range(4)
+    }
+    runs |= {
+        f"half{stage}": {"zero_stage": stage, "precision": "bf16", "phases": both}
+        for stage in (0, 1)
+    }
+    runs["muon"] = {"zero_stage": 2, "optimizer": {"name": "muon"}}
+    # The two phases as two runs, the second from where the first ended.
+    runs["first"] = {"phases": {"short": both["short"]}}
+    start = str(launcher.folder / "first" / "checkpoints" / "step_00000008")
+    for optimizer in ("kept", "fresh"):
+        runs[optimizer] = {
+            "phases": {"long": both["long"]},
+            "init_from": start,
+            "init_optimizer": optimizer,
+            "model": {},
+        }
+    tasks = [f"train:{launcher.write(name, data_folder, **run)}" for name, run in runs.items()]
+    tasks.append(f"train:{launcher.write_long('whole', data_folder, phases(3))}")
+    split = launcher.write("split", data_folder, zero_stage=0)
+    tasks.append(f"gradients:{split}:{launcher.folder / 'gradients.npz'}")
+    tasks.append(f"steps:some:{launcher.folder / 'steps'}")
+    done = launcher.run(2, *tasks, script=ROOT / "tests" / "train" / "launched.py")
+    assert done.code == 0, done.out + done.err
+    return launcher
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port nobody listens on, and which the system gives nobody who asks for any port."""
+    # Linux gives out ports from 32768 on; what it gives could be taken before the run is up.
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("0.0.0.0", port))
+            return port
+    raise RuntimeError("no port from 20000 to 31999 is free")

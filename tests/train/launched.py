@@ -1,5 +1,5 @@
 """What the tests start under a launcher, tasks one after another: `train:CONFIG`,
-`gradients:CONFIG:OUT.npz`.
+`gradients:CONFIG:OUT.npz`, `steps:KIND:FOLDER` (stepped.py).
 
 Runs share a start, for starting takes longer than training them.
 """
@@ -12,6 +12,7 @@ import torch
 
 from common.config import load_config
 from common.files import make_private
+from common.process import run_and_exit
 from train.config import Train
 from train.ranks import Ranks, choose_device, find_ranks, join, sum_over_ranks
 from train.resolve import Run, resolve
@@ -28,6 +29,11 @@ def main() -> None:
 
     for task in (word for word in sys.argv[1:] if not word.startswith("--local_rank")):
         kind, config, *out = task.split(":")
+        if kind == "steps":
+            import stepped
+
+            stepped.main(ranks, Path(out[0]), config)
+            continue
         run = resolve(load_config(Train, "train", Path(config)), ranks.size, device.type == "cuda")
         if kind == "train":
             train(run, ranks, device)
@@ -39,10 +45,11 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
     """The loss and the gradients of the first step; `mine` is rank 0's part of the sum."""
     from train.engine import start_engine
     from train.loader import Loader, StepMaker
-    from train.loop import accumulate, make_model
+    from train.loop import accumulate
+    from train.start import make_model
 
-    engine = start_engine(make_model(run), run.config, run.deepspeed)
-    maker = StepMaker(run.data, run.order, run.masker, run.shape, ranks.rank, ranks.size)
+    engine = start_engine(make_model(run.config, run.start), run.config, run.deepspeed)
+    maker = StepMaker(run, ranks.rank)
     with Loader(maker, run.plans(Progress()), pin=False) as loader:
         loaded = next(iter(loader))
         loss = accumulate(engine, loaded, ranks, device)
@@ -54,4 +61,4 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
         np.savez(out, loss=loss, mine=mine, counts=counts, **gradients)
 
 
-main()
+run_and_exit(main)

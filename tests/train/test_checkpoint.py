@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.checkpoint_manifest import CheckpointError, verify
 from train import checkpoint
-from train.checkpoint import CheckpointError
 from train.ranks import Ranks, join
 from train.schedule import Progress
 
@@ -47,8 +47,11 @@ def _joined() -> Iterator[None]:
 
 
 def save(run: Any, step: int) -> Path:
-    progress = Progress(step=step, next_row=8 * step, slots=512 * step, tokens=500 * step)
-    return checkpoint.save(FakeEngine(), run, Ranks(), progress)
+    return checkpoint.save(FakeEngine(), run, Ranks(), at(step))
+
+
+def at(step: int, phase: str = "main") -> Progress:
+    return Progress(step, {phase: {"notes": 8 * step}}, {phase: {"notes": 500 * step}})
 
 
 def names(run: Any) -> list[str]:
@@ -58,36 +61,46 @@ def names(run: Any) -> list[str]:
 def test_a_checkpoint_names_and_hashes_every_file(resolved: Callable[..., Any]) -> None:
     run = resolved()
     path = save(run, 4)
-    manifest = checkpoint.verify(path)
+    manifest = verify(path, ["step", "model"])
     files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert files == {*manifest["files"], "manifest.json"}
     assert "tokenizer/tokenizer.json" in files
     assert manifest["step"] == 4
-    assert manifest["next_row"] == 32
-    assert manifest["slots"] == 2048
-    assert manifest["model"] == dataclasses.asdict(run.model_config)
-    assert manifest["config"]["batch"] == {"rows": 8, "micro_rows": 2}
-    assert manifest["data_manifest_sha256"] == run.data.manifest_sha256
+    assert manifest["rows"] == {"main": {"notes": 32}}
+    assert manifest["tokens"] == {"main": {"notes": 2000}}
+    assert manifest["model"] == dataclasses.asdict(run.start)
+    assert manifest["config"]["phases"]["main"]["batch"]["rows"] == 8
+    (phase,) = manifest["phases"]
+    assert phase["data_manifest_sha256"] == run.phases["main"].data.manifest_sha256
     assert (manifest["world_size"], manifest["zero_stage"], manifest["dtype"]) == (1, 1, "fp32")
     assert all((path / name).stat().st_mode & 0o077 == 0 for name in ("manifest.json", "."))
 
 
 def test_the_newest_is_found_and_brings_the_counters_back(resolved: Callable[..., Any]) -> None:
     run = resolved()
-    assert checkpoint.find(run, Ranks()) == checkpoint.Found(None, [], [])
+    assert checkpoint.find(run, Ranks()) == checkpoint.Found(None, [], [], Progress())
     save(run, 4)
     newest = save(run, 8)
-    assert checkpoint.find(run, Ranks()) == checkpoint.Found(newest, [], [])
+    assert checkpoint.find(run, Ranks()) == checkpoint.Found(newest, [], [], at(8))
     engine = FakeEngine()
-    assert checkpoint.load(engine, newest) == Progress(step=8, next_row=64, slots=4096, tokens=4000)
+    checkpoint.load(engine, newest)
     assert engine.loaded == str(newest / "deepspeed")
 
 
 def test_only_the_newest_stay(resolved: Callable[..., Any]) -> None:
     run = resolved(checkpoint={"every_steps": 4, "keep": 2})
-    for step in (4, 8, 12):
+    for step in (4, 8, 10):
         save(run, step)
-    assert names(run) == ["step_00000008", "step_00000012"]
+    assert names(run) == ["step_00000008", "step_00000010"]
+
+
+def test_the_end_of_a_phase_stays(resolved: Callable[..., Any], phases: Callable[..., Any]) -> None:
+    run = resolved(phases=phases(), checkpoint={"keep": 2})
+    for step in (4, 5, 6, 7, 8):
+        rows = {"short": {"notes": min(40, 8 * step)}, "long": {"notes": 2 * max(0, step - 5)}}
+        checkpoint.save(FakeEngine(), run, Ranks(), Progress(step, rows, rows))
+    # 40 rows of the phase short: all.
+    assert names(run) == ["step_00000005", "step_00000007", "step_00000008"]
 
 
 @pytest.mark.parametrize(
@@ -120,15 +133,19 @@ def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
         found = checkpoint.find(run, Ranks())
         assert found.path == older
         assert str(newest / "manifest.json") in found.skipped[0]
+    (newest / "manifest.json").unlink()
+    assert f"{newest} is not a checkpoint" in checkpoint.find(run, Ranks()).skipped[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
         ({"model": {"hidden_size": 64, "num_attention_heads": 2}}, "model"),
-        ({"data": {"weights": {"notes": 1.0}}}, "row_order"),
-        ({"seed": 18}, "row_order"),
+        ({"phase": {"data": {"weights": {"notes": 1.0}}}}, r"phases\.main\.row_order"),
+        ({"phase": {"global_rope_theta": 1e4}}, r"phases\.main\.global_rope_theta"),
+        ({"seed": 18}, "seed"),
         ({"zero_stage": 2}, "zero_stage"),
+        ({"optimizer": {"name": "adamw"}}, "optimizer"),
         ({"precision": "bf16"}, "dtype"),
     ],
 )
@@ -137,8 +154,8 @@ def test_a_checkpoint_of_another_run_is_refused(
 ) -> None:
     run = resolved()
     path = save(run, 4)
-    if "data" in changes:
-        changes["data"]["dir"] = str(run.data.folder)
+    if "data" in changes.get("phase", {}):
+        changes["phase"]["data"]["dir"] = str(run.phases["main"].data.folder)
     with pytest.raises(CheckpointError, match=f"{path} is of another run: its {key} is"):
         checkpoint.find(resolved(**changes), Ranks())
 
@@ -148,12 +165,13 @@ def test_a_checkpoint_of_other_data_is_refused(
 ) -> None:
     run = resolved()
     save(run, 4)
-    rows = {split: run.data.sources(split) for split in ("train", "validation")}
-    other = resolved(data={"dir": str(data_maker(tmp_path / "other", rows, seed=1))})
+    data = run.phases["main"].data
+    rows = {split: data.sources(split) for split in ("train", "validation")}
+    other = resolved(phase={"data": {"dir": str(data_maker(tmp_path / "other", rows, seed=1))}})
     with pytest.raises(CheckpointError) as error:
         checkpoint.find(other, Ranks())
-    assert run.data.manifest_sha256 in str(error.value)
-    assert other.data.manifest_sha256 in str(error.value)
+    assert data.manifest_sha256 in str(error.value)
+    assert other.phases["main"].data.manifest_sha256 in str(error.value)
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(resolved: Callable[..., Any]) -> None:
@@ -190,13 +208,14 @@ def test_a_missing_tokenizer_is_said_before_training(
     (data.parent / "tokenizer" / "tokenizer.json").unlink()
     (data.parent / "tokenizer").rmdir()
     with pytest.raises(ValueError, match="tokenizer"):
-        resolved(data={"dir": str(data)})
+        resolved(phase={"data": {"dir": str(data)}})
 
 
 def test_what_was_changed_since_a_checkpoint_is_said(resolved: Callable[..., Any]) -> None:
     path = save(resolved(), 4)
-    found = checkpoint.find(resolved(masking={"rate": 0.2}), Ranks())
-    assert found == checkpoint.Found(path, [], ["masking.rate: 0.3 -> 0.2"])
+    found = checkpoint.find(resolved(phase={"masking": {"rate": 0.2}}), Ranks())
+    assert found.path == path
+    assert found.changed == ["phases.main.masking.rate: 0.3 -> 0.2"]
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_checkpoint(
@@ -210,3 +229,46 @@ def test_a_full_disk_is_an_error_and_leaves_no_checkpoint(
     with pytest.raises(CheckpointError, match=r"step_00000004 cannot be written: .*No space left"):
         save(run, 4)
     assert checkpoint.checkpoints(run.config.run_dir / "checkpoints") == []
+
+
+def test_phases_may_be_added_and_the_others_stay(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    """Those to come are checked like those that have begun."""
+    parts = phases()
+    run = resolved(phases=parts)
+    path = checkpoint.save(FakeEngine(), run, Ranks(), at(3, "short"))
+    decay = {**parts["long"], "tokens": 512}
+    longer = resolved(phases={**parts, "decay": decay})
+    assert checkpoint.find(longer, Ranks()).path == path
+    for changed, key in (
+        ({"short": parts["short"]}, "phases"),
+        ({"long": parts["long"], "short": parts["short"]}, "phases"),
+        ({**parts, "long": {**decay, "data": parts["short"]["data"]}}, r"phases\.long\.data_man"),
+        ({**parts, "long": {**decay, "global_rope_theta": 1e6}}, r"phases\.long\.global_rope"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{path} is of another run: its {key}"):
+            checkpoint.find(resolved(phases=changed), Ranks())
+
+
+def test_a_length_that_moves_what_a_later_phase_reads_is_refused(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    parts = phases()
+    twice = {"one": parts["short"], "two": parts["short"]}
+    path = checkpoint.save(FakeEngine(), resolved(phases=twice), Ranks(), at(3, "one"))
+    longer = {"one": {**parts["short"], "tokens": 5120}, "two": parts["short"]}
+    with pytest.raises(CheckpointError, match=rf"{path} .* its phases\.two\.row_order is"):
+        checkpoint.find(resolved(phases=longer), Ranks())
+    last = {"one": parts["short"], "two": {**parts["short"], "tokens": 5120}}
+    found = checkpoint.find(resolved(phases=last), Ranks())
+    assert found.changed == ["phases.two.tokens: 2560 -> 5120"]
+
+
+def test_the_base_of_the_phase_is_the_models(
+    resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    run = resolved(phases=phases())
+    for step, phase, theta in ((4, "short", 10_000.0), (12, "long", 160_000.0)):
+        path = checkpoint.save(FakeEngine(), run, Ranks(), at(step, phase))
+        assert verify(path, ["model"])["model"]["global_rope_theta"] == theta

@@ -16,7 +16,7 @@ from train.schedule import Progress, StepPlan
 
 
 def maker_of(run: Any, rank: int = 0) -> StepMaker:
-    return StepMaker(run.data, run.order, run.masker, run.shape, rank, run.ranks)
+    return StepMaker(run, rank)
 
 
 def test_counts_of_the_index_are_those_of_the_rows(data_folder: Path) -> None:
@@ -29,19 +29,22 @@ def test_counts_of_the_index_are_those_of_the_rows(data_folder: Path) -> None:
             assert counts.maskable(source, number) == (ids > 4).sum()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "kind"), [(1, "token"), (2, "token"), (4, "token"), (2, "whole_word")]
+)
 def test_ranks_share_the_same_rows_and_know_the_step(
-    resolved: Callable[..., Any], ranks: int
+    resolved: Callable[..., Any], ranks: int, kind: str
 ) -> None:
-    run = resolved(ranks)
+    run = resolved(ranks, phase={"masking": {"kind": kind}})
+    phase = run.phases["main"]
     plan = list(run.plans(Progress()))[1]
     parts = [list(maker_of(run, rank).micro_batches(plan)) for rank in range(ranks)]
-    assert {len(part) for part in parts} == {run.micro_steps}
+    assert {len(part) for part in parts} == {phase.micro_steps}
     # Micro-step by micro-step, rank by rank, the rows are those of the order.
-    ids = torch.cat([part[k].input_ids for k in range(run.micro_steps) for part in parts])
+    ids = torch.cat([part[k].input_ids for k in range(phase.micro_steps) for part in parts])
     for number, found in enumerate(ids.view(plan.rows, 64)):
-        at = run.order[plan.first_row + number]
-        read = run.data.read("train", at.source, at.row).input_ids.astype(int)
+        at = phase.order[plan.first_row + number]
+        read = phase.data.read("train", at.source, at.row).input_ids.astype(int)
         same = found.numpy() == read
         assert same[read < 5].all(), "special tokens stay"
         assert not same.all(), "something is masked"
@@ -52,10 +55,13 @@ def test_ranks_share_the_same_rows_and_know_the_step(
     assert counts.tokens == (ids != 2).sum()
 
 
-def test_masks_do_not_depend_on_the_number_of_ranks(resolved: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("kind", ["token", "whole_word", "token_aware"])
+def test_masks_do_not_depend_on_the_number_of_ranks(
+    resolved: Callable[..., Any], kind: str
+) -> None:
     labels = []
     for ranks in (1, 4):
-        run = resolved(ranks)
+        run = resolved(ranks, phase={"masking": {"kind": kind, "term_sources": ["notes"]}})
         plan = next(run.plans(Progress()))
         batches = [b for rank in range(ranks) for b in maker_of(run, rank).micro_batches(plan)]
         found = torch.cat([batch.labels for batch in batches])
@@ -77,7 +83,7 @@ def test_loader_is_the_maker_and_starts_anywhere(resolved: Callable[..., Any]) -
                 seen += 1
                 assert torch.equal(got.input_ids, expected.input_ids)
                 assert torch.equal(got.labels, expected.labels)
-        assert seen == (len(plans) - 3) * run.micro_steps
+        assert seen == (len(plans) - 3) * run.phases["main"].micro_steps
         assert loader.wait_seconds > 0
 
 
@@ -85,7 +91,7 @@ def test_an_error_of_the_thread_reaches_the_loop(
     resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = resolved(1)
-    monkeypatch.setattr(run.data, "read", _refuse)
+    monkeypatch.setattr(run.phases["main"].data, "read", _refuse)
     with Loader(maker_of(run), run.plans(Progress()), pin=False) as loader:
         step = next(iter(loader))
         with pytest.raises(DataError, match="shard 7 is damaged"):

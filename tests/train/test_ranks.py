@@ -1,9 +1,16 @@
 """Who a process is, by the variables of each launcher."""
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+import torch
+import torch.distributed as dist
 
 from common.config import ConfigError
-from train.ranks import Ranks, find_ranks
+from common.files import only_user_of
+from train.ranks import Ranks, find_ranks, join, only_run_in
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -37,3 +44,26 @@ def test_the_shell_of_a_batch_job_is_alone() -> None:
 def test_a_missing_variable_is_named() -> None:
     with pytest.raises(ConfigError, match="MASTER_PORT"):
         find_ranks(SLURM | {"MASTER_ADDR": "node1"})
+
+
+@pytest.fixture
+def joined() -> Iterator[None]:
+    before = dict(os.environ)
+    join(Ranks(), torch.device("cpu"))
+    yield
+    dist.destroy_process_group()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+@pytest.mark.usefixtures("joined")
+def test_one_run_at_a_time_has_a_run_dir(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    refusal = rf"run_dir: {run_dir} is in use by process {os.getpid()} on .*choose another folder"
+    with only_run_in(run_dir, Ranks()):
+        with pytest.raises(ConfigError, match=refusal), only_run_in(run_dir, Ranks()):
+            pass
+    with only_user_of(run_dir), pytest.raises(ConfigError, match=refusal):
+        only_run_in(run_dir, Ranks()).__enter__()
+    with only_run_in(run_dir, Ranks()):
+        pass

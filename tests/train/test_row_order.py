@@ -70,11 +70,24 @@ def test_an_order_is_a_function_of_seed_and_row_alone() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 3 * BLOCK))
-def test_epochs_count_the_rows_read(rows: int) -> None:
+def test_rows_read_are_counted(rows: int) -> None:
     order = RowOrder(1, ROWS, WEIGHTS)
-    counted = sum(epochs * ROWS[name] for name, epochs in order.epochs(rows).items())
-    assert counted == pytest.approx(rows)
+    assert sum(order.rows_read(rows).values()) == rows
     if rows:
         last = order[rows - 1]
-        read = order.epochs(rows)[last.source] * ROWS[last.source]
-        assert last.epoch == (round(read) - 1) // ROWS[last.source]
+        assert last.epoch == (order.rows_read(rows)[last.source] - 1) // ROWS[last.source]
+
+
+def test_a_later_phase_reads_on_where_an_earlier_one_stopped() -> None:
+    """Whatever the two mixtures are, a source is read through before a row of it comes again."""
+    first = RowOrder(1, ROWS, WEIGHTS)
+    second = RowOrder(1, ROWS, {"notes": 0.9, "papers": 0.1}, first.rows_read(1000))
+    seen = [first[number] for number in range(1000)] + [second[number] for number in range(600)]
+    notes = [at.row for at in seen if at.source == "notes"]
+    assert 0 < first.rows_read(1000)["notes"] < ROWS["notes"] < len(notes)
+    assert sorted(notes[: ROWS["notes"]]) == list(range(ROWS["notes"]))
+    assert [at.epoch for at in seen if at.source == "notes"] == [
+        i // 900 for i in range(len(notes))
+    ]
+    papers = [at.row for at in seen if at.source == "papers"]
+    assert len(set(papers)) == len(papers)

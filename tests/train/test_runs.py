@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from common.files import only_user_of
+from model.config import to_hugging_face
+from model.export import load_checkpoint
+from train.loader import StepMaker
+from train.optimizer import make_optimizer, set_rates
+from train.schedule import Progress
+from train.start import make_model
 
 SCRIPT = Path(__file__).parent / "launched.py"
 
@@ -25,36 +34,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 def steps_logged(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return path.read_text().count('"kind": "train"') if path.exists() else 0
-
-
-LONG = {
-    "schedule": {"total_tokens": 40 * 8 * 64, "warmup_tokens": 1024, "decay_tokens": 4096},
-    "checkpoint": {"every_steps": 10},
-    "validation": {"every_steps": 7, "rows": 5},
-    "log": {"every_steps": 3},
-}
-
-
-@pytest.fixture(scope="module")
-def two_ranks(launcher_in: Callable[[Path], Any], tmp_path_factory: Any, data_folder: Path) -> Any:
-    """What several tests look at, in one start: a run a ZeRO stage, a long run, gradients."""
-    launcher = launcher_in(tmp_path_factory.mktemp("two_ranks"))
-    # Without this every parameter of a tiny model is kept whole on every rank, tied decoder too.
-    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    tasks = [
-        f"train:{launcher.write(f'zero{stage}', data_folder, zero_stage=stage, deepspeed=settings)}"
-        for stage in range(4)
-    ]
-    tasks += [
-        f"train:{launcher.write(name, data_folder, zero_stage=stage, precision='bf16')}"
-        for stage, name in enumerate(("half0", "half1"))
-    ]
-    tasks.append(f"train:{launcher.write('whole', data_folder, **LONG)}")
-    split = launcher.write("split", data_folder, zero_stage=0)
-    tasks.append(f"gradients:{split}:{launcher.folder / 'gradients.npz'}")
-    done = launcher.run(2, *tasks, script=SCRIPT)
-    assert done.code == 0, done.out + done.err
-    return launcher
 
 
 def test_gradients_are_the_same_however_rows_are_split(
@@ -83,7 +62,11 @@ def test_zero_stages_follow_the_same_curve(two_ranks: Any) -> None:
     assert len(reference) == 12
     assert reference[-1] < reference[0] - 0.1
     validations = two_ranks.records("zero0", "validation")
-    assert [record["step"] for record in validations] == [6, 12]
+    assert [(record["step"], record["phase"]) for record in validations] == [
+        (6, "short"),
+        (8, "short"),
+        (12, "long"),
+    ]
     for stage in (1, 2, 3):
         np.testing.assert_allclose(two_ranks.losses(f"zero{stage}"), reference, rtol=1e-5)
         ours = two_ranks.records(f"zero{stage}", "validation")
@@ -98,15 +81,103 @@ def test_bf16_follows_the_curve_of_fp32_from_the_first_step(two_ranks: Any, name
     np.testing.assert_allclose(two_ranks.losses(name), two_ranks.losses("zero0"), rtol=5e-4)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_folder: Path) -> None:
-    config = launcher.write("killed", data_folder, **LONG)
+def plain_losses(run: Any) -> list[float]:
+    """The losses of a run by a loop of PyTorch's own, one process, without an engine."""
+    model = make_model(run.config, run.start)
+    config = run.config.optimizer
+    optimizer = make_optimizer(model, config)
+    maker, losses = StepMaker(run, rank=0), []
+    for plan in run.plans(Progress()):
+        model.set_global_rope_theta(run.phases[plan.phase].model_config.global_rope_theta)
+        batches = list(maker.micro_batches(plan))
+        masked = sum(batch.masked_tokens for batch in batches)
+        total = 0.0
+        for batch in batches:
+            documents = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+            loss = model(*documents, batch.masked_indices, batch.labels)
+            (loss / masked).backward()
+            total += loss.item()
+        set_rates(optimizer.param_groups, plan.rates, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / masked)
+    return losses
+
+
+def test_growing_batches_and_phases_are_those_of_a_plain_loop(
+    two_ranks: Any, resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    """On every ZeRO stage, the number of micro-steps changing from step to step."""
+    run = resolved(1, phases=phases())
+    maker = StepMaker(resolved(2, phases=phases()), rank=0)
+    counts = [maker.micro_steps(plan) for plan in run.plans(Progress())]
+    assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 1, 1, 1, 1]
+    expected = plain_losses(run)
+    for stage in range(4):
+        np.testing.assert_allclose(two_ranks.losses(f"zero{stage}"), expected, rtol=1e-5)
+
+
+def test_what_was_read_of_each_source_is_counted(
+    two_ranks: Any, resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    """Over all ranks, without padding, against the rows themselves."""
+    run = resolved(1, phases=phases())
+    tokens = {"short": Counter(), "long": Counter()}
+    epochs: Counter[str] = Counter()
+    for plan in run.plans(Progress()):
+        phase = run.phases[plan.phase]
+        for number in range(plan.first_row, plan.first_row + plan.rows):
+            at = phase.order[number]
+            ids = phase.data.read("train", at.source, at.row).input_ids
+            tokens[plan.phase][at.source] += int((ids != 2).sum())
+            epochs[at.source] += 1 / phase.data.sources("train")[at.source]
+    last = two_ranks.records("zero1", "train")[-1]
+    both = tokens["short"] + tokens["long"]
+    assert (last["phase"], last["phase_tokens"]) == ("long", sum(tokens["long"].values()))
+    assert last["tokens"] == sum(both.values())
+    assert last["slots"] == 8 * 5 * 64 + 4 * 4 * 128
+    for source, figures in last["sources"].items():
+        assert figures["tokens"] == both[source]
+        assert figures["epochs"] == pytest.approx(epochs[source])
+
+
+def test_a_run_of_two_phases_is_two_runs_the_optimizer_kept(two_ranks: Any) -> None:
+    whole = two_ranks.losses("zero1")
+    assert two_ranks.losses("first") == whole[:8]
+    assert two_ranks.losses("kept") == whole[8:]
+    fresh = two_ranks.losses("fresh")
+    assert fresh[0] == pytest.approx(whole[8], rel=1e-5), "the weights are the same"
+    assert fresh[2] != pytest.approx(whole[10], rel=1e-5), "the moments are not"
+
+
+def test_a_checkpoint_has_the_base_of_its_phase(two_ranks: Any) -> None:
+    """What is exported from it is the model as it was trained."""
+    folder = two_ranks.folder / "zero1" / "checkpoints"
+    thetas = [
+        to_hugging_face(load_checkpoint(folder / name).config)["global_rope_theta"]
+        for name in ("step_00000008", "step_00000012")
+    ]
+    assert thetas == [10_000, 160_000]
+
+
+def test_muon_trains(two_ranks: Any) -> None:
+    losses = two_ranks.losses("muon")
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_killed_run_goes_on_bit_for_bit(
+    two_ranks: Any, launcher: Any, data_folder: Path, phases: Callable[..., Any]
+) -> None:
+    """Killed while the batch grows; what follows is the rest of that, and another phase."""
+    config = launcher.write_long("killed", data_folder, phases(3))
     run_dir = launcher.folder / "killed"
     with launcher.start(2, "--config", str(config)) as process:
-        # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 7, 9 and 10.
-        wait_until(lambda: steps_logged(run_dir) >= 8, process)
+        # Two more lines than there are up to the first checkpoint: steps 1, 3, 6, 7 and 8.
+        wait_until(lambda: steps_logged(run_dir) >= 7, process)
         os.killpg(process.pid, signal.SIGKILL)
-    assert (run_dir / "checkpoints" / "step_00000010").is_dir()
-    assert not (run_dir / "checkpoints" / "step_00000040").exists()
+        process.communicate()  # until every rank has closed its end
+    assert (run_dir / "checkpoints" / "step_00000008").is_dir()
+    assert not (run_dir / "checkpoints" / "step_00000024").exists()
     done = launcher.run(2, "--config", str(config))
     assert done.code == 0, done.out + done.err
     assert "continues from" in done.out
@@ -114,20 +185,38 @@ def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Any, launcher: Any, data_fo
     for kind in ("train", "validation"):
         assert launcher.records("killed", kind) == two_ranks.records("whole", kind)
     steps = [record["step"] for record in launcher.records("killed", "validation")]
-    assert steps == [7, 14, 21, 28, 35, 40]
+    assert steps == [7, 14, 21, 24, 28, 35, 36]
     assert len(list((run_dir / "tensorboard").iterdir())) == 2
 
 
 @pytest.mark.slow
+def test_a_run_dir_in_use_is_refused_on_every_rank(launcher: Any, data_folder: Path) -> None:
+    """While another run has it; afterwards the same command runs."""
+    config = launcher.write("busy", data_folder)
+    run_dir = launcher.folder / "busy"
+    with only_user_of(run_dir):
+        done = launcher.run(2, "--config", str(config))
+    assert done.code == 2
+    text = done.out + done.err
+    assert text.count(f"error: run_dir: {run_dir} is in use by process {os.getpid()} on") == 1
+    assert "choose another folder" in text
+    assert "Traceback" not in text
+    assert not (run_dir / "metrics.jsonl").exists()
+    assert launcher.run(2, "--config", str(config)).code == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_other_zero_stages_go_on_bit_for_bit(launcher: Any, data_folder: Path, stage: int) -> None:
+def test_other_zero_stages_go_on_bit_for_bit(
+    launcher: Any, data_folder: Path, phases: Callable[..., Any], stage: int
+) -> None:
     settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    changes = {"zero_stage": stage, "deepspeed": settings}
+    changes = {"zero_stage": stage, "deepspeed": settings, "phases": phases()}
     whole = launcher.write("whole", data_folder, **changes)
     assert launcher.run(2, "--config", str(whole)).code == 0
     broken = launcher.write("broken", data_folder, **changes)
     assert launcher.run(2, "--config", str(broken)).code == 0
-    # As if it had been killed after step 8: the last checkpoint is not there yet.
+    # As if it had been killed after step 8, where the phase ends: the last one is not there yet.
     (launcher.folder / "broken" / "checkpoints" / "step_00000012").rename(launcher.folder / "away")
     assert launcher.run(2, "--config", str(broken)).code == 0
     for kind in ("train", "validation"):

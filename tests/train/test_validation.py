@@ -39,17 +39,17 @@ class Engine(SimpleNamespace):
 
 def make_engine(run: Any) -> Engine:
     generator = torch.Generator().manual_seed(1)
-    return Engine(module=ModernBertForMaskedLM(run.model_config, generator))
+    return Engine(module=ModernBertForMaskedLM(run.start, generator))
 
 
 def plain(run: Any, engine: Engine, source: str) -> tuple[float, int, int]:
     """Loss, correct and masked tokens of a source, a row at a time."""
     total, correct, masked = 0.0, 0, 0
-    for number in range(run.validation_rows[source]):
-        row = run.data.read("validation", source, number)
+    for number in range(run.phases["main"].validation_rows[source]):
+        row = run.phases["main"].data.read("validation", source, number)
         ids = row.input_ids.astype(np.int64)
         maskable = int((ids > 4).sum())
-        mask = run.masker.mask(ids, maskable, 0.15, "validation", source, number)
+        mask = run.phases["main"].masker.mask(ids, maskable, 0.15, "validation", source, number)
         ids[mask.positions] = mask.replacements
         lengths = np.diff(row.cu_seqlens)
         positions = np.arange(64) - np.repeat(row.cu_seqlens[:-1], lengths)
@@ -74,7 +74,7 @@ def test_figures_are_those_of_a_plain_computation(
     monkeypatch.setattr(validation, "LOGIT_ROWS", 7)
     run = resolved()
     engine = make_engine(run)
-    found = Validation(run, Ranks(), torch.device("cpu"))(engine)
+    found = Validation(run.phases["main"], 0.15, Ranks(), torch.device("cpu"))(engine)
     sums = {source: plain(run, engine, source) for source in ("notes", "papers")}
     for source, (loss, correct, masked) in sums.items():
         part = found["by_source"][source]
@@ -87,18 +87,30 @@ def test_figures_are_those_of_a_plain_computation(
     assert engine.module.training
 
 
+@pytest.mark.parametrize("kind", ["whole_word", "token_aware"])
+def test_validation_masks_plainly_however_training_does(
+    resolved: Callable[..., Any], kind: str
+) -> None:
+    runs = [resolved(), resolved(phase={"masking": {"kind": kind, "term_sources": []}})]
+    figures = [
+        Validation(run.last_phase, 0.15, Ranks(), torch.device("cpu"))(make_engine(run))
+        for run in runs
+    ]
+    assert figures[0] == figures[1]
+
+
 def test_ranks_share_the_rows_and_no_row_counts_twice(
     resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = resolved(4)
     engine = make_engine(run)
-    alone = Validation(run, Ranks(), torch.device("cpu"))(engine)
+    alone = Validation(run.phases["main"], 0.15, Ranks(), torch.device("cpu"))(engine)
     sums: list[torch.Tensor] = []
     monkeypatch.setattr(
         validation, "sum_over_ranks", lambda tensor: sums.append(tensor.clone()) or tensor
     )
     for rank in range(4):
-        Validation(run, Ranks(rank=rank, size=4), torch.device("cpu"))(engine)
+        Validation(run.phases["main"], 0.15, Ranks(rank=rank, size=4), torch.device("cpu"))(engine)
     loss, correct, masked = torch.stack(sums).sum(0).sum(1).tolist()
     assert masked == alone["masked_tokens"]
     assert correct / masked == pytest.approx(alone["accuracy"])

@@ -1,0 +1,213 @@
+"""What `kernels.benchmark` measures of attention: this project's and everybody's who is installed.
+
+FlashAttention-4, flash-attn 2 and torch's `varlen_attn` take queries and keys that are turned
+already; for layers with a window they are timed together with this project's `rope`, forward and
+backward, which is the best there is for them. Deterministic modes are contestants of their own;
+this project's kernels have no other mode.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from kernels import local_attention as ours
+from kernels.benchmark_layouts import (
+    BF16,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    Case,
+    Outputs,
+    layouts,
+    random_tensor,
+    sets_of,
+)
+from kernels.documents import document_bounds, positions_from
+from kernels.local_attention import Tiles, Tuning, local_attention
+from kernels.rope import rope, rope_tables
+
+WINDOW = 64
+# Of --tune: each half's candidates, the others as they are.
+_TUNED_LAYOUTS = ("full1024", "abstracts", "skewed")
+_FORWARD = [
+    Tiles(64, 64, 4, 2, 128),
+    Tiles(64, 64, 4, 1, 128),
+    Tiles(64, 64, 4, 3, 128),
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 32, 4, 3),
+    Tiles(128, 64, 8, 2),
+    Tiles(128, 128, 8, 2),
+]
+_QUERIES = [
+    Tiles(64, 64, 4, 2, 128),
+    Tiles(64, 64, 4, 1, 128),
+    Tiles(64, 64, 4, 3),
+    Tiles(64, 32, 4, 3),
+    Tiles(128, 64, 8, 2, 128),
+]
+_KEYS = [
+    Tiles(64, 64, 4, 2, 168),
+    Tiles(64, 64, 4, 1, 168),
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 32, 4, 2, 128),
+    Tiles(64, 32, 4, 2),
+    Tiles(128, 32, 8, 2),
+]
+_TOGETHER = [Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 2)]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
+    """A layer with a window, rotary included: (T, 3, H, D) to (T, H, D)."""
+    unit = tokens * HIDDEN * BF16
+    cos, sin = (table.cuda() for table in rope_tables(8192, HEAD_DIM, 10_000.0))
+    packed = [random_tensor(tokens, 3, HEADS, HEAD_DIM) for _ in sets_of(3 * unit)]
+    for layout, lengths in layouts(tokens).items():
+        if tune and layout not in _TUNED_LAYOUTS:
+            continue
+        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
+        places = positions_from(ends, tokens)
+        bounds = document_bounds(ends, tokens)
+        who: dict[str, Callable[..., Outputs]] = {}
+        if tune:
+            who |= {_name(tuning): partial(_tuned, tuning) for tuning in candidates()}
+        else:
+            who["ours"] = _local
+            for name, attend in _others(ends, max(lengths), WINDOW).items():
+                who[f"{name} + our rope"] = partial(_apart, attend)
+        pairs = sum(seen_pairs(length, WINDOW) for length in lengths)
+        yield Case(
+            "local_attention",
+            layout,
+            [[qkv, cos, sin, places, bounds] for qkv in packed],
+            who,
+            {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit},
+            _flops(pairs),
+        )
+
+
+def make_global(tokens: int) -> Iterator[Case]:
+    """A layer without a window, on queries and keys that are turned already."""
+    unit = tokens * HIDDEN * BF16
+    inputs = [[random_tensor(tokens, HEADS, HEAD_DIM) for _ in range(3)] for _ in sets_of(3 * unit)]
+    for layout, lengths in layouts(tokens).items():
+        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
+        who: dict[str, Callable[..., Outputs]] = dict(_others(ends, max(lengths), None))
+        moved = {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit}
+        pairs = sum(length**2 for length in lengths)
+        yield Case("global_attention", layout, inputs, who, moved, _flops(pairs))
+
+
+def _flops(pairs: int) -> dict[str, int]:
+    """Two products of the pairs that see one another forward, five backward."""
+    product = 2 * pairs * HEADS * HEAD_DIM
+    return {"forward": 2 * product, "backward": 5 * product, "both": 7 * product}
+
+
+def seen_pairs(length: int, window: int) -> int:
+    """Pairs of tokens in a document at most `window` apart, each with itself too."""
+    reach = min(window, length - 1)
+    return length * (2 * reach + 1) - reach * (reach + 1)
+
+
+def _local(qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, bounds: Tensor) -> Outputs:
+    return local_attention(qkv, cos, sin, places, bounds, WINDOW)
+
+
+def _apart(
+    attend: Attend, qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, bounds: Tensor
+) -> Outputs:
+    return attend(*rope(qkv, cos, sin, places))
+
+
+def candidates() -> Iterator[Tuning]:
+    """What --tune compares, the tuning in use first."""
+    usual = ours.NARROW
+    for tiles in _FORWARD:
+        yield Tuning(tiles, usual.queries, usual.keys, False)
+    for tiles in _QUERIES:
+        yield Tuning(usual.forward, tiles, usual.keys, False)
+    for tiles in _KEYS:
+        yield Tuning(usual.forward, usual.queries, tiles, False)
+    for tiles in _TOGETHER:
+        yield Tuning(usual.forward, usual.queries, tiles, True)
+
+
+def _name(tuning: Tuning) -> str:
+    parts = [
+        ".".join(str(n or "-") for n in (t.block, t.step, t.warps, t.stages, t.registers))
+        for t in (tuning.forward, tuning.queries, tuning.keys)
+    ]
+    return " ".join(parts) + (" together" if tuning.together else "")
+
+
+def _tuned(tuning: Tuning, *inputs: Tensor) -> Outputs:
+    # Stays so for the backward, which is measured before the next candidate.
+    ours.NARROW = tuning
+    return _local(*inputs)
+
+
+def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]:
+    """Everybody's attention over these documents; deterministic where it can be asked for."""
+    who: dict[str, Attend] = {}
+    modes = ((False, ""), (True, ", deterministic"))
+    if version_of("flash-attn-4"):
+        who |= {f"FA4{note}": _fa4(ends, longest, window, mode) for mode, note in modes}
+    if version_of("flash-attn"):
+        who |= {f"flash-attn{note}": _fa2(ends, longest, window, mode) for mode, note in modes}
+
+    def torch_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        size = (-1, -1) if window is None else (window, window)
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=size)
+        assert isinstance(out, Tensor)
+        return out
+
+    return who | {"varlen_attn": torch_attend}
+
+
+def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=ends,
+            cu_seqlens_k=ends,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            window_size=(window, window),
+            deterministic=deterministic,
+        )
+        return out if isinstance(out, Tensor) else out[0]
+
+    return attend
+
+
+def _fa2(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:
+    from flash_attn import flash_attn_varlen_func
+
+    side = -1 if window is None else window
+    return partial(
+        flash_attn_varlen_func,
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        window_size=(side, side),
+        deterministic=deterministic,
+    )

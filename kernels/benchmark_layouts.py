@@ -1,0 +1,66 @@
+"""Sizes, layouts and inputs that the benchmark's cases share."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+HEADS, HEAD_DIM, HIDDEN = 12, 64, 768
+BF16 = 2
+# All input sets of a case together: several times the L2 cache of any GPU of today.
+_ROTATED_BYTES = 2**29
+
+Outputs = Tensor | tuple[Tensor, ...] | list[Tensor]
+
+
+@dataclass
+class Case:
+    """One operation on one layout.
+
+    inputs: the input sets; what needs a gradient says so itself. who: each contestant, called with
+    an input set. bytes, flops: the least, by direction. waits: contestants that wait for the GPU.
+    """
+
+    op: str
+    layout: str
+    inputs: list[list[Tensor]]
+    who: dict[str, Callable[..., Outputs]]
+    bytes: dict[str, int]
+    flops: dict[str, int] = field(default_factory=dict)
+    waits: frozenset[str] = frozenset()
+
+
+def layouts(tokens: int) -> dict[str, list[int]]:
+    """Lengths of documents that fill this many tokens, by the name of the layout."""
+    long = min(8192, tokens)
+    return {
+        "full1024": [1024] * (tokens // 1024) or [tokens],
+        "full8192": [long] * (tokens // long),
+        "abstracts": _lognormal(tokens, 250, 0.7, 1024),
+        "notes": _lognormal(tokens, 2200, 0.7, 8192),
+        "skewed": [tokens // 8] * 2 + [16] * ((tokens - 2 * (tokens // 8)) // 16),
+        "code titles": _lognormal(tokens, 25, 0.4, 64),
+    }
+
+
+def _lognormal(tokens: int, median: int, spread: float, longest: int) -> list[int]:
+    generator = torch.Generator().manual_seed(3)
+    lengths: list[int] = []
+    left = tokens
+    while left > 0:
+        drawn = math.exp(torch.randn((), generator=generator).item() * spread) * median
+        lengths.append(max(3, min(round(drawn), longest, left)))
+        left -= lengths[-1]
+    lengths[-1] += left  # a last one shorter than three
+    return lengths
+
+
+def random_tensor(*shape: int, grad: bool = True) -> Tensor:
+    return torch.randn(shape, device="cuda").bfloat16().requires_grad_(grad)
+
+
+def sets_of(size: int) -> range:
+    """As many input sets as exceed the cache, each of `size` bytes."""
+    return range(max(2, -(-_ROTATED_BYTES // size)))

@@ -1,0 +1,498 @@
+"""Rotary positions and attention within a window, on packed queries, keys and values.
+
+With q̂ and k̂ the queries and keys of a head of width D turned to their positions (see
+`kernels.rope`), token i sees the tokens j of its own document with |i − j| ≤ W:
+
+    s_ij = q̂_i · k̂_j / √D,   p_ij = exp(s_ij − L_i),   L_i = log Σ_j exp(s_ij),   o_i = Σ_j p_ij v_j
+
+and backward, for a gradient g of o (Dao 2023, arXiv 2307.08691):
+
+    δ_i   = g_i · o_i                       d_ij  = p_ij (g_i · v_j − δ_i)
+    ∂v_j  = Σ_i p_ij g_i                    ∂q̂_i = Σ_j d_ij k̂_j / √D,   ∂k̂_j = Σ_i d_ij q̂_i / √D
+
+∂q and ∂k are these turned back by their angles. Results are rounded to the input's dtype, and so
+are q̂, k̂ and the factors p and d of a product; everything else is fp32. A token behind
+cu_seqlens[-1] belongs to no document: its output is 0, and so is every gradient of it.
+
+Forward, one launch turns queries and keys, at the speed of a copy, and one does the rest; backward
+likewise turns ∂q and ∂k back before they leave the chip. Turning tiles inside the attention instead
+costs more than the pass that it saves: every key tile is turned for three query tiles forward and
+as many backward, its tables are twice its size, and what is computed cannot be prefetched into
+shared memory as what is loaded can.
+
+A program has one head and one tile of tokens and walks over the tiles that its window and the
+documents let it see. The grid runs over tokens: neither the number of documents nor the longest one
+changes it. A query tile sums ∂q over keys, a key tile ∂k and ∂v over queries, each in a fixed order
+and without atomics, so two runs give the same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.documents import document_bounds_reference
+from kernels.rope import check_rope, rope_reference, turn_queries_and_keys
+
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel is cut up: tokens of a program, tokens of a step of its walk, warps, the steps
+    that are loaded ahead, and the most registers of a thread (None: as many as it takes)."""
+
+    block: int
+    step: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The tiles of the forward and of the backward's two halves.
+
+    together: both halves in one launch, on the tiles of `keys`; δ is then computed anew for each
+    query tile that a key tile sees. Otherwise the queries' half runs first and leaves L and δ.
+    """
+
+    forward: Tiles
+    queries: Tiles
+    keys: Tiles
+    together: bool
+
+
+# Heads of 64 and less in half precision. The bounds on registers let four programs share a
+# multiprocessor, or three. Not measured on a GPU yet: `python -m kernels.benchmark --tune` times
+# these and other candidates.
+NARROW = Tuning(
+    forward=Tiles(64, 64, 4, 2, 128),
+    queries=Tiles(64, 64, 4, 2, 128),
+    keys=Tiles(64, 64, 4, 2, 168),
+    together=False,
+)
+_WIDEST_HEAD = 256
+
+
+def tuning(element_size: int, head_dim: int) -> Tuning:
+    """The tiles for a dtype and a width; only the narrow ones are chosen for speed."""
+    if element_size == 2 and head_dim <= 64:
+        return NARROW
+    if element_size == 2:
+        tiles = Tiles(64, 32, 4 if head_dim <= 128 else 8, 1)
+    else:  # products of full fp32 have no tensor cores, and take many registers
+        tiles = Tiles(32, 32, 4, 1) if head_dim <= 64 else Tiles(16, 16, 4, 1)
+    return Tuning(tiles, tiles, tiles, together=False)
+
+
+def local_attention_reference(
+    qkv_T3HD: Tensor,
+    cos_PR: Tensor,
+    sin_PR: Tensor,
+    position_ids_T: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+) -> Tensor:
+    """What `local_attention` computes, in plain PyTorch, for any floating dtype; T × T scores."""
+    q_THD, k_THD, v_THD = rope_reference(qkv_T3HD, cos_PR, sin_PR, position_ids_T)
+    first_T, end_T = document_bounds_reference(cu_seqlens, qkv_T3HD.shape[0])
+    token_T = torch.arange(qkv_T3HD.shape[0], device=qkv_T3HD.device)
+    seen_TT = (token_T >= first_T[:, None]) & (token_T < end_T[:, None])
+    seen_TT &= (token_T[:, None] - token_T).abs() <= window
+    scores_HTT = torch.einsum("ihd,jhd->hij", q_THD, k_THD) * qkv_T3HD.shape[-1] ** -0.5
+    wide = torch.promote_types(qkv_T3HD.dtype, torch.float32)
+    scores_HTT = scores_HTT.to(wide).masked_fill(~seen_TT, torch.finfo(wide).min)
+    weights_HTT = (scores_HTT.softmax(-1) * seen_TT).to(qkv_T3HD.dtype)
+    return torch.einsum("hij,jhd->ihd", weights_HTT, v_THD)
+
+
+def local_attention(
+    qkv_T3HD: Tensor,
+    cos_PR: Tensor,
+    sin_PR: Tensor,
+    position_ids_T: Tensor,
+    bounds_2T: Tensor,
+    window: int,
+) -> Tensor:
+    """Attention of every token over the `window` tokens to either side in its document: (T, H, D).
+
+    qkv: (T, 3, H, D) bf16, fp16 or fp32, any even D up to 256; copied first if not contiguous.
+    cos, sin: (P, D / 2) fp32 from `rope_tables`. position_ids: (T,) int32 or int64, each below P
+    (not checked: that would wait for the GPU); `kernels.documents.positions_from` makes them.
+    bounds: (2, T) int32 from `kernels.documents.document_bounds`, made once for all layers.
+    Differentiable in qkv. Raises TypeError or ValueError for other dtypes and shapes.
+    """
+    check_rope("local_attention", qkv_T3HD, cos_PR, sin_PR, position_ids_T)
+    if qkv_T3HD.shape[3] > _WIDEST_HEAD:
+        raise ValueError(f"local_attention takes heads up to {_WIDEST_HEAD}, not {qkv_T3HD.shape}")
+    if bounds_2T.shape != (2, qkv_T3HD.shape[0]) or bounds_2T.dtype != torch.int32:
+        raise ValueError(
+            f"bounds must be (2, {qkv_T3HD.shape[0]}) int32 from document_bounds, not "
+            f"{tuple(bounds_2T.shape)} {bounds_2T.dtype}"
+        )
+    if window < 0:
+        raise ValueError(f"window must not be negative, but is {window}")
+    out_THD, _, _ = _local_attention(
+        qkv_T3HD.contiguous(),
+        cos_PR.contiguous(),
+        sin_PR.contiguous(),
+        position_ids_T.contiguous(),
+        bounds_2T.contiguous(),
+        window,
+    )
+    return out_THD
+
+
+@triton.jit
+def _load(  # type: ignore[no-untyped-def]
+    base, first, end, ROW: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Rows `first` and following of one head, (ROWS, 2 · PAIRS); 0 from row `end` on.
+
+    Each half of a head is padded by itself, so that a tile splits into its two halves.
+    """
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, 2 * PAIRS)
+    pair = column % PAIRS
+    at = base + tl.full((), ROW, tl.int64) * first
+    at = at + row[:, None] * ROW + (column // PAIRS * HALF + pair)[None, :]
+    inside = (first + row < end)[:, None]
+    if PAIRS > HALF:
+        inside = inside & (pair < HALF)[None, :]
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    base, tile, first, end,
+    ROW: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The other way round: a tile to rows `first` and following, up to row `end`."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, 2 * PAIRS)
+    pair = column % PAIRS
+    at = base + tl.full((), ROW, tl.int64) * first
+    at = at + row[:, None] * ROW + (column // PAIRS * HALF + pair)[None, :]
+    inside = (first + row < end)[:, None]
+    if PAIRS > HALF:
+        inside = inside & (pair < HALF)[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_turned_back(  # type: ignore[no-untyped-def]
+    base, tile, cos, sin, position_ids, first, end,
+    ROW: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """As `_store`, each row turned by minus the angles of its position."""
+    row = first + tl.arange(0, ROWS)
+    pair = tl.arange(0, PAIRS)
+    inside = (row < end)[:, None] & (pair < HALF)[None, :]
+    position = tl.load(position_ids + row, mask=row < end, other=0).to(tl.int64)
+    entry = position[:, None] * HALF + pair[None, :]
+    c = tl.load(cos + entry, mask=inside, other=1.0)
+    s = tl.load(sin + entry, mask=inside, other=0.0)
+    a, b = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, PAIRS)), (0, 2, 1)))
+    turned = tl.join(a * c + b * s, b * c - a * s)
+    turned = tl.reshape(tl.permute(turned, (0, 2, 1)), (ROWS, 2 * PAIRS))
+    _store(base, turned, first, end, ROW, HALF, ROWS, PAIRS)
+
+
+@triton.jit
+def _seen(bounds, first, tokens, WINDOW: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First and last token that each of a tile's tokens sees, and the ends of what the tile sees.
+
+    As seeing is mutual, these are also the tokens that each is seen by.
+    """
+    row = first + tl.arange(0, ROWS)
+    live = row < tokens
+    low = tl.load(bounds + row, mask=live, other=1)
+    high = tl.load(bounds + tokens + row, mask=live, other=0) - 1
+    last = tl.minimum(first + ROWS, tokens) - 1
+    begin = tl.maximum(tl.load(bounds + first), first - WINDOW)
+    end = tl.minimum(tl.load(bounds + tokens + last), last + WINDOW + 1)
+    return tl.maximum(low, row - WINDOW), tl.minimum(high, row + WINDOW), begin, end
+
+
+@triton.jit
+def _within(start, low, high, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which of the tokens `start` and following lie in low … high of each row: (ROWS, STEP)."""
+    other = (start + tl.arange(0, STEP))[None, :]
+    return (other >= low[:, None]) & (other <= high[:, None])
+
+
+@triton.jit
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    qkv, turned, bounds, out, logsumexp, tokens, scale_log2,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = HEADS * 2 * HALF
+    head = tl.program_id(0) % HEADS
+    first = tl.program_id(0) // HEADS * BLOCK
+    column = head * 2 * HALF
+    low, high, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
+    q = _load(turned + column, first, end, 2 * WIDTH, HALF, BLOCK, PAIRS)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    result = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
+    for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
+        k = _load(turned + WIDTH + column, start, end, 2 * WIDTH, HALF, STEP, PAIRS)
+        v = _load(qkv + 2 * WIDTH + column, start, end, 3 * WIDTH, HALF, STEP, PAIRS)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = tl.where(_within(start, low, high, STEP), s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * scale_log2)
+        # −∞ still, where a token has seen nothing yet.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(s * scale_log2 - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(p, 1)
+        result = tl.dot(p.to(v.dtype), v, result * shrink[:, None], input_precision="ieee")
+        top = higher
+    # A token outside every document has seen nothing: total is 0, and so is result.
+    safe = tl.where(total > 0, total, 1.0)
+    result = result * (1.0 / safe)[:, None]
+    _store(out + column, result, first, tokens, WIDTH, HALF, BLOCK, PAIRS)
+    row = first + tl.arange(0, BLOCK)
+    to = logsumexp + head.to(tl.int64) * tokens + row
+    tl.store(to, top + tl.log2(safe), mask=row < tokens)
+
+
+@triton.jit
+def _query_gradients(  # type: ignore[no-untyped-def]
+    qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
+    head, first, tokens, scale, scale_log2,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """∂q of a tile of queries, and each one's L and δ side by side for `_key_gradients`."""
+    WIDTH: tl.constexpr = HEADS * 2 * HALF
+    column = head * 2 * HALF
+    row = first + tl.arange(0, BLOCK)
+    live = row < tokens
+    low, high, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
+    q = _load(turned + column, first, end, 2 * WIDTH, HALF, BLOCK, PAIRS)
+    g = _load(grad + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
+    o = _load(out + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
+    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    at = head.to(tl.int64) * tokens + row
+    log_sum = tl.load(logsumexp + at, mask=live, other=0.0)
+    to = pairs + 2 * at[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(to, tl.join(log_sum, d), mask=live[:, None])
+    grad_q = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
+    for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
+        k = _load(turned + WIDTH + column, start, end, 2 * WIDTH, HALF, STEP, PAIRS)
+        v = _load(qkv + 2 * WIDTH + column, start, end, 3 * WIDTH, HALF, STEP, PAIRS)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        along_p = tl.dot(g, tl.trans(v), input_precision="ieee")
+        p = tl.exp2(s * scale_log2 - log_sum[:, None])
+        p = tl.where(_within(start, low, high, STEP), p, 0.0)
+        along_s = p * (along_p - d[:, None])
+        grad_q = tl.dot(along_s.to(k.dtype), k, grad_q, input_precision="ieee")
+    _store_turned_back(
+        grad_qkv + column, grad_q * scale, cos, sin, position_ids, first, tokens,
+        3 * WIDTH, HALF, BLOCK, PAIRS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _key_gradients(  # type: ignore[no-untyped-def]
+    qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
+    head, first, tokens, scale, scale_log2,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """∂k and ∂v of a tile of keys; scores stand transposed, keys by queries."""
+    WIDTH: tl.constexpr = HEADS * 2 * HALF
+    column = head * 2 * HALF
+    low, high, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
+    k = _load(turned + WIDTH + column, first, end, 2 * WIDTH, HALF, BLOCK, PAIRS)
+    v = _load(qkv + 2 * WIDTH + column, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
+    grad_k = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
+    grad_v = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
+    for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
+        q = _load(turned + column, start, end, 2 * WIDTH, HALF, STEP, PAIRS)
+        g = _load(grad + column, start, end, WIDTH, HALF, STEP, PAIRS)
+        query = start + tl.arange(0, STEP)
+        at = head.to(tl.int64) * tokens + query
+        if PAIRED:
+            # One load of both: two short ones would each be spread over all threads.
+            both = pairs + 2 * at[:, None] + tl.arange(0, 2)[None, :]
+            log_sum, d = tl.split(tl.load(both, mask=(query < end)[:, None], other=0.0))
+        else:
+            log_sum = tl.load(logsumexp + at, mask=query < end, other=0.0)
+            o = _load(out + column, start, end, WIDTH, HALF, STEP, PAIRS)
+            d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        along_p = tl.dot(v, tl.trans(g), input_precision="ieee")
+        p = tl.exp2(s * scale_log2 - log_sum[None, :])
+        p = tl.where(_within(start, low, high, STEP), p, 0.0)
+        along_s = p * (along_p - d[None, :])
+        grad_v = tl.dot(p.to(g.dtype), g, grad_v, input_precision="ieee")
+        grad_k = tl.dot(along_s.to(q.dtype), q, grad_k, input_precision="ieee")
+    _store(grad_qkv + 2 * WIDTH + column, grad_v, first, tokens, 3 * WIDTH, HALF, BLOCK, PAIRS)
+    _store_turned_back(
+        grad_qkv + WIDTH + column, grad_k * scale, cos, sin, position_ids, first, tokens,
+        3 * WIDTH, HALF, BLOCK, PAIRS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
+    tokens, scale, scale_log2,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Either half of the backward for one tile of one head, or both after one another."""
+    head = tl.program_id(0) % HEADS
+    first = tl.program_id(0) // HEADS * BLOCK
+    if QUERIES:
+        _query_gradients(
+            qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
+            head, first, tokens, scale, scale_log2,
+            WINDOW, HEADS, HALF, PAIRS, BLOCK, STEP, STAGES,
+        )  # fmt: skip
+    if KEYS:
+        _key_gradients(
+            qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
+            head, first, tokens, scale, scale_log2,
+            WINDOW, HEADS, HALF, PAIRS, BLOCK, STEP, STAGES, not QUERIES,
+        )  # fmt: skip
+
+
+def launch_options(tiles: Tiles, heads: int, head_dim: int, window: int) -> dict[str, int | None]:
+    """What a kernel is compiled for."""
+    half = head_dim // 2
+    options = {
+        "WINDOW": window,
+        "HEADS": heads,
+        "HALF": half,
+        "PAIRS": max(8, triton.next_power_of_2(half)),  # a product is at least 16 wide
+        "BLOCK": tiles.block,
+        "STEP": tiles.step,
+        "STAGES": tiles.stages,
+        "num_warps": tiles.warps,
+    }
+    return options if tiles.registers is None else options | {"maxnreg": tiles.registers}
+
+
+# Opaque to the compiler: the launches that it generates know no bound on registers.
+@torch.library.custom_op("clinical_modernbert::local_attention", mutates_args=())
+def _local_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, turned queries and keys (T, 2, H, D), and log2 of the sums (H, T) fp32."""
+    tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty((tokens, heads, head_dim))
+    turned = qkv.new_empty((tokens, 2, heads, head_dim))
+    logsumexp = qkv.new_empty((heads, tokens), dtype=torch.float32)
+    if qkv.numel() > 0:
+        turn_queries_and_keys(qkv, turned, cos, sin, position_ids)
+        tiles = tuning(qkv.element_size(), head_dim).forward
+        _forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
+            qkv,
+            turned,
+            bounds,
+            out,
+            logsumexp,
+            tokens,
+            _LOG2_E * head_dim**-0.5,
+            **launch_options(tiles, heads, head_dim, window),
+        )
+    return out, turned, logsumexp
+
+
+@_local_attention.register_fake
+def _local_attention_fake(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, _, heads, head_dim = qkv.shape
+    return (
+        qkv.new_empty((tokens, heads, head_dim)),
+        qkv.new_empty((tokens, 2, heads, head_dim)),
+        qkv.new_empty((heads, tokens), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("clinical_modernbert::local_attention_backward", mutates_args=())
+def _local_attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    turned: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    bounds: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    window: int,
+) -> Tensor:
+    tokens, _, heads, head_dim = qkv.shape
+    grad_qkv = torch.empty_like(qkv)
+    if qkv.numel() == 0:
+        return grad_qkv
+    cut = tuning(qkv.element_size(), head_dim)
+    pairs = logsumexp.new_empty((*logsumexp.shape, 2))
+    halves = [(cut.keys, True, True)]
+    if not cut.together:
+        halves = [(cut.queries, True, False), (cut.keys, False, True)]
+    for tiles, queries, keys in halves:
+        _backward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
+            qkv,
+            turned,
+            bounds,
+            out,
+            logsumexp,
+            grad,
+            cos,
+            sin,
+            position_ids,
+            grad_qkv,
+            pairs,
+            tokens,
+            head_dim**-0.5,
+            _LOG2_E * head_dim**-0.5,
+            **launch_options(tiles, heads, head_dim, window),
+            QUERIES=queries,
+            KEYS=keys,
+        )
+    return grad_qkv
+
+
+@_local_attention_backward.register_fake
+def _local_attention_backward_fake(
+    grad: Tensor,
+    qkv: Tensor,
+    turned: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    bounds: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    window: int,
+) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    qkv, cos, sin, position_ids, bounds, ctx.window = inputs
+    out, turned, logsumexp = output
+    ctx.save_for_backward(qkv, turned, cos, sin, position_ids, bounds, out, logsumexp)
+    ctx.mark_non_differentiable(turned, logsumexp)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad: Tensor | None, *_: Tensor):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 6
+    grad_qkv = _local_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window)
+    return grad_qkv, None, None, None, None, None
+
+
+_local_attention.register_autograd(_backward, setup_context=_save_for_backward)

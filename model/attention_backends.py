@@ -1,0 +1,280 @@
+"""Attention of others over packed documents, each as an operation that a compiler takes whole.
+
+Each kernel is wrapped in a custom operation for its forward and one for its backward, with shapes
+for the compiler and autograd registered between them, so that a compiled layer has no graph break.
+What they share: q, k, v (T, H, D) contiguous, bf16 or fp16; cu_seqlens (N + 1,) int32; no document
+is longer than max_seqlen; window tokens to either side, −1 for the whole document. They leave the
+results of tokens behind cu_seqlens[-1] unwritten: here these become zeros, in the output and in all
+gradients.
+
+Where `torch.use_deterministic_algorithms` is set, their backward sums in a fixed order.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.documents import clear_behind_documents
+
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def register(name: str, forward: Forward, backward: Backward) -> Callable[..., Tensor]:
+    """An operation `(q, k, v, cu_seqlens, max_seqlen, window) -> out` from a pair of functions.
+
+    forward returns out and the (H, T) fp32 log-sum-exp; backward takes (grad, q, k, v, out,
+    logsumexp, cu_seqlens, max_seqlen, window) and returns the gradients by q, k and v. Neither is
+    called without tokens.
+    """
+
+    @torch.library.custom_op(f"clinical_modernbert::{name}", mutates_args=())
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+    ) -> tuple[Tensor, Tensor]:
+        if q.shape[0] == 0:
+            return shapes(q, k, v, cu_seqlens, max_seqlen, window)
+        out, logsumexp = forward(q, k, v, cu_seqlens, max_seqlen, window)
+        clear_behind_documents(out, cu_seqlens)
+        return out, logsumexp
+
+    @attend.register_fake
+    def shapes(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+    @torch.library.custom_op(f"clinical_modernbert::{name}_backward", mutates_args=())
+    def attend_backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        window: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if q.shape[0] == 0:
+            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grads = backward(grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, window)
+        for one in grads:
+            clear_behind_documents(one, cu_seqlens)
+        return grads
+
+    @attend_backward.register_fake
+    def backward_shapes(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        window: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        q, k, v, cu_seqlens, ctx.max_seqlen, ctx.window = inputs
+        out, logsumexp = output
+        ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens)
+        ctx.mark_non_differentiable(logsumexp)
+
+    def run_backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        saved = ctx.saved_tensors
+        grads = attend_backward(grad.contiguous(), *saved, ctx.max_seqlen, ctx.window)
+        return *grads, None, None, None
+
+    attend.register_autograd(run_backward, setup_context=save_for_backward)
+
+    def call(
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        window: int | None,
+    ) -> Tensor:
+        q, k, v = q_THD.contiguous(), k_THD.contiguous(), v_THD.contiguous()
+        width = -1 if window is None else window
+        out, _ = attend(q, k, v, cu_seqlens.contiguous(), max_seqlen, width)
+        return out
+
+    call.__doc__ = f"`model.attention`'s interface to {name}."
+    return call
+
+
+def _fa4_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    side = None if window < 0 else window
+    out, logsumexp, *_ = _flash_attn_fwd(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        window_size_left=side,
+        window_size_right=side,
+        return_lse=True,
+    )
+    return out, logsumexp
+
+
+def _fa4_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    side = None if window < 0 else window
+    dq, dk, dv, *_ = _flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        grad,
+        logsumexp,
+        window_size_left=side,
+        window_size_right=side,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return dq, dk, dv
+
+
+def _fa2_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+) -> tuple[Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _wrapped_flash_attn_varlen_forward
+
+    out, logsumexp, *_ = _wrapped_flash_attn_varlen_forward(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        q.shape[-1] ** -0.5,
+        causal=False,
+        window_size_left=window,
+        window_size_right=window,
+    )
+    return out, logsumexp
+
+
+def _fa2_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _wrapped_flash_attn_varlen_backward
+
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _wrapped_flash_attn_varlen_backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        logsumexp,
+        *grads,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        q.shape[-1] ** -0.5,
+        False,
+        window,
+        window,
+        0.0,
+        None,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    return grads
+
+
+def _varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+) -> tuple[Tensor, Tensor]:
+    out, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        False,
+        False,
+        window_size_left=window,
+        window_size_right=window,
+    )
+    return out, logsumexp
+
+
+def _varlen_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Only dropout would read the state of a generator.
+    state = torch.empty(2, dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        logsumexp,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        False,
+        state,
+        q.new_empty(0),
+        window_size_left=window,
+        window_size_right=window,
+    )
+
+
+fa4_attention = register("fa4_attention", _fa4_forward, _fa4_backward)
+fa2_attention = register("fa2_attention", _fa2_forward, _fa2_backward)
+# What torch.nn.attention.varlen.varlen_attn calls.
+varlen_attention = register("varlen_attention", _varlen_forward, _varlen_backward)

@@ -1,0 +1,260 @@
+"""Rotary and attention within a window: the kernels against fp64, on every shape of row."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import local_attention as module
+from kernels.documents import document_bounds, positions_from
+from kernels.local_attention import (
+    Tiles,
+    _local_attention,
+    _local_attention_backward,
+    local_attention,
+    local_attention_reference,
+)
+from kernels.rope import rope_tables
+
+# Lengths of documents, and tokens behind them.
+LAYOUTS = {
+    "even": ([16] * 4, 0),
+    "skewed": ([50, *[3] * 4], 0),
+    "code titles": ([4] * 12, 0),
+    "empty documents": ([0, 5, 0, 0, 9, 0], 0),
+    "length 1": ([1] * 7, 0),
+    "one document": ([66], 0),
+    "more tokens than documents": ([20, 7], 40),
+    "no token": ([0], 0),
+    "no document": ([0], 5),
+}
+
+
+def make_case(
+    layout: tuple[list[int], int],
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    positions: int = 128,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """qkv; tables and positions; cu_seqlens; the gradient of the result."""
+    lengths, behind = layout
+    tokens = sum(lengths) + behind
+    generator = torch.Generator().manual_seed(1)
+    qkv = 1.5 * torch.randn(tokens, 3, heads, head_dim, generator=generator)
+    grad = torch.randn(tokens, heads, head_dim, generator=generator)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+    cos, sin = (table.to(device) for table in rope_tables(positions, head_dim, 10_000.0))
+    turn = [cos, sin, positions_from(cu_seqlens, tokens)]
+    return qkv.to(device, dtype), turn, cu_seqlens, grad.to(device, dtype)
+
+
+def run(
+    qkv: Tensor, turn: list[Tensor], cu_seqlens: Tensor, grad: Tensor, window: int
+) -> list[Tensor]:
+    """The kernels' result and gradient."""
+    leaf = qkv.clone().requires_grad_()
+    out = local_attention(leaf, *turn, document_bounds(cu_seqlens, len(qkv)), window)
+    return [out.detach(), *torch.autograd.grad(out, leaf, grad)]
+
+
+def run_reference(
+    qkv: Tensor, turn: list[Tensor], cu_seqlens: Tensor, grad: Tensor, window: int
+) -> list[Tensor]:
+    leaf = qkv.clone().requires_grad_()
+    out = local_attention_reference(leaf, *turn, cu_seqlens, window)
+    return [out.detach(), *torch.autograd.grad(out, leaf, grad.to(out.dtype))]
+
+
+def compare(what: str, case: tuple, window: int, assert_close: Callable[..., None]) -> list[Tensor]:
+    qkv, *others = case
+    ours, plain = run(*case, window), run_reference(*case, window)
+    exact = run_reference(qkv.double(), *others, window)
+    assert_close(f"local_attention {what} forward", ours[0], plain[0], exact[0])
+    # A score's gradient is p (g · v − g · o): where a token sees one other only, all of it cancels.
+    sizes = [float(x.double().norm(dim=-1).max()) if x.numel() else 0 for x in (case[3], qkv[:, 2])]
+    terms = sizes[0] * sizes[1]
+    assert_close(f"local_attention {what} gradient", ours[1], plain[1], exact[1], terms)
+    return ours
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_exact_as_pytorch(
+    layout: str, dtype: torch.dtype, device: torch.device, assert_close: Callable[..., None]
+) -> None:
+    lengths, behind = LAYOUTS[layout]
+    case = make_case(LAYOUTS[layout], 1, 16, dtype, device)
+    for result in compare(layout, case, 9, assert_close):
+        assert not bool(result[sum(lengths) : sum(lengths) + behind].any())
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "window"), [(3, 6, 0), (1, 2, 1), (2, 24, 40), (1, 80, 64)]
+)
+def test_any_even_width_any_heads_any_window(
+    heads: int,
+    head_dim: int,
+    window: int,
+    device: torch.device,
+    assert_close: Callable[..., None],
+) -> None:
+    case = make_case(([50, 3], 0), heads, head_dim, torch.float16, device)
+    compare(f"{heads}×{head_dim}, window {window}", case, window, assert_close)
+
+
+def test_many_tiles(device: torch.device, assert_close: Callable[..., None]) -> None:
+    """Tiles whose neighbours are whole, partial, and of another document."""
+    case = make_case(([130, 30], 3), 1, 16, torch.float16, device, 256)
+    compare("many tiles", case, 64, assert_close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[1024, 300, 1], [16] * 1000, [5000, *[3] * 300]], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_gpu_at_real_sizes(
+    lengths: list[int], head_dim: int, assert_close: Callable[..., None]
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    for dtype in (torch.bfloat16, torch.float32):
+        case = make_case((lengths, 77), 2, head_dim, dtype, torch.device("cuda"), 8192)
+        compare(f"{len(lengths)} documents × {head_dim} {dtype}", case, 64, assert_close)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_how_it_is_cut_up_changes_little(
+    together: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Callable[..., None],
+) -> None:
+    case = make_case(([64, 9], 0), 1, 16, torch.float16, device)
+    usual = run(*case, 20)
+    tiles = module.NARROW.forward, Tiles(32, 64, 4, 1), replace(module.NARROW.keys, block=64)
+    monkeypatch.setattr(module, "NARROW", module.Tuning(*tiles, together=together))
+    if together:  # the same sums in the same order
+        for one, two in zip(run(*case, 20), usual, strict=True):
+            assert torch.equal(one, two)
+    compare("other tiles", case, 20, assert_close)
+
+
+def test_every_output_is_written(device: torch.device, poisoned: None) -> None:
+    case = make_case(([20, 7], 30), 1, 24, torch.float16, device)
+    assert all(bool(value.isfinite().all()) for value in run(*case, 9))
+
+
+def test_what_lies_behind_all_documents_is_never_read(device: torch.device) -> None:
+    qkv, turn, cu_seqlens, grad = make_case(([20, 7], 9), 1, 16, torch.float16, device)
+    expected = run(qkv, turn, cu_seqlens, grad, 9)
+    qkv[27:], grad[27:] = float("nan"), float("inf")
+    for one, two in zip(run(qkv, turn, cu_seqlens, grad, 9), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_document_does_not_see_its_neighbours(device: torch.device) -> None:
+    case = make_case(([9, 4, 9], 0), 1, 16, torch.float16, device)
+    changed = case[0].clone()
+    changed[9:13] += 1
+    for one, two in zip(run(*case, 64), run(changed, *case[1:], 64), strict=True):
+        assert torch.equal(one[:9], two[:9])
+        assert torch.equal(one[13:], two[13:])
+        assert not torch.equal(one[9:13], two[9:13])
+
+
+def test_twice_the_same_bits(device: torch.device) -> None:
+    case = make_case(([20, 3], 0), 1, 8, torch.float16, device)
+    for one, two in zip(run(*case, 9), run(*case, 9), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_non_contiguous_input_and_other_positions(device: torch.device) -> None:
+    qkv, (cos, sin, positions), cu_seqlens, grad = make_case(
+        ([6, 3], 0), 1, 8, torch.float32, device
+    )
+    expected = run(qkv, [cos, sin, positions], cu_seqlens, grad, 4)
+    twice = qkv.repeat_interleave(2, dim=0)[::2]
+    assert not twice.is_contiguous()
+    bounds = document_bounds(cu_seqlens, 9)
+    out = local_attention(twice, cos, sin, positions.long(), bounds, 4)
+    assert torch.equal(out, expected[0])
+    moved = local_attention(qkv, cos, sin, positions + 50, bounds, 4)
+    assert torch.allclose(moved, expected[0], atol=1e-5)
+
+
+def test_wrong_input_is_refused(device: torch.device) -> None:
+    qkv, turn, cu_seqlens, _ = make_case(([4], 0), 2, 8, torch.float32, device)
+    bounds = document_bounds(cu_seqlens, 4)
+    with pytest.raises(TypeError, match=r"local_attention takes bf16, fp16 or fp32"):
+        local_attention(qkv.double(), *turn, bounds, 4)
+    with pytest.raises(ValueError, match=r"qkv must be \(T, 3, H, D\)"):
+        local_attention(qkv[..., :7], *turn, bounds, 4)
+    with pytest.raises(ValueError, match=r"bounds must be \(2, 4\) int32"):
+        local_attention(qkv, *turn, cu_seqlens, 4)
+    with pytest.raises(ValueError, match="window must not be negative"):
+        local_attention(qkv, *turn, bounds, -1)
+    wide = torch.zeros(4, 3, 1, 258, device=device)
+    tables = (table.to(device) for table in rope_tables(8, 258, 1e4))
+    with pytest.raises(ValueError, match="heads up to 256"):
+        local_attention(wide, *tables, turn[2], bounds, 4)
+
+
+def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
+    qkv, turn, cu_seqlens, grad = make_case(([6, 3], 0), 1, 8, torch.float32, device)
+    bounds = document_bounds(cu_seqlens, 9)
+    opcheck(_local_attention, (qkv, *turn, bounds, 4))
+    opcheck(_local_attention, (qkv.clone().requires_grad_(), *turn, bounds, 4))
+    out, turned, logsumexp = _local_attention(qkv, *turn, bounds, 4)
+    opcheck(_local_attention_backward, (grad, qkv, turned, *turn, bounds, out, logsumexp, 4))
+
+
+@pytest.mark.gpu
+def test_one_graph_for_every_layout(compiles_twice: Callable[..., None]) -> None:
+    cos, sin = (table.cuda() for table in rope_tables(128, 64, 10_000.0))
+
+    def layer(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
+        tokens = qkv.shape[0]
+        positions = positions_from(cu_seqlens, tokens)
+        return local_attention(qkv, cos, sin, positions, document_bounds(cu_seqlens, tokens), 64)
+
+    cases = []
+    for lengths in [[16] * n for n in range(1, 11)] + [[3] * n + [97] for n in range(10)]:
+        qkv, _, cu_seqlens, _ = make_case((lengths, 0), 2, 64, torch.bfloat16, torch.device("cuda"))
+        cases.append([qkv, cu_seqlens])
+    compiles_twice(layer, cases)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_31_bits() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    tokens, end = 2**31 // (3 * 12 * 64) + 1000, 1000
+    cos, sin = (table.cuda() for table in rope_tables(1024, 64, 10_000.0))
+    qkv = torch.zeros(tokens, 3, 12, 64, dtype=torch.bfloat16, device="cuda")
+    qkv[-end:] = torch.randn(end, 3, 12, 64, device="cuda")
+    grad = torch.zeros(tokens, 12, 64, dtype=torch.bfloat16, device="cuda")
+    grad[-end:] = torch.randn(end, 12, 64, device="cuda")
+    results = []
+    for values, slope in ((qkv, grad), (qkv[-end:], grad[-end:])):
+        count = len(values)
+        cu_seqlens = torch.tensor([*range(0, count - end, 1000), count - end, count]).int().cuda()
+        turn = [cos, sin, positions_from(cu_seqlens, count)]
+        results.append([value[-end:] for value in run(values, turn, cu_seqlens, slope, 64)])
+    for one, two in zip(*results, strict=True):
+        # Tiles begin at other tokens, so that sums are taken in another order.
+        assert (one.float() - two.float()).norm() < 0.01 * two.float().norm()
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    case = make_case(LAYOUTS["skewed"], 2, 64, torch.bfloat16, torch.device("cuda"))
+    run(*case, 9)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(*case, 9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

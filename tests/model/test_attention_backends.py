@@ -1,0 +1,210 @@
+"""The wrapping of others' attention, on a CPU with stand-ins that have their signatures."""
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from model.attention_backends import fa2_attention, fa4_attention, register
+
+LENGTHS, BEHIND = [20, 0, 7, 1], 6
+LAYOUTS = [[34], [17, 17], [30, 3, 1], [8] * 4, [2] * 17, [1] * 20, [5, 0, 12]]
+
+
+def weights(q: Tensor, k: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
+    """Softmax over all pairs, others' documents masked out; zeros behind all documents."""
+    place = torch.arange(q.shape[0])
+    document = torch.bucketize(place, cu_seqlens[1:], right=True)
+    seen = document[:, None] == document[None, :]
+    if window >= 0:
+        seen &= (place[:, None] - place[None, :]).abs() <= window
+    scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
+    return torch.einsum("hij,jhd->ihd", weights(q, k, cu_seqlens, window), v)
+
+
+def poison_behind(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """NaN behind the documents, as fresh memory may hold."""
+    behind = torch.arange(rows.shape[0]) >= cu_seqlens[-1]
+    return rows.masked_fill(behind[:, None, None], float("nan"))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+) -> tuple[Tensor, Tensor]:
+    out = poison_behind(dense(q, k, v, cu_seqlens, window), cu_seqlens)
+    return out, q.new_zeros((q.shape[1], q.shape[0])).float()
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int,
+) -> tuple[Tensor, ...]:
+    p = weights(q, k, cu_seqlens, window)
+    along_p = torch.einsum("ihd,jhd->hij", grad, v)
+    along_s = p * (along_p - (p * along_p).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    grads = (
+        torch.einsum("hij,jhd->ihd", along_s, k),
+        torch.einsum("hij,ihd->jhd", along_s, q),
+        torch.einsum("hij,ihd->jhd", p, grad),
+    )
+    return tuple(poison_behind(value, cu_seqlens) for value in grads)
+
+
+stand_in = register("stand_in", forward, backward)
+
+
+def make_row(lengths: list[int], behind: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    tokens = sum(lengths) + behind
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, tokens, 2, 8, generator=generator, dtype=torch.float64)
+    grad = torch.randn(tokens, 2, 8, generator=generator, dtype=torch.float64)
+    leaves = [value.clone().requires_grad_() for value in qkv]
+    return leaves, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), grad
+
+
+def check(attend: Callable[..., Tensor], window: int | None) -> None:
+    leaves, cu_seqlens, grad = make_row(LENGTHS, BEHIND)
+    out = attend(*leaves, cu_seqlens, 20, window)
+    grads = torch.autograd.grad(out, leaves, grad)
+    end = sum(LENGTHS)
+    alone = [leaf.detach()[:end].requires_grad_() for leaf in leaves]
+    expected = dense(*alone, cu_seqlens, -1 if window is None else window)
+    expected_grads = torch.autograd.grad(expected, alone, grad[:end])
+    for ours, theirs in zip((out, *grads), (expected, *expected_grads), strict=True):
+        assert torch.allclose(ours[:end], theirs)
+        assert not bool(ours[end:].any())
+
+
+@pytest.mark.parametrize("window", [None, 3, 0])
+def test_results_gradients_and_zeros_behind_the_documents(window: int | None) -> None:
+    check(stand_in, window)
+
+
+def test_no_token() -> None:
+    leaves, cu_seqlens, grad = make_row([0], 0)
+    out = stand_in(*leaves, cu_seqlens, 1, None)
+    assert out.shape == (0, 2, 8)
+    assert torch.autograd.grad(out, leaves, grad)[0].shape == (0, 2, 8)
+
+
+def test_one_graph_whatever_the_documents() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(stand_in, fullgraph=True, backend=counter)
+    for lengths in LAYOUTS:
+        leaves, cu_seqlens, grad = make_row(lengths, 34 - sum(lengths))
+        results = []
+        for function in (compiled, stand_in):
+            out = function(*leaves, cu_seqlens, max(lengths), 3)
+            results.append([out, *torch.autograd.grad(out, leaves, grad)])
+        for one, two in zip(*results, strict=True):
+            assert torch.equal(one, two)
+    assert counter.frame_count <= 2
+
+
+def test_registration() -> None:
+    leaves, cu_seqlens, grad = make_row(LENGTHS, BEHIND)
+    names = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    operations = torch.ops.clinical_modernbert
+    arguments = (*leaves, cu_seqlens, 20, 3)
+    torch.library.opcheck(operations.stand_in.default, arguments, test_utils=names)
+    out, logsumexp = operations.stand_in(*arguments)
+    saved = [value.detach() for value in (grad, *leaves, out, logsumexp)]
+    torch.library.opcheck(
+        operations.stand_in_backward.default, (*saved, cu_seqlens, 20, 3), test_utils=names
+    )
+
+
+# The documented parameters of flash-attn 2.8.3 and of flash-attn-4 4.0.0b36, as far as they go.
+def _fa2_module() -> ModuleType:
+    def varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert (dropout_p, causal, softcap) == (0.0, False, 0.0)
+        assert softmax_scale == q.shape[-1] ** -0.5
+        assert window_size_left == window_size_right
+        out, lse = forward(q, k, v, cu_seqlens_q, max_seqlen_q, window_size_left)
+        return out, lse, torch.empty(0), torch.empty(2)
+
+    def varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert (dropout_p, causal, softcap, alibi_slopes) == (0.0, False, 0.0, None)
+        assert softmax_scale == q.shape[-1] ** -0.5
+        assert window_size_left == window_size_right
+        assert not deterministic
+        grads = backward(
+            dout, q, k, v, out, softmax_lse, cu_seqlens_k, max_seqlen_k, window_size_left
+        )
+        for place, value in zip((dq, dk, dv), grads, strict=True):
+            place.copy_(value)
+        return softmax_lse
+
+    module = ModuleType("flash_attn.flash_attn_interface")
+    module._wrapped_flash_attn_varlen_forward = varlen_forward
+    module._wrapped_flash_attn_varlen_backward = varlen_backward
+    return module
+
+
+def _fa4_module() -> ModuleType:
+    def side(left: int | None, right: int | None) -> int:
+        assert left == right
+        return -1 if left is None else left
+
+    def fwd(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None, page_table=None,
+        softmax_scale=None, causal=False, softcap=None, window_size_left=None,
+        window_size_right=None, *, return_lse=False,
+    ):  # fmt: skip
+        assert return_lse
+        width = side(window_size_left, window_size_right)
+        return *forward(q, k, v, cu_seqlens_q, max_seqlen_q, width), None, None, None
+
+    def bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0,
+        window_size_left=None, window_size_right=None, *, cu_seqlens_q=None, cu_seqlens_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, deterministic=False,
+    ):  # fmt: skip
+        assert not deterministic
+        width = side(window_size_left, window_size_right)
+        return backward(dout, q, k, v, out, lse, cu_seqlens_k, max_seqlen_k, width)
+
+    module = ModuleType("flash_attn.cute.interface")
+    module._flash_attn_fwd, module._flash_attn_bwd = fwd, bwd
+    return module
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(
+    ("attend", "module"), [(fa2_attention, _fa2_module()), (fa4_attention, _fa4_module())]
+)
+def test_calls_fit_the_documented_signatures(
+    attend: Callable[..., Tensor],
+    module: ModuleType,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    check(attend, window)

@@ -1,0 +1,190 @@
+"""The optimizer's rule under every wrapper of DeepSpeed's, against the rule in one process.
+
+The weights after each of twelve steps, under ZeRO 0 to 3, in fp32 and bf16, with two micro-steps a
+step, on parameters that the borders between ranks cut in two, one of them used twice, one of one
+element. Gradients leap now and then, so that updates are clipped; once they are infinite on a rank.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stepped
+
+optimi = pytest.importorskip(
+    "optimi", reason="the reference implementation: pip install torch-optimi"
+)
+
+Steps = dict[str, np.ndarray]
+"""(steps, elements) of each parameter"""
+TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}
+
+
+def reference(name: str, ranks: int) -> tuple[Steps, list[float], list[float]]:
+    """Weights, norms of gradients and norms of updates, by implementations nobody here wrote."""
+    model = stepped.Model()
+    weights = {key: getattr(model, key).weight for key in stepped.SHAPES}
+    decayed = [w for w in weights.values() if w.ndim > 1]
+    plain = [w for w in weights.values() if w.ndim < 2]
+    decay = stepped.DECAY
+    common: dict[str, Any] = {"lr": stepped.PEAK, "betas": (0.9, 0.98), "eps": 1e-6}
+    if "adamw" in name:
+        decay /= stepped.PEAK
+        rule: Any = torch.optim.AdamW
+    else:
+        rule = optimi.StableAdamW
+        common |= {"decouple_lr": True, "max_lr": stepped.PEAK, "triton": False, "foreach": False}
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = rule(groups, **common)
+    largest = stepped.CLIPPING if "clipped" in name else float("inf")
+    found: list[dict[str, np.ndarray]] = []
+    norms, updates = [], []
+    for number in range(stepped.STEPS):
+        before = torch.cat([w.detach().flatten().clone() for w in weights.values()])
+        for key, gradient in stepped.full_gradients(number, ranks).items():
+            weights[key].grad = gradient
+        norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), largest)))
+        for group in optimizer.param_groups:
+            group["lr"] = stepped.lr_of(number)
+        if number not in stepped.POISONED:
+            optimizer.step()
+        after = torch.cat([w.detach().flatten() for w in weights.values()])
+        updates.append(float((after - before).norm()))
+        found.append({key: w.detach().flatten().numpy().copy() for key, w in weights.items()})
+    for number in stepped.POISONED:
+        norms[number] = float("inf")
+    return {key: np.stack([step[key] for step in found]) for key in weights}, norms, updates
+
+
+def facts(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What is known of each step of a case."""
+    return list(json.loads((folder / f"{name}.json").read_text()))
+
+
+def check_case(folder: Path, name: str, ranks: int) -> None:
+    """Weights after every step, what is logged, and the one step that was left out."""
+    expected, norms, updates = reference(name, ranks)
+    found = dict(np.load(folder / f"{name}.npz"))
+    for key, weights in expected.items():
+        np.testing.assert_allclose(found[key], weights, **TOLERANCE, err_msg=f"{name} {key}")
+        for number in stepped.POISONED:
+            before, after = found[key][number - 1 : number + 1]
+            assert np.array_equal(before, after), "a step without a finite gradient changes nothing"
+    known = facts(folder, name)
+    # The first infinity in a step that is not logged, so one step late; the second in one that is.
+    assert [step["skipped"] for step in known] == [0] * 7 + [1] * 2 + [2] * 3
+    logged = {n: step["norms"] for n, step in enumerate(known) if step["norms"]}
+    assert tuple(logged) == stepped.LOGGED
+    for number, (gradient, update, skipped) in logged.items():
+        assert gradient == pytest.approx(norms[number], rel=1e-5)
+        assert update == pytest.approx(updates[number], rel=1e-4)
+        assert skipped == (number in stepped.POISONED)
+
+
+@pytest.mark.parametrize("name", stepped.CASES)
+def test_two_ranks_follow_the_rule_of_one_process(two_ranks: Any, name: str) -> None:
+    check_case(two_ranks.folder / "steps", name, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("what", "flat"), [("no clipping", False), ("one clipping for all parameters", True)]
+)
+def test_another_clipping_would_be_noticed(what: str, flat: bool) -> None:
+    """The cases can fail: the rule without clipping, or flat, is far from the reference."""
+    from train.stable_adamw import Layout, StableAdamW, whole
+
+    expected, *_ = reference("fp32_zero1", ranks=2)
+    model = stepped.Model()
+    weights = [getattr(model, key).weight for key in stepped.SHAPES]
+    start = torch.cat([w.detach().flatten() for w in weights]).requires_grad_()
+    optimizer = StableAdamW([{"params": [start], "weight_decay": 0.0}], (0.9, 0.98), 1e-6)
+    # As if the parameters were too large for any ratio to count.
+    layout = whole(start) if flat else Layout(((0, start.numel()),), (10**12,), whole=True)
+    optimizer.set_layouts({start: layout})
+    for number in range(4):
+        gradients = stepped.full_gradients(number, ranks=2)
+        start.grad = torch.cat([gradients[key].flatten() for key in stepped.SHAPES])
+        optimizer.param_groups[0]["lr"] = stepped.lr_of(number)
+        optimizer.step()
+    last = np.concatenate([expected[key][3] for key in stepped.SHAPES])
+    assert np.abs(start.detach().numpy() - last).max() > 100 * TOLERANCE["atol"], what
+
+
+def test_no_step_that_is_not_logged_waits_for_the_device(two_ranks: Any) -> None:
+    """What travels to the host: nothing of ours; of DeepSpeed's what docs/training.md lists."""
+    for name in stepped.CASES:
+        for number, step in enumerate(facts(two_ranks.folder / "steps", name)):
+            allowed = set()
+            if "zero3" in name:
+                # Of a number that is on the host already; and of the first step's trace.
+                allowed = {"utils.py is_invalid_grad_norm"}
+                if number == 0:
+                    allowed |= {
+                        "utils.py <listcomp>",
+                        "utils.py assert_lst_len_same_as_other_ranks",
+                    }
+            assert set(step["places"]) <= allowed, f"{name}, step {number}"
+
+
+@pytest.mark.parametrize(
+    ("name", "sums", "reduced"),
+    [
+        ("fp32_zero1", "float32", "float32"),
+        ("bf16_zero0_clipped", "bfloat16", "float32"),
+        ("bf16_zero1_clipped", "float32", "float32"),
+        ("bf16_zero1_in_bf16", "bfloat16", "bfloat16"),
+        ("bf16_zero2", "float32", "float32"),
+        ("bf16_zero3_clipped", "float32", "float32"),
+    ],
+)
+def test_gradients_are_summed_in_the_dtypes_that_the_keys_say(
+    two_ranks: Any, name: str, sums: str, reduced: str
+) -> None:
+    for step in facts(two_ranks.folder / "steps", name):
+        assert step["sums"] == [f"torch.{sums}"]
+        assert step["reduced"] == [f"torch.{reduced}"]
+
+
+@pytest.mark.slow
+def test_three_ranks_follow_the_rule_and_take_it_up_again(launcher: Any) -> None:
+    """All stages with all rules; going on from a checkpoint changes no bit."""
+    script, folder = Path(__file__).parent / "launched.py", launcher.folder / "steps"
+    done = launcher.run(3, f"steps:all:{folder}", script=script)
+    assert done.code == 0, done.out + done.err
+    for name in stepped.CASES | stepped.MORE_CASES:
+        if "muon" not in name:
+            check_case(folder, name, ranks=3)
+        whole, resumed = (np.load(part / f"{name}.npz") for part in (folder, folder / "resumed"))
+        for key in stepped.SHAPES:
+            assert np.array_equal(whole[key], resumed[key]), f"{name} {key}"
+    # Muon has no reference here, but its stages agree; bf16 and fp32 start from the same weights.
+    first = np.load(folder / "fp32_zero1_muon.npz")
+    for stage in (1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            other = np.load(folder / f"{precision}_zero{stage}_muon.npz")
+            for key in stepped.SHAPES:
+                until = slice(0, stepped.POISONED[0])
+                np.testing.assert_allclose(other[key][until], first[key][until], atol=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_rule_is_the_same_and_ours_waits_for_nothing(launcher: Any) -> None:
+    launcher.accelerator = "cuda"
+    script, folder = Path(__file__).parent / "launched.py", launcher.folder / "steps"
+    done = launcher.run(1, f"steps:some:{folder}", script=script)
+    assert done.code == 0, done.out + done.err
+    ours = {path.name for path in (Path(__file__).parents[2] / "train").glob("*.py")}
+    ours |= {"stable_adamw.py"}
+    for name in stepped.CASES:
+        check_case(folder, name, ranks=1)
+        # The first step puts tables on the device.
+        for number, step in enumerate(facts(folder, name)[1:], start=1):
+            waits = {place for place in step["places"] if place.split()[0] in ours}
+            assert not waits, f"{name}, step {number}"

@@ -1,0 +1,195 @@
+"""What DeepSpeed's optimizer wrappers hold: fp32 weights, gradients, and which is whose.
+
+DeepSpeed 0.19.8 steps through one of five:
+
+| wrapper | when | this rank's fp32 weights |
+|---|---|---|
+| none | ZeRO 0, fp32 | the parameters themselves |
+| FP16_UnfusedOptimizer | ZeRO 0, bf16 | a copy of each parameter |
+| BF16_Optimizer | ZeRO 1, bf16 with fp32 accumulation | a stretch of each flattened group |
+| DeepSpeedZeroOptimizer | ZeRO 1 otherwise, ZeRO 2 | a stretch of each flattened group |
+| DeepSpeedZeroOptimizer_Stage3 | ZeRO 3 | the flattened pieces of a sub-group's parameters |
+
+Before a step some wait for the device, for they ask on the host whether the gradient's norm is
+finite. `without_waits` takes that out; train/optimizer_step.py asks on the device instead.
+"""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.stable_adamw import Layout, whole
+
+Wrapper = Any
+"""one of DeepSpeed's optimizer wrappers, which have no types"""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank updates, and with which gradients.
+
+    layouts: the tensors that the optimizer steps, fp32, with the layout of each. gradients:
+    averaged over ranks, complete before a step, an element for each of the weights', padding zero.
+    sharded: other ranks hold other elements.
+    """
+
+    layouts: dict[Tensor, Layout]
+    gradients: Callable[[], list[Tensor]]
+    sharded: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return next(iter(self.layouts)).device
+
+    def weights(self) -> list[Tensor]:
+        """This rank's fp32 weights, without padding, which may hold anything."""
+        return [
+            weights.detach().view(-1)[start:stop]
+            for weights, layout in self.layouts.items()
+            for start, stop in layout.pieces
+            if start < stop
+        ]
+
+
+def held(wrapper: Wrapper) -> Held:
+    """What this rank's wrapper holds; wrapper: `engine.optimizer`."""
+    return _HELD.get(type(wrapper).__name__, _plain)(wrapper)
+
+
+def without_waits(wrapper: Wrapper) -> None:
+    """Let the wrapper step unchecked and unclipped, so that its step does not wait for the device.
+
+    DeepSpeedZeroOptimizer has keys for that (train/engine.py sets them), the others have not.
+    """
+    name = type(wrapper).__name__
+    if name == "BF16_Optimizer":
+        wrapper.step = types.MethodType(_step_bf16, wrapper)
+    elif name == "FP16_UnfusedOptimizer":
+        wrapper.step = types.MethodType(_step_unfused, wrapper)
+    elif name == "DeepSpeedZeroOptimizer_Stage3":
+        # The norm it would check on the host, as a number that is there already, and the pass over
+        # the gradient that would divide it by 1.
+        wrapper._get_norm_groups = lambda: [0.0]
+        wrapper.unscale_and_clip_grads = lambda sub_group, norm: None
+
+
+@torch.no_grad()
+def _step_bf16(wrapper: Wrapper, closure: None = None) -> None:
+    """BF16_Optimizer.step without its norm."""
+    for weights, gradient in zip(
+        wrapper.fp32_groups_flat_partition,
+        wrapper.fp32_groups_gradient_flat_partition,
+        strict=True,
+    ):
+        weights.grad = gradient
+    wrapper.optimizer.step()
+    wrapper._lazy_init_hp_params_optimizer_state()
+    wrapper.update_lp_params()
+    wrapper.clear_hp_grads()
+
+
+@torch.no_grad()
+def _step_unfused(wrapper: Wrapper, closure: None = None) -> None:
+    """FP16_UnfusedOptimizer.step without its norms."""
+    pairs = _unfused_pairs(wrapper)
+    for weights, parameter in pairs:
+        weights.grad = _gradient(parameter).to(weights.dtype)
+    wrapper.optimizer.step()
+    for weights, parameter in pairs:
+        weights.grad = None
+        parameter.copy_(weights)
+
+
+def _unfused_pairs(wrapper: Wrapper) -> list[tuple[Tensor, Tensor]]:
+    """(fp32 weights, bf16 parameter) for each parameter."""
+    return [
+        pair
+        for groups in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+        for pair in zip(*groups, strict=True)
+    ]
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "reduction gives every parameter one"
+    return parameter.grad
+
+
+def _plain(optimizer: torch.optim.Optimizer) -> Held:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return Held({p: whole(p) for p in parameters}, lambda: [*map(_gradient, parameters)], False)
+
+
+def _unfused(wrapper: Wrapper) -> Held:
+    pairs = _unfused_pairs(wrapper)
+    return Held({w: whole(w) for w, _ in pairs}, lambda: [_gradient(p) for _, p in pairs], False)
+
+
+def _bf16(wrapper: Wrapper) -> Held:
+    layouts = {}
+    for index, weights in enumerate(wrapper.fp32_groups_flat_partition):
+        sizes = [p.numel() for p in wrapper.bf16_groups[index]]
+        offsets = [sum(sizes[:at]) for at in range(len(sizes))]
+        group = wrapper.real_dp_process_group[index]
+        layouts[weights] = _stretch(offsets, sizes, weights.numel(), group)
+    return Held(layouts, lambda: list(wrapper.fp32_groups_gradient_flat_partition), True)
+
+
+def _stage_1_and_2(wrapper: Wrapper) -> Held:
+    layouts = {}
+    for index, weights in enumerate(wrapper.single_partition_of_fp32_groups):
+        sizes = [p.numel() for p in wrapper.round_robin_bit16_groups[index]]
+        offsets = wrapper.round_robin_bit16_offsets[index]
+        group = wrapper.real_dp_process_group[index]
+        layouts[weights] = _stretch(offsets, sizes, weights.numel(), group)
+
+    def gradients() -> list[Tensor]:
+        groups = range(len(wrapper.bit16_groups))
+        return [piece for index in groups for piece in wrapper.averaged_gradients[index]]
+
+    return Held(layouts, gradients, True)
+
+
+def _stage_3(wrapper: Wrapper) -> Held:
+    layouts = {}
+    for index, weights in enumerate(wrapper.fp32_partitioned_groups_flat):
+        group = wrapper._get_sub_group_process_group(index)
+        rank, at, pieces, sizes = dist.get_rank(group), 0, [], []
+        for parameter in wrapper.fp16_groups[index]:
+            held_here = parameter.partition_numel()
+            # The last ranks' pieces are padded to the length of the others'.
+            real = min(max(parameter.ds_numel - rank * held_here, 0), held_here)
+            pieces.append((at, at + real))
+            sizes.append(parameter.ds_numel)
+            at += held_here
+        layouts[weights] = Layout(tuple(pieces), tuple(sizes), group)
+
+    def gradients() -> list[Tensor]:
+        groups = range(len(wrapper.fp16_groups))
+        return [piece for index in groups for piece in wrapper.averaged_gradients[index]]
+
+    return Held(layouts, gradients, True)
+
+
+def _stretch(offsets: list[int], sizes: list[int], length: int, group: dist.ProcessGroup) -> Layout:
+    """The layout of a rank's stretch of `length` elements of parameters flattened at `offsets`."""
+    first = dist.get_rank(group) * length
+    pieces = []
+    for offset, size in zip(offsets, sizes, strict=True):
+        start = min(max(offset - first, 0), length)
+        stop = min(max(offset + size - first, 0), length)
+        pieces.append((start, stop))
+    return Layout(tuple(pieces), tuple(sizes), group)
+
+
+_HELD = {
+    "FP16_UnfusedOptimizer": _unfused,
+    "BF16_Optimizer": _bf16,
+    "DeepSpeedZeroOptimizer": _stage_1_and_2,
+    "DeepSpeedZeroOptimizer_Stage3": _stage_3,
+}
