@@ -1,18 +1,21 @@
 """Files and folders that exist whole or not at all, for their owner alone, and their hashes."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 _OWNER_ONLY_UMASK = 0o077
 _LOCK_NAME = ".lock"
+_SHARED_LOCK_NAME = ".lock-tasks"
+_TEMPORARY = ".tmp"
 
 
 def make_private() -> None:
@@ -24,17 +27,19 @@ def make_private() -> None:
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Write `path` under a temporary name; it appears, complete and on disk, when the block ends.
 
-    On an error, a full disk included, nothing is left behind. The temporary name is fixed, so a
-    killed writer's leftover is overwritten by the next try.
+    On an error nothing is left behind, and an OSError without a file's name, as a full disk gives
+    it, gets this one's. The temporary name is fixed, so a killed writer's leftover is overwritten
+    by the next try; `remove_leftovers` removes those that are not tried again.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
     try:
-        temporary.touch(mode=0o600)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _naming(path):
+            temporary.touch(mode=0o600)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -45,27 +50,57 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; it becomes `path`, complete and on disk, at the end.
 
-    A folder already at `path` is replaced. On an error nothing is left behind.
+    A folder already at `path` is replaced. Errors are those of `whole_file`.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True, mode=0o700)
     try:
-        yield temporary
-        for path_in_it in sorted(temporary.rglob("*")):
-            if path_in_it.is_dir():
-                sync_folder(path_in_it)
-            else:
-                path_in_it.chmod(0o600)
-                sync_file(path_in_it)
-        sync_folder(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        with _naming(path):
+            yield temporary
+            for path_in_it in sorted(temporary.rglob("*")):
+                if path_in_it.is_dir():
+                    sync_folder(path_in_it)
+                else:
+                    path_in_it.chmod(0o600)
+                    sync_file(path_in_it)
+            sync_folder(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers of whole files and folders left in `folder` and below.
+
+    Nobody may be writing there.
+    """
+    for found in sorted(folder.rglob(f".*{_TEMPORARY}")):
+        if found.is_dir():
+            shutil.rmtree(found)
+        else:
+            # It may have been in a folder that is gone by now.
+            found.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file the name of the one that is being written."""
+    problem = None
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or type(error) is not OSError:
+            raise
+        # NumPy tells of a short write without the system's error number.
+        reason = error.strerror or "not all of it could be written; is the disk full?"
+        problem = OSError(error.errno or errno.EIO, reason, str(path))
+    if problem is not None:
+        raise problem
 
 
 class FolderInUse(OSError):
@@ -95,6 +130,40 @@ def only_user_of(folder: Path) -> Iterator[None]:
             raise OSError(error.errno, f"cannot lock ({error.strerror})", str(path)) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Let `wait_for_workers` of any process wait for the end of the block, or of this process."""
+    with _locked(folder / _SHARED_LOCK_NAME, fcntl.LOCK_SH):
+        yield
+
+
+def wait_for_workers(folder: Path, notice: Callable[[], None]) -> None:
+    """Return once no process is in a block of `working_in`; call `notice` before having to wait."""
+    path = folder / _SHARED_LOCK_NAME
+    try:
+        with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return
+    except BlockingIOError:
+        notice()
+    with _locked(path, fcntl.LOCK_EX):
+        return
+
+
+@contextlib.contextmanager
+def _locked(path: Path, operation: int) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, operation)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, f"cannot lock ({error.strerror})", str(path)) from None
         yield
     finally:
         os.close(descriptor)

@@ -1,14 +1,15 @@
 """From raw files to data sets: `python -m data_prep --config FILE [key=value …]`.
 
 The keys are those of the section `data_prep:` (data_prep/config.py says what they mean). What is
-done is not done again, so a run that was interrupted is continued by the same command. Errors are
-one line, and the exit status is 2. `python -m data_prep download pubmed|codes` fetches raw files
-(data_prep/download.py), `python -m data_prep verify FOLDER` checks a finished data set
-(data_prep/verify.py), `python -m data_prep report FOLDER` shows what is in it
-(data_prep/card/report.py).
+done is not done again, so a run that was interrupted is continued by the same command. An error is
+one line, and the exit status is 2 for what the user can mend and 1 for a defect.
+`python -m data_prep download pubmed|codes` fetches raw files (data_prep/download.py),
+`python -m data_prep verify FOLDER` checks a finished data set (data_prep/verify.py), `python -m
+data_prep report FOLDER` shows what is in it (data_prep/card/report.py).
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/base.yaml"), metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(words)
+    options = parser.parse_intermixed_args(words)
     make_private()
+    # A batch system ends a job by it; without an exception its workers would be left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Not before the arguments are known to be right: it takes seconds.
     from data_prep.document import InputError
+    from data_prep.executors import TaskFailed
     from data_prep.pipeline import run
 
     try:
         manifests = run(load_config(DataPrep, "data_prep", options.config, options.overrides))
-    except (ConfigError, InputError, OSError) as error:
+    except (ConfigError, InputError, OSError, TaskFailed) as error:
         print("error: " + "; ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, TaskFailed) else 2
     for folder, manifest in manifests.items():
         print(summary(folder, manifest))
     return 0

@@ -3,22 +3,24 @@
     evaluation  runs of words and PMIDs of the evaluation sets   evaluation/index.npz
     checks      who breaks a rule or overlaps with a set         checks/<source>/NNNNN.npy, .jsonl
     digests     what every document says, as hashes              digests/<source>/NNNNN.npy, .groups
-    unique      which document says it first                     unique/<source>/NNNNN.npy
+    unique      which documents repeat an earlier one            unique/<source>/NNNNN.npy
     signatures  MinHash keys of these                            signatures/<source>/NNNNN.*
     pairs       documents that share a key: a task a band        pairs/<source>/NN.npy
     candidates  which documents are in a pair                    candidates/<source>/NNNNN.npy
     runs        their runs of words                              runs/<source>/NNNNN.*
     verified    pairs that are similar indeed                    verified/<source>/NNNNN.npz
+    components  which documents form a cluster                   components/<source>/NNNNN.members
     clusters    what is dropped of every cluster                 clusters/<source>/NNNNN.npy,
-                                                                 clusters.parquet
+                                                                 .parquet, .kept.npz
     split       groups that go to one side together              split/links.npz, <source>.npy
     paragraphs  what notes may have copied                       paragraphs/<source>/NNNNN.records
-    copied      which paragraphs they have                       copied/<source>.npy
+    copied      which paragraphs they have                       copied/<source>/NNNNN.npy
     kept        the documents that stay, by split                kept/<split>/<source>/NNNNN.parquet
 
-Signatures to verified are for prose only, paragraphs and copied for notes only; codes are compared
-exactly. What each step leaves out is in its `summary.json` by number and in checks' `.jsonl`,
-`clusters.parquet` and kept's `copied` and `apart/<source>/NNNNN.jsonl` by id.
+NNNNN is a file of documents, or of unique, pairs, verified, components, clusters and copied a part
+of the work on all files of a source. Signatures to verified are for prose only, paragraphs and
+copied for notes only; codes are compared exactly. What each step leaves out is in `summary.json` by
+number and in checks' `.jsonl`, clusters' `.parquet` and kept's `copied` and `apart/….jsonl` by id.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,69 +29,80 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from data_prep import cleaning_tasks as tasks
-from data_prep import near_duplicates
-from data_prep.arrays import map_array
+from data_prep import copy_forward, dedup, near_duplicates
 from data_prep.clusters import NO_TEMPLATES, Templates, write_clusters
+from data_prep.components import write_members
 from data_prep.config import DataPrep
 from data_prep.decontaminate import EvaluationFile, write_index
 from data_prep.dedup import PROSE
-from data_prep.inputs import EvaluationInput, Input
+from data_prep.inputs import DocumentFile, EvaluationInput
 from data_prep.mimic import SOURCES as NOTES
 from data_prep.minhash import Banding
-from data_prep.near_duplicates import PART_PAIRS, SourceFiles, source_files
+from data_prep.near_duplicates import PART_PAIRS, SourceFiles, number_of_pairs, source_files
 from data_prep.split import SPLITS
-from data_prep.stages import Stage, Task
+from data_prep.stages import Stage, Task, summed_counts
 
 AddKey = Callable[..., None]
 
 
+def banding_of(config: DataPrep) -> Banding:
+    """How documents are compared."""
+    near = config.near_duplicates
+    return Banding(near.words, near.bands, near.rows)
+
+
+def add_cleaning_keys(
+    config: DataPrep, evaluation_inputs: Sequence[EvaluationInput], add: AddKey
+) -> None:
+    """Say with `add` (name, *stages it is built on, **settings) what decides each stage."""
+    near = config.near_duplicates
+    sets = [
+        {"name": part.name, "format": part.format, "fields": part.fields}
+        for part in config.decontaminate.sets
+    ]
+    files = [[file.number, file.md5] for file in evaluation_inputs]
+    words = config.decontaminate.words
+    add("evaluation", sets=sets, files=files, words=words)
+    rules_of = {source: asdict(rules) for source in PROSE if (rules := config.quality.of(source))}
+    add("checks", "documents", "evaluation", rules=rules_of, drop=config.decontaminate.drop)
+    add("digests", "documents")
+    add("unique", "digests", "checks")
+    add("signatures", "unique", banding=vars(banding_of(config)))
+    add("pairs", "signatures")
+    add("candidates", "pairs")
+    add("runs", "candidates")
+    add("verified", "runs", threshold=near.threshold)
+    templates = {"groups": near.template_groups, "copies": near.template_copies}
+    add("components", "verified")
+    add("clusters", "components", templates=templates)
+    side = {"seed": config.seed, "validation_share": config.validation_share}
+    add("split", "clusters", linked_groups=near.linked_groups, **side)
+    least = config.copy_forward.minimum_characters
+    add("paragraphs", "split", minimum_characters=least)
+    add("copied", "paragraphs")
+    add("kept", "copied")
+
+
 class Cleaning:
-    """The stages of one configuration, made by `stage` (name, tasks)."""
+    """The stages of one configuration, made by `stage` (name, tasks).
+
+    files: gives the files of documents, in their order, once they are known.
+    """
 
     def __init__(
         self,
         config: DataPrep,
-        inputs: Sequence[Input],
+        files: Callable[[], Sequence[DocumentFile]],
         evaluation_inputs: Sequence[EvaluationInput],
         stage: Callable[[str, list[Task]], Stage],
     ) -> None:
         self.config = config
         self.out = config.out_dir
-        self.inputs = inputs
+        self._document_files = files
+        self._files_of: dict[str, SourceFiles] = {}
         self.evaluation_inputs = evaluation_inputs
         self._stage = stage
-        near = config.near_duplicates
-        self.banding = Banding(near.words, near.bands, near.rows)
-
-    def add_keys(self, add: AddKey) -> None:
-        """Say with `add` (name, *stages it is built on, **settings) what decides each stage."""
-        config, near = self.config, self.config.near_duplicates
-        sets = [
-            {"name": part.name, "format": part.format, "fields": part.fields}
-            for part in config.decontaminate.sets
-        ]
-        files = [[file.number, file.md5] for file in self.evaluation_inputs]
-        words = config.decontaminate.words
-        add("evaluation", sets=sets, files=files, words=words)
-        rules_of = {
-            source: asdict(rules) for source in PROSE if (rules := config.quality.of(source))
-        }
-        add("checks", "documents", "evaluation", rules=rules_of, drop=config.decontaminate.drop)
-        add("digests", "documents")
-        add("unique", "digests", "checks")
-        add("signatures", "unique", banding=vars(self.banding))
-        add("pairs", "signatures")
-        add("candidates", "pairs")
-        add("runs", "candidates")
-        add("verified", "runs", threshold=near.threshold)
-        templates = {"groups": near.template_groups, "copies": near.template_copies}
-        add("clusters", "verified", templates=templates)
-        side = {"seed": config.seed, "validation_share": config.validation_share}
-        add("split", "clusters", linked_groups=near.linked_groups, **side)
-        least = config.copy_forward.minimum_characters
-        add("paragraphs", "split", minimum_characters=least)
-        add("copied", "paragraphs")
-        add("kept", "copied")
+        self.banding = banding_of(config)
 
     def stages(self) -> list[Callable[[], Stage]]:
         """The stages in their order; each can be made once those before are done."""
@@ -103,6 +116,7 @@ class Cleaning:
             self.candidates,
             self.runs,
             self.verified,
+            self.components,
             self.clusters,
             self.split,
             self.paragraphs,
@@ -127,7 +141,7 @@ class Cleaning:
     def checks(self) -> Stage:
         """Which documents of each file break a rule or overlap with a set."""
         todo = []
-        for source in self.inputs:
+        for source in self._document_files():
             names = tuple(f"{source.stem}.{ending}" for ending in ("npy", "jsonl"))
             out = self.out / "checks" / source.stem
             write = partial(
@@ -143,7 +157,7 @@ class Cleaning:
     def digests(self) -> Stage:
         """Hashes of what the documents of each file say, and of their groups."""
         todo = []
-        for source in self.inputs:
+        for source in self._document_files():
             names = tuple(f"{source.stem}.{ending}" for ending in ("npy", "groups.npy"))
             out = [self.out / "digests" / name for name in names]
             write = partial(tasks.digests, self._path("documents", source, "parquet"), out)
@@ -151,16 +165,17 @@ class Cleaning:
         return self._stage("digests", todo)
 
     def unique(self) -> Stage:
-        """For each document the first that says the same: a task a source."""
+        """Which documents repeat an earlier one of their source: a task a part of the digests."""
         todo = []
         for source, inputs in self._by_source.items():
-            paths = {
-                stage: [self._path(stage, found, "npy") for found in inputs]
-                for stage in ("digests", "checks", "unique")
-            }
-            write = partial(tasks.unique, paths["digests"], paths["checks"], paths["unique"])
-            names = tuple(f"{found.stem}.npy" for found in inputs)
-            todo.append(Task(source, names, write))
+            digests, checks = (
+                [self._path(stage, found, "npy") for found in inputs]
+                for stage in ("digests", "checks")
+            )
+            outputs = self._copies(source)
+            for part, path in enumerate(outputs):
+                write = partial(tasks.unique, digests, checks, part, len(outputs), path)
+                todo.append(Task(source, (f"{source}/{path.name}",), write))
         return self._stage("unique", todo)
 
     def signatures(self) -> Stage:
@@ -174,7 +189,8 @@ class Cleaning:
                 write = partial(
                     tasks.signatures,
                     self._path("documents", found, "parquet"),
-                    self._path("unique", found, "npy"),
+                    self._path("checks", found, "npy"),
+                    self._copies(source),
                     begin,
                     self.banding,
                     out,
@@ -246,35 +262,51 @@ class Cleaning:
                 todo.append(Task(source, (f"{source}/{path.name}",), write))
         return self._stage("verified", todo)
 
+    def components(self) -> Stage:
+        """Which documents form a cluster: a task a source."""
+        todo = []
+        for source in self._by_source:
+            write = partial(
+                write_members,
+                self._files(source).documents,
+                self._copies(source),
+                self._verified(source),
+                self.out / "components" / source,
+            )
+            todo.append(Task(source, (f"{source}/*.members",), write))
+        return self._stage("components", todo)
+
     def clusters(self) -> Stage:
-        """What is dropped of every cluster: a task a source."""
+        """What is dropped of every cluster: a task a shard of a source's clusters."""
         near = self.config.near_duplicates
         templates = Templates(near.template_groups, near.template_copies)
         todo = []
-        for source, inputs in self._by_source.items():
-            write = partial(
-                write_clusters,
-                self._files(source),
-                self.out / "unique",
-                self.out / "digests",
-                self.out / "documents",
-                self._verified(source) if source in self._prose else [],
-                templates if source in self._prose else NO_TEMPLATES,
-                self.out / "clusters",
-                source,
-            )
-            names = [f"{found.stem}.npy" for found in inputs]
-            names += [f"{source}/clusters.parquet", f"{source}/kept.npz"]
-            todo.append(Task(source, tuple(names), write))
+        for source in self._by_source:
+            for members in self._members(source):
+                write = partial(
+                    write_clusters,
+                    self._files(source),
+                    members,
+                    self._copies(source),
+                    self.out / "digests",
+                    self.out / "documents",
+                    self._verified(source),
+                    templates if source in self._prose else NO_TEMPLATES,
+                    self.out / "clusters" / source / members.stem,
+                )
+                stem = f"{source}/{members.stem}"
+                names = tuple(f"{stem}.{ending}" for ending in ("npy", "parquet", "kept.npz"))
+                todo.append(Task(source, names, write))
         return self._stage("clusters", todo)
 
     def split(self) -> Stage:
         """Which groups go together: one task, because a subject has notes of several sources."""
-        sources = list(self._prose)
-        write = partial(
-            tasks.split, self.out / "clusters", sources, self.config, self.out / "split"
-        )
-        names = ("links.npz", *(f"{source}.npy" for source in sources))
+        kept = {
+            source: [path.with_suffix(".kept.npz") for path in self._decisions(source)]
+            for source in self._prose
+        }
+        write = partial(tasks.split, kept, self.config, self.out / "split")
+        names = ("links.npz", *(f"{source}.npy" for source in kept))
         return self._stage("split", [Task("groups", names, write)])
 
     def paragraphs(self) -> Stage:
@@ -295,14 +327,13 @@ class Cleaning:
         return self._stage("paragraphs", todo)
 
     def copied(self) -> Stage:
-        """Which paragraphs notes have copied from earlier ones: a task a source."""
+        """Which paragraphs notes have copied from earlier ones: a task a part of the hashes."""
         todo = []
         for source in self._notes:
-            paths = [
-                self._path("paragraphs", found, "records") for found in self._by_source[source]
-            ]
-            write = partial(tasks.copied, paths, self.out / "copied" / f"{source}.npy")
-            todo.append(Task(source, (f"{source}.npy",), write))
+            outputs = self._copied(source)
+            for part, path in enumerate(outputs):
+                write = partial(tasks.copied, self._paragraphs(source), part, len(outputs), path)
+                todo.append(Task(source, (f"{source}/{path.name}",), write))
         return self._stage("copied", todo)
 
     def kept(self) -> Stage:
@@ -313,7 +344,7 @@ class Cleaning:
             for found, begin in zip(inputs, starts, strict=True):
                 names = {split: f"{split}/{found.stem}.parquet" for split in SPLITS}
                 names |= {name: f"{name}/{found.stem}.jsonl" for name in ("copied", "apart")}
-                copied = self.out / "copied" / f"{source}.npy" if source in self._notes else None
+                copied = self._copied(source) if source in self._notes else []
                 write = partial(
                     tasks.keep,
                     self._path("documents", found, "parquet"),
@@ -328,14 +359,14 @@ class Cleaning:
         return self._stage("kept", todo)
 
     @cached_property
-    def _by_source(self) -> dict[str, list[Input]]:
-        found: dict[str, list[Input]] = {}
-        for source in self.inputs:
-            found.setdefault(source.source, []).append(source)
+    def _by_source(self) -> dict[str, list[DocumentFile]]:
+        found: dict[str, list[DocumentFile]] = {}
+        for file in self._document_files():
+            found.setdefault(file.source, []).append(file)
         return dict(sorted(found.items()))
 
     @property
-    def _prose(self) -> dict[str, list[Input]]:
+    def _prose(self) -> dict[str, list[DocumentFile]]:
         return {source: found for source, found in self._by_source.items() if source in PROSE}
 
     @property
@@ -347,24 +378,50 @@ class Cleaning:
         return self.out / "evaluation" / "index.npz"
 
     def _files(self, source: str) -> SourceFiles:
-        return source_files(self.out / "unique", [found.stem for found in self._by_source[source]])
+        if source not in self._files_of:
+            stems = [found.stem for found in self._by_source[source]]
+            self._files_of[source] = source_files(self.out / "checks", stems)
+        return self._files_of[source]
+
+    def _copies(self, source: str) -> list[Path]:
+        documents = summed_counts(self.out, "digests")[source]["documents"]
+        return self._numbered("unique", source, dedup.parts_of(documents), "npy")
 
     def _pairs(self, source: str) -> list[Path]:
-        folder = self.out / "pairs" / source
-        return [folder / f"{band:02d}.npy" for band in range(self.banding.bands)]
+        return [
+            self.out / "pairs" / source / f"{band:02d}.pairs" for band in range(self.banding.bands)
+        ]
 
     def _verified(self, source: str) -> list[Path]:
-        pairs = sum(len(map_array(path)) for path in self._pairs(source))
-        parts = -(-pairs // PART_PAIRS) or 1
-        return [self.out / "verified" / source / f"{part:05d}.npz" for part in range(parts)]
+        if source not in self._prose:
+            return []
+        parts = -(-number_of_pairs(self._pairs(source)) // PART_PAIRS) or 1
+        return self._numbered("verified", source, parts, "npz")
 
-    def _stays(self, source: Input, begin: int) -> tasks.Stays:
-        left_out = self.out / "split" / f"{source.source}.npy"
+    def _members(self, source: str) -> list[Path]:
+        return sorted((self.out / "components" / source).glob("*.members"))
+
+    def _decisions(self, source: str) -> list[Path]:
+        return self._numbered("clusters", source, len(self._members(source)), "npy")
+
+    def _paragraphs(self, source: str) -> list[Path]:
+        return [self._path("paragraphs", found, "records") for found in self._by_source[source]]
+
+    def _copied(self, source: str) -> list[Path]:
+        parts = copy_forward.parts_of(self._paragraphs(source))
+        return self._numbered("copied", source, parts, "npy")
+
+    def _numbered(self, stage: str, source: str, parts: int, ending: str) -> list[Path]:
+        return [self.out / stage / source / f"{part:05d}.{ending}" for part in range(parts)]
+
+    def _stays(self, file: DocumentFile, begin: int) -> tasks.Stays:
+        left_out = self.out / "split" / f"{file.source}.npy"
         return tasks.Stays(
-            self._path("clusters", source, "npy"),
-            left_out if source.source in PROSE else None,
+            self._path("checks", file, "npy"),
+            tuple(self._decisions(file.source)),
+            left_out if file.source in PROSE else None,
             begin,
         )
 
-    def _path(self, stage: str, source: Input, ending: str) -> Path:
-        return self.out / stage / f"{source.stem}.{ending}"
+    def _path(self, stage: str, file: DocumentFile, ending: str) -> Path:
+        return self.out / stage / f"{file.stem}.{ending}"

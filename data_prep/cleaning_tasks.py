@@ -6,7 +6,7 @@ not at all. Counts and decisions hold ids and numbers, never text.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,15 +44,24 @@ REASONS = (*RULES, OVERLAP)
 
 @dataclass(frozen=True)
 class Stays:
-    """Which documents of a file stay: by what `clusters` and `split` decided."""
+    """Which documents of a file stay: by what `checks`, `clusters` and `split` decided.
 
-    verdicts: Path
+    begin: the position of the file's first document.
+    """
+
+    checks: Path
+    decisions: tuple[Path, ...]
     left_out: Path | None
     begin: int
 
     def load(self) -> NDArray[np.bool_]:
         """(documents,) bool."""
-        stays = np.load(self.verdicts) <= COPY
+        stays = np.load(self.checks) == 0
+        for path in self.decisions:
+            shard = map_array(path)
+            bounds = [self.begin, self.begin + len(stays)]
+            inside = np.array(shard[slice(*np.searchsorted(shard["position"], bounds))])
+            stays[inside["position"] - self.begin] = inside["decision"] <= COPY
         stays[self.on_both_sides(len(stays))] = False
         return stays
 
@@ -106,21 +115,23 @@ def digests(documents: Path, out: Sequence[Path]) -> Counts:
     return {"documents": len(found)}
 
 
-def unique(digest_files: Sequence[Path], checks: Sequence[Path], out: Sequence[Path]) -> Counts:
-    """Write for each document of a source the position of the first that says the same."""
-    passed = [np.load(path) == 0 for path in checks]
-    first_of = dedup.first_occurrences([map_array(path) for path in digest_files], passed)
-    begin = first = 0
-    for path, found in zip(out, first_of, strict=True):
-        save_array(path, found)
-        first += int((found == np.arange(begin, begin + len(found))).sum())
-        begin += len(found)
-    return {"documents": sum(int(mask.sum()) for mask in passed), "unique": first}
+def unique(
+    digest_files: Sequence[Path], checks: Sequence[Path], part: int, parts: int, out: Path
+) -> Counts:
+    """Write `dedup.copies_in_part` of a source."""
+    copies, compared = dedup.copies_in_part(
+        map(map_array, digest_files), (map_array(path) == 0 for path in checks), part, parts
+    )
+    save_array(out, copies)
+    return {"documents": compared, "unique": compared - len(copies)}
 
 
-def signatures(documents: Path, first_of: Path, begin: int, banding: Banding, out: Path) -> Counts:
+def signatures(
+    documents: Path, checks: Path, copies: Sequence[Path], begin: int, banding: Banding, out: Path
+) -> Counts:
     """`near_duplicates.write_signatures` of a file."""
-    return near_duplicates.write_signatures(documents, np.load(first_of), begin, banding, out)
+    first_of = dedup.first_of_file(np.load(checks) == 0, begin, map(map_array, copies))
+    return near_duplicates.write_signatures(documents, first_of, begin, banding, out)
 
 
 def runs(documents: Path, candidates: Path, words: int, out: Path) -> Counts:
@@ -128,20 +139,27 @@ def runs(documents: Path, candidates: Path, words: int, out: Path) -> Counts:
     return near_duplicates.write_runs(documents, np.load(candidates), words, out)
 
 
-def split(clusters: Path, sources: Sequence[str], config: DataPrep, out: Path) -> Counts:
-    """Write which groups are linked, and by source which documents are left out of validation."""
-    kept = {source: dict(np.load(clusters / source / "kept.npz")) for source in sources}
-    pairs = [cluster_pairs(found["clusters"], found["groups"]) for found in kept.values()]
-    links = link_groups(
-        (pair for found in pairs for pair in zip(*found.T.tolist(), strict=True)),
-        config.near_duplicates.linked_groups,
-    )
+def split(kept: Mapping[str, Sequence[Path]], config: DataPrep, out: Path) -> Counts:
+    """Write which groups are linked, and by source which documents are left out of validation.
+
+    kept: for each source the `.kept.npz` of the shards of its clusters.
+    """
+    pairs = [np.zeros((0, 2), np.uint64)]
+    for paths in kept.values():
+        for path in paths:
+            with np.load(path) as found:
+                pairs.append(cluster_pairs(found["clusters"], found["groups"]))
+    links = link_groups(np.concatenate(pairs), config.near_duplicates.linked_groups)
     sides = Split(config.validation_share, config.seed, links)
     left_out = 0
-    for source, found in kept.items():
-        apart = on_both_sides(found["clusters"], sides.is_validation(found["groups"]))
-        save_array(out / f"{source}.npy", found["positions"][apart])
-        left_out += int(apart.sum())
+    for source, paths in kept.items():
+        positions = [np.zeros(0, np.int64)]
+        for path in paths:
+            with np.load(path) as found:
+                apart = on_both_sides(found["clusters"], sides.is_validation(found["groups"]))
+                positions.append(found["positions"][apart])
+        save_array(out / f"{source}.npy", np.sort(np.concatenate(positions)))
+        left_out += sum(map(len, positions))
     with whole_file(out / "links.npz") as file:
         np.savez(file, **vars(links))
     sizes = np.unique(links.leads, return_counts=True)[1]
@@ -160,18 +178,18 @@ def paragraphs(
     return copy_forward.write_paragraphs(found, stays.load(), begin, minimum_characters, out)
 
 
-def copied(paragraph_files: Sequence[Path], out: Path) -> Counts:
-    """Write which paragraphs the notes of a source lose."""
-    drops = copy_forward.copied(paragraph_files)
+def copied(paragraph_files: Sequence[Path], part: int, parts: int, out: Path) -> Counts:
+    """Write `copy_forward.copied` of a source."""
+    drops = copy_forward.copied(paragraph_files, part, parts)
     save_array(out, drops)
-    return {"paragraphs": len(drops), "notes": len(np.unique(drops[:, 0]))}
+    return {"paragraphs": len(drops)}
 
 
 def keep(
     documents: Path,
     groups: Path,
     stays: Stays,
-    copied_paragraphs: Path | None,
+    copied_paragraphs: Sequence[Path],
     begin: int,
     out: dict[str, Path],
     config: DataPrep,
@@ -210,9 +228,15 @@ def keep(
             if text:
                 yield Document(document.id, document.source, document.group, text, document.meta)
 
+    def measured(documents: Iterator[Document], name: str) -> Iterator[Document]:
+        for document in documents:
+            counts[f"{name}_bytes"] += len(document.text.encode())
+            yield document
+
     log: list[bytes] = []
     for name in SPLITS:
-        counts[name] = write_documents(out[name], of(name, log))
+        counts[f"{name}_bytes"] = 0
+        counts[name] = write_documents(out[name], measured(of(name, log), name))
     for name, lines in (("copied", log), ("apart", apart_log)):
         with whole_file(out[name]) as file:
             file.writelines(lines)
@@ -245,10 +269,10 @@ def _document_batches(path: Path) -> Iterator[list[Document]]:
         yield of_batch
 
 
-def _drops(path: Path | None, begin: int, documents: int) -> dict[int, list[int]]:
+def _drops(paths: Sequence[Path], begin: int, documents: int) -> dict[int, list[int]]:
     """The paragraphs that the notes of a file lose, by the note's position."""
     found: dict[int, list[int]] = {}
-    if path is not None:
+    for path in paths:
         drops = map_array(path)
         here = slice(*np.searchsorted(drops[:, 0], [begin, begin + documents]))
         for position, paragraph in drops[here].tolist():

@@ -6,28 +6,30 @@ of equals the longest stays, of equally long ones the first. A text that occurs 
 as the report of a normal X-ray in hundreds of subjects) is a template: so many copies of it stay,
 at most one a group, the first ones.
 
-Memory: one byte a document of the source, and some 250 a document that is in a cluster.
+Which documents form a cluster is found first (`data_prep.components`); then whole clusters are
+decided in shards. Memory: some 300 bytes for each document of a shard, which are 131,072 or the
+largest cluster.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from common.files import whole_file
 from data_prep.arrays import map_array, save_array
-from data_prep.dedup import LEFT_OUT
+from data_prep.components import MEMBER
 from data_prep.near_duplicates import SourceFiles
 from data_prep.stages import Counts
 
-# Verdicts on documents; those up to COPY stay.
-KEPT, COPY, EXACT, NEAR, CHECKED_OUT = range(5)
+# Decisions on documents; those up to COPY stay.
+KEPT, COPY, EXACT, NEAR = range(4)
+DECISION = np.dtype([("position", "<i8"), ("decision", "u1")])
 _WORDS = np.array(["kept", "template copy", "exact duplicate", "near-duplicate"], object)
 _TABLE_ROWS = 1 << 16
 _SCHEMA = pa.schema(
@@ -112,20 +114,21 @@ class Clustered:
 
 
 def cluster(
-    first_of: Sequence[NDArray[np.int64]],
-    groups: Sequence[NDArray[np.uint64]],
+    positions: NDArray[np.int64],
+    clusters: NDArray[np.int64],
+    copies: NDArray[np.int64],
+    groups: NDArray[np.uint64],
     similar: Similar,
     templates: Templates,
 ) -> Clustered:
-    """Decide for a source; `first_of` and `groups` are those of its files, in their order."""
-    starts = np.cumsum([0, *map(len, first_of)])
-    near = drop_near(similar)
-    copies, originals = _exact_copies(first_of, starts)
-    positions = np.unique(np.concatenate([copies, originals, similar.pairs.ravel()]))
-    group = _take(groups, starts, positions)
+    """Decide for whole clusters.
 
+    positions (ascending), clusters, groups: of their documents, (n,) each; copies: (m, 2)
+    positions, documents and the first ones that say the same; similar: all pairs among them.
+    """
+    near = drop_near(similar)
     exact_of = positions.copy()
-    exact_of[np.searchsorted(positions, copies)] = originals
+    exact_of[np.searchsorted(positions, copies[:, 0])] = copies[:, 1]
     duplicate_of = positions.copy()
     jaccard = np.full(len(positions), np.nan, np.float32)
     dropped = np.searchsorted(positions, near.pairs[:, 1])
@@ -137,51 +140,55 @@ def cluster(
     decisions = np.full(len(positions), KEPT, np.uint8)
     decisions[~np.isnan(jaccard)] = NEAR
     decisions[exact_of != positions] = EXACT
-    decisions[_template_copies(positions, duplicate_of, group, templates)] = COPY
-
-    edges = np.stack([exact_of, positions], axis=1)
-    label = _components(positions, np.concatenate([edges, similar.pairs]))
-    return Clustered(positions, label, decisions, duplicate_of, jaccard, group)
+    decisions[_template_copies(positions, duplicate_of, groups, templates)] = COPY
+    return Clustered(positions, clusters, decisions, duplicate_of, jaccard, groups)
 
 
 def write_clusters(
     files: SourceFiles,
-    first_of: Path,
+    members: Path,
+    copies: Sequence[Path],
     group_folder: Path,
     documents: Path,
     verified: Sequence[Path],
     templates: Templates,
     out: Path,
-    name: str,
 ) -> Counts:
-    """Decide for a source, and write below `out`:
+    """Decide for a shard of a source's clusters, and write
 
-    `<stem>.npy` for every file, (documents,) uint8: KEPT, COPY, EXACT, NEAR or
-    CHECKED_OUT; `<name>/clusters.parquet`: every document in a cluster, by id; `<name>/kept.npz`:
-    positions, clusters and groups of those that stay in a cluster where another one does.
+    `out`.npy: DECISION, every document, by position; `out`.parquet: the same by id and cluster;
+    `out`.kept.npz: positions, clusters and groups of those that stay where another one of their
+    cluster does.
+
+    members: what `components.write_members` wrote; copies: what `dedup` wrote.
     """
-    masks = [map_array(path) for path in files.of(first_of, ".npy")]
-    groups = [map_array(path) for path in files.of(group_folder, ".groups.npy")]
-    found = cluster(masks, groups, _load_similar(verified), templates)
-    for path, mask, begin in zip(files.of(out, ".npy"), masks, files.starts, strict=True):
-        verdict = np.where(mask == LEFT_OUT, CHECKED_OUT, KEPT).astype(np.uint8)
-        here = slice(*np.searchsorted(found.positions, [begin, begin + len(mask)]))
-        verdict[found.positions[here] - begin] = found.decisions[here]
-        save_array(path, verdict)
-    _write_table(files, documents, found, out / name / "clusters.parquet")
+    shard = np.fromfile(members, MEMBER)
+    positions = shard["position"]
+    found = cluster(
+        positions,
+        shard["cluster"],
+        _copies_of(positions, copies),
+        _take(files.of(group_folder, ".groups.npy"), files.starts, positions),
+        _similar_of(positions, verified),
+        templates,
+    )
+    decisions = np.empty(len(positions), DECISION)
+    decisions["position"], decisions["decision"] = positions, found.decisions
+    save_array(out.with_name(f"{out.name}.npy"), decisions)
+    _write_table(files, documents, found, out.with_name(f"{out.name}.parquet"))
     stays = found.decisions <= COPY
     labels, sizes = np.unique(found.clusters[stays], return_counts=True)
     stays[stays] = (sizes > 1)[np.searchsorted(labels, found.clusters[stays])]
-    with whole_file(out / name / "kept.npz") as file:
+    with whole_file(out.with_name(f"{out.name}.kept.npz")) as file:
         np.savez(
             file,
             positions=found.positions[stays],
             clusters=found.clusters[stays],
             groups=found.groups[stays],
         )
-    numbers = np.bincount(found.decisions, minlength=CHECKED_OUT)
+    numbers = np.bincount(found.decisions, minlength=NEAR + 1)
     return {
-        "documents": sum(int((mask != LEFT_OUT).sum()) for mask in masks),
+        "clustered": len(positions),
         "exact_duplicates": int(numbers[EXACT]),
         "near_duplicates": int(numbers[NEAR]),
         "template_copies": int(numbers[COPY]),
@@ -190,28 +197,45 @@ def write_clusters(
     }
 
 
-def _exact_copies(
-    first_of: Sequence[NDArray[np.int64]], starts: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of documents that repeat another, and of what they repeat."""
-    copies, originals = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for mask, begin in zip(first_of, starts[:-1].tolist(), strict=True):
-        rows = np.flatnonzero((mask != LEFT_OUT) & (mask != np.arange(len(mask)) + begin))
-        copies.append(rows + begin)
-        originals.append(mask[rows])
-    return np.concatenate(copies), np.concatenate(originals)
+def _copies_of(positions: NDArray[np.int64], paths: Sequence[Path]) -> NDArray[np.int64]:
+    """The copies among the documents at ascending `positions`, of all parts."""
+    found = [np.zeros((0, 2), np.int64)]
+    for path in paths:
+        copies = map_array(path)
+        found.append(np.array(copies[is_among(copies[:, 0], positions)]))
+    return np.concatenate(found)
+
+
+def _similar_of(positions: NDArray[np.int64], paths: Sequence[Path]) -> Similar:
+    """The similar pairs among the documents at ascending `positions`."""
+    pairs, jaccard = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)]
+    is_duplicate = [np.zeros(0, np.bool_)]
+    for path in paths:
+        with np.load(path) as part:
+            chosen = is_among(part["pairs"][:, 0], positions)
+            pairs.append(part["pairs"][chosen])
+            jaccard.append(part["jaccard"][chosen])
+            is_duplicate.append(part["is_duplicate"][chosen])
+    return Similar(np.concatenate(pairs), np.concatenate(jaccard), np.concatenate(is_duplicate))
+
+
+def is_among(values: NDArray[np.int64], ordered: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of `values` are in the ascending array `ordered`, (n,) bool."""
+    if not len(ordered):
+        return np.zeros(len(values), np.bool_)
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return ordered[places] == values
 
 
 def _take(
-    files: Sequence[NDArray[np.uint64]], starts: NDArray[np.int64], positions: NDArray[np.int64]
+    files: Sequence[Path], starts: Sequence[int], positions: NDArray[np.int64]
 ) -> NDArray[np.uint64]:
-    """The values at ascending `positions` over all files."""
-    bounds = np.searchsorted(positions, starts)
+    """The values of arrays in `files` at ascending `positions` over all of them."""
+    bounds = [*np.searchsorted(positions, starts).tolist(), len(positions)]
     taken = [np.zeros(0, np.uint64)]
-    for file, start, begin, end in zip(
-        files, starts[:-1].tolist(), bounds[:-1], bounds[1:], strict=True
-    ):
-        taken.append(file[positions[begin:end] - start])
+    for path, start, (begin, end) in zip(files, starts, pairwise(bounds), strict=True):
+        if begin < end:
+            taken.append(np.array(map_array(path)[positions[begin:end] - start]))
     return np.concatenate(taken)
 
 
@@ -237,26 +261,6 @@ def _template_copies(
     rank = np.arange(len(order)) - (np.cumsum(in_groups) - in_groups)[text]
     chosen = order[(in_groups[text] >= templates.groups) & (rank < templates.copies)]
     return chosen[duplicate_of[chosen] != positions[chosen]]
-
-
-def _components(positions: NDArray[np.int64], edges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For every position the first one of its connected component."""
-    first, second = np.searchsorted(positions, edges).T
-    size = len(positions)
-    matrix = coo_array((np.ones(len(first), np.bool_), (first, second)), shape=(size, size))
-    _, label = connected_components(matrix, directed=False)
-    lowest = np.full(size, np.iinfo(np.int64).max)
-    np.minimum.at(lowest, label, positions)
-    return lowest[label]
-
-
-def _load_similar(paths: Sequence[Path]) -> Similar:
-    parts = [np.load(path) for path in paths]
-    return Similar(
-        np.concatenate([np.zeros((0, 2), np.int64), *(part["pairs"] for part in parts)]),
-        np.concatenate([np.zeros(0, np.float32), *(part["jaccard"] for part in parts)]),
-        np.concatenate([np.zeros(0, np.bool_), *(part["is_duplicate"] for part in parts)]),
-    )
 
 
 def _write_table(files: SourceFiles, documents: Path, found: Clustered, out: Path) -> None:

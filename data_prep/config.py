@@ -207,6 +207,24 @@ class CopyForward:
 
 
 @config
+class Slurm:
+    """What the jobs of `executor: slurm` ask for; each array does the tasks of a stage."""
+
+    partition: str | None = None
+    """null: the cluster's default"""
+    time: str = "12:00:00"
+    """of one job, in SLURM's form"""
+    cpus_per_task: int = 1
+    """a task is one process; only tokenising uses more cores"""
+    mem_per_cpu_gb: int = 4
+    """a task needs some 2; docs/data.md says what decides it"""
+    tasks_per_job: int = 1
+    """tasks that a job of the array does one after another"""
+    options: dict[str, str] = field(default_factory=dict)
+    """other options of sbatch without their dashes, such as {account: lab, qos: long}"""
+
+
+@config
 class DataPrep:
     """From raw files to data sets, one for each of `max_lengths`."""
 
@@ -238,6 +256,15 @@ class DataPrep:
     """most documents in a row"""
     rows_per_shard: int = 8192
     """rows of a shard; a writer holds so many in memory"""
+    plan_documents: int = 1 << 18
+    """documents that are packed together; a row holds documents of one such set, drawn at random"""
+    part_characters: int = 64 * 2**20
+    """characters of notes in a file of documents: a table of notes is many tasks"""
+    executor: Literal["local", "slurm"] = "local"
+    """who runs the tasks: this machine, or a SLURM cluster (slurm/preprocess.sh)"""
+    workers: int | None = 1
+    """tasks at a time; null: one a core, on SLURM as many as it gives"""
+    slurm: Slurm = field(default_factory=Slurm)
     download: Download = field(default_factory=Download)
     seed: int = 0
     """of the split, the tokenizer's sample and the order of documents and rows"""
@@ -252,6 +279,12 @@ def check(run: DataPrep) -> None:
         "tokenizer.sample_bytes": run.tokenizer.sample_bytes,
         "decontaminate.words": run.decontaminate.words,
         "copy_forward.minimum_characters": run.copy_forward.minimum_characters,
+        "plan_documents": run.plan_documents,
+        "part_characters": run.part_characters,
+        "workers": 1 if run.workers is None else run.workers,
+        "slurm.cpus_per_task": run.slurm.cpus_per_task,
+        "slurm.mem_per_cpu_gb": run.slurm.mem_per_cpu_gb,
+        "slurm.tasks_per_job": run.slurm.tasks_per_job,
     }
     near = run.near_duplicates
     for part in ("words", "bands", "rows", "template_groups", "template_copies", "linked_groups"):
@@ -356,10 +389,13 @@ def _check_tokenizer(run: DataPrep) -> None:
 def describe(run: DataPrep, max_length: int) -> dict[str, object]:
     """What a data set's manifest says of its configuration: all that decides its content.
 
-    Where things lie on this machine does not, and neither do the other lengths made beside it.
+    Where things lie on this machine does not, nor who does the work, nor the other lengths made
+    beside it.
     """
     values = config_to_dict(run)
     for key in ("raw_dir", "out_dir", "max_lengths", "download"):
+        del values[key]
+    for key in ("executor", "workers", "slurm", "part_characters"):
         del values[key]
     existing = run.tokenizer.existing
     if existing is not None and Path(existing).is_dir():

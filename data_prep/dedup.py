@@ -7,7 +7,7 @@ codes with one title are two codes. Of every document 16 bytes of hash are kept,
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ PROSE = ("pubmed", "discharge", "radiology")
 # What stands for a document that is left out already.
 LEFT_OUT = -1
 # Digests compared at a time: what bounds the memory, at some 60 bytes a digest.
-_PART_DIGESTS = 1 << 23
+_PART_DIGESTS = 1 << 19
 
 
 def digests(documents: Iterable[Document]) -> NDArray[np.uint64]:
@@ -28,41 +28,61 @@ def digests(documents: Iterable[Document]) -> NDArray[np.uint64]:
     return np.frombuffer(content, "<u8").reshape(-1, 2)
 
 
-def first_occurrences(
-    files: Sequence[NDArray[np.uint64]],
-    considered: Sequence[NDArray[np.bool_]],
-    part_digests: int = _PART_DIGESTS,
-) -> list[NDArray[np.int64]]:
-    """For each document of each file the position of the first one that says the same.
+def parts_of(documents: int, part_digests: int = _PART_DIGESTS) -> int:
+    """The number of parts in which so many documents are compared."""
+    return -(-documents // part_digests) or 1
+
+
+def copies_in_part(
+    files: Iterable[NDArray[np.uint64]],
+    considered: Iterable[NDArray[np.bool_]],
+    part: int,
+    parts: int,
+) -> tuple[NDArray[np.int64], int]:
+    """The documents that repeat an earlier one, and how many were compared.
 
     files: digests (n, 2), which may be mapped from disk; a position counts over all files in their
-    order. considered: which documents count, (n,) bool; the others get LEFT_OUT.
-
-    Digests are compared in as many parts, by their value, as keep a part below `part_digests`.
-    Memory is 60 bytes for each digest of a part, and 8 for each document.
+    order. considered: which documents count, (n,) bool. Digests are compared in parts, by their
+    value; this is number `part` of `parts`.
+    Copies: (copies, 2) int64, the position of the document and that of the first one that says the
+    same, in ascending order. Memory: 60 bytes for each digest of the part.
     """
-    sizes = [len(file) for file in files]
-    first = np.full(sum(sizes), LEFT_OUT, np.int64)
-    parts = np.uint64(-(-len(first) // part_digests) or 1)
-    for part in range(int(parts)):
-        positions, values = _part_of(files, considered, np.uint64(part), parts)
-        # Stable: equal digests stay in the order of the documents.
-        order = np.lexsort((values[:, 1], values[:, 0]))
-        values, positions = values[order], positions[order]
-        is_new = np.ones(len(values), np.bool_)
-        is_new[1:] = (values[1:] != values[:-1]).any(axis=1)
-        of_kind = np.maximum.accumulate(np.where(is_new, np.arange(len(values)), 0))
-        first[positions] = positions[of_kind]
-    return np.split(first, np.cumsum(sizes)[:-1]) if sizes else []
+    positions, values = _part_of(files, considered, np.uint64(part), np.uint64(parts))
+    # Stable: equal digests stay in the order of the documents.
+    order = np.lexsort((values[:, 1], values[:, 0]))
+    values, positions = values[order], positions[order]
+    is_new = np.ones(len(values), np.bool_)
+    is_new[1:] = (values[1:] != values[:-1]).any(axis=1)
+    of_kind = np.maximum.accumulate(np.where(is_new, np.arange(len(values)), 0))
+    copies = np.stack([positions, positions[of_kind]], axis=1)[~is_new]
+    return copies[np.argsort(copies[:, 0])], len(positions)
+
+
+def first_of_file(
+    considered: NDArray[np.bool_], begin: int, copies: Iterable[NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """For each document of a file the position of the first that says the same, (n,) int64.
+
+    considered: (n,) bool; the others get LEFT_OUT. begin: the position of the file's first
+    document; copies: those of every part.
+    """
+    first = np.where(considered, np.arange(begin, begin + len(considered)), LEFT_OUT)
+    for part in copies:
+        here = np.array(part[slice(*np.searchsorted(part[:, 0], [begin, begin + len(first)]))])
+        first[here[:, 0] - begin] = here[:, 1]
+    return first
 
 
 def _part_of(
-    files: Sequence[NDArray[np.uint64]],
-    considered: Sequence[NDArray[np.bool_]],
+    files: Iterable[NDArray[np.uint64]],
+    considered: Iterable[NDArray[np.bool_]],
     part: np.uint64,
     parts: np.uint64,
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """The digests that fall into a part, with their positions over all files."""
+    """The digests that fall into a part, with their positions over all files.
+
+    Files are asked for one after another, so that those before need not stay mapped.
+    """
     positions, values = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.uint64)]
     begin = 0
     for file, counts in zip(files, considered, strict=True):

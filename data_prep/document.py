@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.files import whole_file
+from data_prep.progress import advance
 
 _COLUMNS = ("id", "source", "group", "text", "meta")
 _SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in _COLUMNS])
@@ -54,6 +55,30 @@ def write_documents(path: Path, documents: Iterable[Document]) -> int:
         for batch in _batches(documents):
             writer.write_batch(_to_arrow(batch))
             written += len(batch)
+            advance("documents written", len(batch))
+    return written
+
+
+def write_parts(stem: Path, documents: Iterable[Document], part_characters: int) -> int:
+    """Write `documents` to `stem`-0000.parquet, `stem`-0001.parquet, …; returns their number.
+
+    A file is full once it has `part_characters`; there is one even for no documents.
+    """
+    left = iter(documents)
+    written = parts = 0
+    following = next(left, None)
+    while following is not None or not parts:
+
+        def of_part() -> Iterator[Document]:
+            nonlocal following
+            characters = 0
+            while following is not None and characters < part_characters:
+                characters += len(following.text)
+                yield following
+                following = next(left, None)
+
+        written += write_documents(stem.with_name(f"{stem.name}-{parts:04d}.parquet"), of_part())
+        parts += 1
     return written
 
 
@@ -82,6 +107,7 @@ def read_documents(path: Path) -> Iterator[Document]:
                 raise InputError(f"{path} is damaged; {remedy}") from None
             if batch is None:
                 return
+            advance("documents read", len(found))
             yield from found
 
 

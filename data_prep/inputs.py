@@ -45,6 +45,17 @@ class Input:
 
 
 @dataclass(frozen=True)
+class DocumentFile:
+    """One file of documents: those of an input, or a part of those of a table of notes.
+
+    stem: `<source>/NNNNN`, or `<source>/NNNNN-PPPP` for a part; what is made of it is named so.
+    """
+
+    source: str
+    stem: str
+
+
+@dataclass(frozen=True)
 class EvaluationInput:
     """One file of an evaluation set; `number` is the set's place in the configuration."""
 

@@ -11,7 +11,7 @@ The functions are a·x + b modulo 2**32, a odd, of the upper half x of a run's 6
 random already.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from data_prep.words import Hashes, hash_runs, hash_words, mix
 _BATCH_CHARACTERS = 1 << 18
 _BLOCK_RUNS = 512
 # Keys compared at a time: what bounds the memory of `candidate_pairs`, at some 60 bytes a key.
-_PART_KEYS = 1 << 22
+_PART_KEYS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -76,33 +76,32 @@ def batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]
         yield batch
 
 
-def candidate_pairs(
-    keys: Sequence[Hashes],
-    positions: Sequence[NDArray[np.int64]],
-    words: Sequence[NDArray[np.uint32]],
-    part_keys: int = _PART_KEYS,
-) -> NDArray[np.int64]:
-    """Pairs of documents that share a key of one band, (pairs, 2) int64, ordered, each once.
+Band = tuple[Hashes, NDArray[np.int64], NDArray[np.uint32]]
 
-    keys, positions, words: for each file of the source its documents' keys of this band, their
-    positions in the source and their numbers of words, (n,) each; they may be mapped from disk.
+
+def candidate_pairs(
+    files: Callable[[], Iterable[Band]], number: int, part_keys: int = _PART_KEYS
+) -> Iterator[NDArray[np.int64]]:
+    """Pairs of documents that share a key of one band, in blocks of (pairs, 2) int64, each once.
+
+    files: gives for each file of the source its documents' keys of this band, their positions in
+    the source and their numbers of words, (n,) each; it is asked once for each part of the keys, so
+    that none of it has to stay in memory. number: of all keys.
     Of the documents that share a key the longest (of equals the first) is paired with every other
     one, and each with the next in that order, so n documents give fewer than 2 n pairs. The one
-    that comes first in the order is first in its pair.
+    that comes first in the order is first in its pair; the pairs of a block are in ascending order.
 
-    Memory is 60 bytes for each of `part_keys` keys, and 16 for each pair.
+    Memory is 60 bytes for each of `part_keys` keys, and the same for the longest run of equal keys.
     """
-    total = sum(map(len, keys))
-    parts = np.uint64(-(-total // part_keys) or 1)
-    found = [np.zeros((0, 2), np.int64)]
+    parts = np.uint64(-(-number // part_keys) or 1)
     for part in range(int(parts)):
-        chosen = [np.flatnonzero(file % parts == np.uint64(part)) for file in keys]
-        part_of = [np.asarray(file[rows]) for file, rows in zip(keys, chosen, strict=True)]
-        if not part_of:
-            continue
-        key = np.concatenate(part_of)
-        position = np.concatenate([f[rows] for f, rows in zip(positions, chosen, strict=True)])
-        length = np.concatenate([f[rows] for f, rows in zip(words, chosen, strict=True)])
+        chosen: list[Band] = []
+        for keys, positions, words in files():
+            rows = np.flatnonzero(keys % parts == np.uint64(part))
+            chosen.append((keys[rows], positions[rows], words[rows]))
+        if not chosen:
+            return
+        key, position, length = map(np.concatenate, zip(*chosen, strict=True))
         order = np.lexsort((position, -length.astype(np.int64), key))
         key, position = key[order], position[order]
         is_first = np.ones(len(key), np.bool_)
@@ -110,9 +109,11 @@ def candidate_pairs(
         first_of = np.maximum.accumulate(np.where(is_first, np.arange(len(key)), 0))
         others = np.flatnonzero(~is_first)
         before = others[others - 1 != first_of[others]]
-        found.append(np.stack([position[first_of[others]], position[others]], axis=1))
-        found.append(np.stack([position[before - 1], position[before]], axis=1))
-    return distinct_pairs(np.concatenate(found))
+        found = [
+            np.stack([position[first_of[others]], position[others]], axis=1),
+            np.stack([position[before - 1], position[before]], axis=1),
+        ]
+        yield distinct_pairs(np.concatenate(found))
 
 
 def distinct_pairs(pairs: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,9 +11,9 @@ by band (`write_pairs`), runs of the documents that are in a pair (`write_wanted
 the similarity of every pair (`verify`), and what is dropped (`data_prep.clusters`). A document's
 position is its number over all files of its source.
 
-Memory: a few megabytes, and at most 60 bytes for each of 4,194,304 keys in `write_pairs`, 1 byte a
+Memory: a few megabytes, and at most 60 bytes for each of 524,288 keys in `write_pairs`, 1 byte a
 document of the source in `write_wanted`, 24 bytes a document in a pair and 50 for each of some
-1,048,576 pairs in `verify`.
+262,144 pairs in `verify`.
 """
 
 from bisect import bisect_right
@@ -26,14 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.files import whole_file
-from data_prep.arrays import map_array, map_raw, raw_files, save_array
+from data_prep.arrays import map_array, raw_files, save_array
 from data_prep.document import read_documents
-from data_prep.minhash import Banding, batches, candidate_pairs, distinct_pairs, signatures
+from data_prep.minhash import Band, Banding, batches, candidate_pairs, distinct_pairs, signatures
 from data_prep.stages import Counts
 from data_prep.words import Hashes, Words, hash_runs, hash_words, mix
 
 # Pairs that one task verifies.
-PART_PAIRS = 1 << 20
+PART_PAIRS = 1 << 18
+_PAIR_BYTES = 16
+_KEY_BLOCK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class SourceFiles:
         return [folder / f"{stem}{ending}" for stem in self.stems]
 
 
-def source_files(first_of: Path, stems: Sequence[str]) -> SourceFiles:
-    """The files of a source, their sizes taken from what `dedup` left in `first_of`."""
-    sizes = [len(map_array(first_of / f"{stem}.npy")) for stem in stems]
+def source_files(checks: Path, stems: Sequence[str]) -> SourceFiles:
+    """The files of a source; how many documents each has is known from its array in `checks`."""
+    sizes = [len(map_array(checks / f"{stem}.npy")) for stem in stems]
     starts = (0, *accumulate(sizes))
     return SourceFiles(tuple(stems), starts[:-1], starts[-1])
 
@@ -61,7 +63,8 @@ def write_signatures(
 ) -> Counts:
     """Write `out`.numbers, .words and .keys (raw) of the documents that say something first.
 
-    begin: the position of the file's first document.
+    begin: the position of the file's first document. The keys lie in blocks of (bands, documents),
+    _KEY_BLOCK documents in all but the last, so that a band can be read without the others.
     """
     texts = (
         (number, document.text)
@@ -70,37 +73,70 @@ def write_signatures(
     )
     written = 0
     paths = [out.with_name(f"{out.name}.{part}") for part in ("numbers", "words", "keys")]
+    waiting = np.zeros((0, banding.bands), np.uint64)
+    nothing: tuple[NDArray[np.int64], NDArray[np.uint32]]
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.uint32)
     with raw_files(*paths) as writer:
         for numbers, lengths, keys in signatures(texts, banding):
-            writer.append(numbers, lengths, keys)
+            waiting = np.concatenate([waiting, keys])
+            writer.append(numbers, lengths, waiting[:0])
+            while len(waiting) >= _KEY_BLOCK:
+                writer.append(*nothing, waiting[:_KEY_BLOCK].T)
+                waiting = waiting[_KEY_BLOCK:]
             written += len(numbers)
+        writer.append(*nothing, waiting.T)
     return {"documents": written}
+
+
+def read_band(path: Path, banding: Banding, band: int, documents: int) -> Hashes:
+    """The keys of a band in a file that `write_signatures` wrote for so many documents."""
+    parts = [np.zeros(0, np.uint64)]
+    for begin in range(0, documents, _KEY_BLOCK):
+        block = min(_KEY_BLOCK, documents - begin)
+        place = begin * banding.bands + band * block
+        parts.append(np.fromfile(path, np.uint64, block, offset=8 * place))
+    return np.concatenate(parts)
 
 
 def write_pairs(
     files: SourceFiles, signature_folder: Path, banding: Banding, band: int, out: Path
 ) -> Counts:
-    """Write the pairs of documents that share the key of a band, (pairs, 2) int64 positions."""
-    keys, positions, words = [], [], []
-    for stem, begin in zip(files.stems, files.starts, strict=True):
-        path = signature_folder / stem
-        numbers = map_raw(path.with_name(f"{path.name}.numbers"), np.int64)
-        positions.append(numbers + begin)
-        words.append(map_raw(path.with_name(f"{path.name}.words"), np.uint32))
-        all_keys = map_raw(path.with_name(f"{path.name}.keys"), np.uint64, banding.bands)
-        keys.append(all_keys[:, band])
-    pairs = candidate_pairs(keys, positions, words)
-    save_array(out, pairs)
-    return {"pairs": len(pairs)}
+    """Write (raw) the pairs of documents that share the key of a band, (pairs, 2) int64."""
+    paths = [signature_folder / stem for stem in files.stems]
+    sizes = [path.with_name(f"{path.name}.numbers").stat().st_size // 8 for path in paths]
+
+    def of_band() -> Iterator[Band]:
+        for path, begin, size in zip(paths, files.starts, sizes, strict=True):
+            yield (
+                read_band(path.with_name(f"{path.name}.keys"), banding, band, size),
+                np.fromfile(path.with_name(f"{path.name}.numbers"), np.int64) + begin,
+                np.fromfile(path.with_name(f"{path.name}.words"), np.uint32),
+            )
+
+    found = 0
+    with raw_files(out) as writer:
+        for pairs in candidate_pairs(of_band, sum(sizes)):
+            writer.append(pairs)
+            found += len(pairs)
+    return {"pairs": found}
+
+
+def number_of_pairs(paths: Sequence[Path]) -> int:
+    """How many pairs `write_pairs` wrote to `paths`, each band's counted."""
+    return sum(path.stat().st_size for path in paths) // _PAIR_BYTES
+
+
+def _pair_blocks(paths: Sequence[Path]) -> Iterator[NDArray[np.int64]]:
+    for path in paths:
+        for begin in range(0, path.stat().st_size, PART_PAIRS * _PAIR_BYTES):
+            yield np.fromfile(path, np.int64, 2 * PART_PAIRS, offset=begin).reshape(-1, 2)
 
 
 def write_wanted(files: SourceFiles, pairs: Sequence[Path], out: Path) -> Counts:
     """Write, for every file, which documents are in a pair: (documents,) bool."""
     wanted = np.zeros(files.documents, np.bool_)
-    for path in pairs:
-        found = map_array(path)
-        for begin in range(0, len(found), PART_PAIRS):
-            wanted[found[begin : begin + PART_PAIRS].ravel()] = True
+    for block in _pair_blocks(pairs):
+        wanted[block.ravel()] = True
     for path, of_file in zip(
         files.of(out, ".npy"), np.split(wanted, files.starts[1:]), strict=True
     ):
@@ -224,12 +260,9 @@ class _RunReader:
 def _pairs_of_part(paths: Sequence[Path], part: int, parts: int) -> NDArray[np.int64]:
     """The distinct pairs that fall into a part by their hash, in ascending order."""
     found = [np.zeros((0, 2), np.int64)]
-    for path in paths:
-        pairs = map_array(path)
-        for begin in range(0, len(pairs), PART_PAIRS):
-            block = np.asarray(pairs[begin : begin + PART_PAIRS])
-            hashes = mix(mix(block[:, 0].astype(np.uint64)) + block[:, 1].astype(np.uint64))
-            found.append(block[hashes % np.uint64(parts) == np.uint64(part)])
+    for block in _pair_blocks(paths):
+        hashes = mix(mix(block[:, 0].astype(np.uint64)) + block[:, 1].astype(np.uint64))
+        found.append(block[hashes % np.uint64(parts) == np.uint64(part)])
     return distinct_pairs(np.concatenate(found))
 
 

@@ -2,139 +2,230 @@
 
     scan       which records PubMed's files hold                 scan/NNNNN.npz
     fold       which of them count (the last version of each)    fold/NNNNN.npy
-    documents  one task an input file                            documents/<source>/NNNNN.parquet
+    documents  one task an input file; notes come in parts       documents/<source>/NNNNN.parquet
+                                                                 documents/<source>/NNNNN-PPPP.…
     evaluation … kept  what is left out, and the split (`data_prep.cleaning`)
-                                                                 kept/<split>/<source>/NNNNN.parquet
+                                                                 kept/<split>/<source>/….parquet
     statistics numbers of the kept documents for the data card   statistics/<split>/<source>/…json
-    tokenizer  trained on the training documents, or copied      tokenizer/
-    tokens     ids of every kept document                        tokens/<split>/<source>/NNNNN/
-    plan-L     which documents share a row, for each max_length  plan-L/<split>/<source>/
+    sample     training documents to train the tokenizer on      sample/<source>/….parquet
+    tokenizer  trained on them, or copied                        tokenizer/
+    tokens     ids of every kept document                        tokens/<split>/<source>/…/
+    plan-L     which documents share a row, for each max_length  plan-L/<split>/<source>/NNNNN/
     rows-L     the data set; its manifest comes last             rows-L/
 
 Every stage is a list of tasks (`data_prep.stages`) that need nothing but the stages before, so that
-tasks can run in any order and anywhere, and what is done is not done again.
+tasks can run in any order and anywhere (`data_prep.executors`), and what is done is not done again.
 """
 
-import json
 import logging
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache, cached_property, partial
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from common.config import config_to_dict
 from common.counter_random import derive_key
-from common.files import file_hash, only_user_of, whole_file, write_json
-from data_prep import codes, mimic, pubmed
-from data_prep import tokenizer as tokenizers
+from common.files import file_hash, only_user_of, remove_leftovers, wait_for_workers
+from data_prep import mimic, tasks
 from data_prep.card.statistics import write_statistics
-from data_prep.card.terms import ALL_TERMS
 from data_prep.cleaning import Cleaning
 from data_prep.config import DataPrep, check
-from data_prep.document import Document, InputError, read_documents, write_documents
-from data_prep.inputs import Input, find_evaluation_inputs, find_inputs
+from data_prep.document import InputError, read_documents
+from data_prep.executors import Work, run_stage
+from data_prep.inputs import DocumentFile, Input, find_evaluation_inputs, find_inputs
 from data_prep.manifest import write_manifest
-from data_prep.rows import PLAN_FILES, Part, RowShape, RowTokens, write_plan, write_planned_shard
+from data_prep.rows import PLAN_FILES, Part, RowShape, RowTokens, plan_parts, rows_in, write_plan
+from data_prep.run_file import Run, read_run, write_run
 from data_prep.shard_writer import shard_name, token_dtype
-from data_prep.shards import FORMAT_VERSION, TOKENIZER_FILE, index_path_of
+from data_prep.shards import TOKENIZER_FILE, index_path_of
+from data_prep.slurm import end_leftover_jobs
 from data_prep.split import SPLITS, TRAIN
-from data_prep.stages import Counts, Stage, Task, stage_key
-from data_prep.token_files import FILES, TokenFile, write_tokens
+from data_prep.stage_keys import Settings, all_lengths, stage_keys, withdraw_what_is_stale
+from data_prep.stages import Counts, Stage, Task, summed_counts
+from data_prep.token_files import FILES as TOKEN_FILES
+from data_prep.token_files import TokenFile
+from data_prep.tokenizer_sample import share_to_draw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _LOG = logging.getLogger(__name__)
 
-# Raised when a stage makes something else of the same input; results of an older one are redone.
-VERSION = 3
+# Records whose versions one task of `fold` compares, at some 40 bytes each.
+_FOLD_RECORDS = 1 << 19
 
 
 def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     """Do everything that is not done yet; returns the manifest of each data set by its folder.
 
-    Raises ConfigError for a key and InputError for an input. From the start on, no data set in
-    `out_dir` has a manifest unless it is what `config` and the inputs say. FolderInUse, an OSError,
-    while another process works in `out_dir`.
+    Raises ConfigError for a key, InputError for an input, an OSError for a disk that is full and
+    the like, and TaskFailed for a defect. From the start on, no data set in `out_dir` has a
+    manifest unless it is what `config` and the inputs say. FolderInUse, an OSError, while another
+    process works in `out_dir`.
     """
-    check(config)
     with only_user_of(config.out_dir):
+        _end_earlier_work(config)
         return _run(config)
 
 
-def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
-    pipeline = Pipeline(config)
-    pipeline.announce_what_is_redone()
-    pipeline.withdraw_stale_manifests()
-    pipeline.scan().run()
-    pipeline.fold().run()
-    pipeline.warn_of_note_counts(pipeline.documents().run())
-    for stage in pipeline.cleaning.stages():
-        stage().run()
-    pipeline.require_documents()
-    pipeline.statistics().run()
-    pipeline.tokenizer().run()
-    pipeline.require_one_redaction_token(_load_tokenizer(pipeline.tokenizer_folder)[0])
-    pipeline.tokens().run()
-    manifests = {}
-    for length in config.max_lengths:
-        pipeline.plan(length).run()
-        rows = pipeline.rows(length)
-        shards = rows.run()
-        manifests[rows.folder] = pipeline.write_manifest(length, shards)
-    return manifests
-
-
-class Pipeline:
-    """The stages of one configuration; the tasks of a stage are known once those before are done.
+def find_run(config: DataPrep) -> tuple[Run, Settings]:
+    """The run that `config` asks for, with the inputs there are now, and its stages' settings.
 
     Raises ConfigError and InputError for a configuration and inputs that cannot be used.
     """
+    check(config)
+    inputs, evaluation_inputs = find_inputs(config), find_evaluation_inputs(config)
+    existing = _existing_tokenizer(config)
+    keys, settings = stage_keys(config, inputs, evaluation_inputs, existing, all_lengths(config))
+    return Run(config, inputs, evaluation_inputs, keys), settings
 
-    def __init__(self, config: DataPrep) -> None:
-        check(config)
-        self.config = config
-        self.out = config.out_dir
-        self.inputs = find_inputs(config)
-        self._settings: dict[str, dict[str, str]] = {}
-        self.evaluation_inputs = find_evaluation_inputs(config)
-        self.cleaning = Cleaning(config, self.inputs, self.evaluation_inputs, self._stage)
-        self.keys = self._stage_keys()
-        if self._existing_tokenizer is not None:
-            self.require_one_redaction_token(self._existing_tokenizer)
+
+def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
+    found, settings = find_run(config)
+    pipeline = Pipeline(found)
+    withdraw_what_is_stale(config, found.keys, settings)
+    name = write_run(found)
+    trains = config.tokenizer.existing is None
+
+    def do(stage: Stage) -> list[Counts]:
+        return run_stage(
+            stage, Work(config.out_dir.absolute(), name, stage.name, stage.key), config
+        )
+
+    do(pipeline.scan())
+    do(pipeline.fold())
+    pipeline.warn_of_note_counts(do(pipeline.documents()))
+    for stage in pipeline.cleaning.stages():
+        do(stage())
+    pipeline.require_documents()
+    do(pipeline.statistics())
+    if trains:
+        do(pipeline.sample())
+    do(pipeline.tokenizer())
+    if trains:
+        require_one_redaction_token(config, tasks.load_tokenizer(pipeline.tokenizer_folder)[0])
+    do(pipeline.tokens())
+    manifests = {}
+    for length in config.max_lengths:
+        do(pipeline.plan(length))
+        rows = pipeline.rows(length)
+        manifests[rows.folder] = pipeline.write_manifest(length, do(rows))
+    return manifests
+
+
+def _end_earlier_work(config: DataPrep) -> None:
+    """Wait for tasks whose command was killed, and remove what killed ones have left."""
+    end_leftover_jobs(config.out_dir)
+
+    def say_so() -> None:
+        _LOG.warning("waiting for tasks that an earlier run in %s has left", config.out_dir)
+
+    wait_for_workers(config.out_dir, say_so)
+    remove_leftovers(config.out_dir)
+
+
+def _existing_tokenizer(config: DataPrep) -> dict[str, Any] | None:
+    """The description of the tokenizer that the configuration names, if it names one."""
+    if config.tokenizer.existing is None:
+        return None
+    from data_prep import tokenizer as tokenizers
+
+    found = tokenizers.load_tokenizer(config.tokenizer.existing)
+    require_one_redaction_token(config, found)
+    return tokenizers.describe(found)
+
+
+def require_one_redaction_token(config: DataPrep, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Raise InputError when `redaction` is several tokens of `tokenizer`."""
+    from data_prep.tokenizer import encode
+
+    mark = config.redaction
+    if mark is None:
+        return
+    # In a vocabulary whose words carry the space before them it is one with the space, too.
+    pieces = min(len(ids) for ids in encode(tokenizer, [mark, f" {mark}"]))
+    if pieces != 1:
+        raise InputError(
+            f"redaction = {mark!r} is {pieces} tokens of the tokenizer "
+            f"({config.tokenizer.existing or config.out_dir / 'tokenizer'}); choose one "
+            "character that notes do not use, such as █, or a word of its vocabulary"
+        )
+
+
+class Pipeline:
+    """The stages of a run; the tasks of a stage are known once those before are done."""
+
+    def __init__(self, run: Run) -> None:
+        self.config = run.config
+        self.out = run.config.out_dir
+        self.inputs = run.inputs
+        self.evaluation_inputs = run.evaluation_inputs
+        self.keys = run.keys
+        self.cleaning = Cleaning(
+            self.config, lambda: self.files, self.evaluation_inputs, self._stage
+        )
+
+    @staticmethod
+    def of_run(out_dir: Path, name: str) -> "Pipeline":
+        """The stages of the run `name` that `out_dir` describes."""
+        return _pipeline_of_run(out_dir, name)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of a name."""
+        kind, _, length = name.partition("-")
+        if length:
+            of_length: dict[str, Callable[[int], Stage]] = {"plan": self.plan, "rows": self.rows}
+            return of_length[kind](int(length))
+        others = [self.scan, self.fold, self.documents, self.statistics, self.sample]
+        others += [self.tokenizer, self.tokens]
+        stages = {found.__name__: found for found in [*others, *self.cleaning.stages()]}
+        return stages[name]()
+
+    @cached_property
+    def files(self) -> list[DocumentFile]:
+        """The files of documents, in the order of the inputs; known once `documents` is done."""
+        found = []
+        for source in self.inputs:
+            stems = [source.stem]
+            if source.kind in mimic.SOURCES:
+                folder = self.out / "documents"
+                paths = sorted(folder.glob(f"{source.stem}-*.parquet"))
+                stems = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
+            found += [DocumentFile(source.source, stem) for stem in stems]
+        return found
 
     def scan(self) -> Stage:
         """What the fold needs to know of each PubMed file."""
-        tasks = []
-        for number, source in enumerate(self._pubmed):
-            name = f"{number:05d}.npz"
-            write = partial(_scan, source.path, self.out / "scan" / name)
-            tasks.append(Task(source.source, (name,), write))
-        return self._stage("scan", tasks)
+        todo = []
+        for source, path in zip(self._pubmed, self._scans, strict=True):
+            write = partial(tasks.scan, source.path, path)
+            todo.append(Task(source.source, (path.name,), write))
+        return self._stage("scan", todo)
 
     def fold(self) -> Stage:
-        """Which records of each PubMed file count: one task, because it compares all files."""
-        names = [f"{number:05d}" for number in range(len(self._pubmed))]
-        scans = [self.out / "scan" / f"{name}.npz" for name in names]
-        folded = tuple(f"{name}.npy" for name in names)
-        write = partial(_fold, scans, [self.out / "fold" / name for name in folded])
-        return self._stage("fold", [Task("pubmed", folded, write)] if names else [])
+        """Which records of the PubMed files count: a task for a part of the PMIDs."""
+        todo = []
+        paths = self._folded if self._pubmed else []
+        for part, path in enumerate(paths):
+            write = partial(tasks.fold, self._scans, part, len(paths), path)
+            todo.append(Task("pubmed", (path.name,), write))
+        return self._stage("fold", todo)
 
     def documents(self) -> Stage:
         """The documents of every input."""
-        tasks = []
+        todo = []
         tables = Counter(source.kind for source in self.inputs)
         for source in self.inputs:
-            name = f"{source.stem}.parquet"
-            winners = self.out / "fold" / f"{source.number:05d}.npy"
-            out = self.out / "documents" / name
+            out = self.out / "documents" / source.stem
             # Several tables of one kind are several editions: the same codes again.
             several = tables[source.kind] > 1
-            write = partial(_documents, source, winners, self.config, several, out)
-            tasks.append(Task(source.source, (name,), write))
-        return self._stage("documents", tasks)
+            folded = self._folded if source.kind == "pubmed" else []
+            write = partial(tasks.documents, source, folded, self.config, several, out)
+            parts = "-*" if source.kind in mimic.SOURCES else ""
+            todo.append(Task(source.source, (f"{source.stem}{parts}.parquet",), write))
+        return self._stage("documents", todo)
 
     def warn_of_note_counts(self, documents: list[Counts]) -> None:
         """Log a warning for notes that are not as many as published; `documents` are its counts."""
@@ -149,8 +240,8 @@ class Pipeline:
 
     def require_documents(self) -> None:
         """Raise InputError when nothing is there to train on."""
-        for source in self.inputs:
-            if next(read_documents(self._kept(TRAIN, source)), None) is not None:
+        for file in self.files:
+            if next(read_documents(self._kept(TRAIN, file)), None) is not None:
                 return
         raise InputError(
             f"{self.config.raw_dir}: the inputs hold no document with text to train on; see the "
@@ -159,85 +250,88 @@ class Pipeline:
 
     def statistics(self) -> Stage:
         """What the data card says of the kept documents."""
-        tasks = []
+        todo = []
         for split in SPLITS:
-            for source in self.inputs:
-                name = f"{split}/{source.stem}.json"
-                write = partial(
-                    write_statistics, self._kept(split, source), self.out / "statistics" / name
-                )
-                tasks.append(Task(f"{split}/{source.source}", (name,), write))
-        return self._stage("statistics", tasks)
+            for file in self.files:
+                name = f"{split}/{file.stem}.json"
+                out = self.out / "statistics" / name
+                write = partial(write_statistics, self._kept(split, file), out)
+                todo.append(Task(f"{split}/{file.source}", (name,), write))
+        return self._stage("statistics", todo)
+
+    def sample(self) -> Stage:
+        """The documents that a tokenizer may be trained on, from each file."""
+        kept = summed_counts(self.out, "kept")
+        bytes_of = {source: counts["train_bytes"] for source, counts in kept.items()}
+        trained = self.config.tokenizer
+        shares = share_to_draw(trained.sample_bytes, trained.shares, bytes_of)
+        todo = []
+        for file, out in zip(self.files, self._samples, strict=True):
+            share = shares[file.source]
+            write = partial(tasks.sample, self._kept(TRAIN, file), share, self.config.seed, out)
+            todo.append(Task(file.source, (f"{file.stem}.parquet",), write))
+        return self._stage("sample", todo)
 
     def tokenizer(self) -> Stage:
         """The tokenizer: trained, or the existing one copied."""
-        train = [self._kept(TRAIN, source) for source in self.inputs]
+        trained = self.config.tokenizer
         write = partial(
-            _tokenizer, self._existing_tokenizer, train, self.tokenizer_folder, self.config
+            tasks.tokenizer, trained.existing, self._samples, self.tokenizer_folder, self.config
         )
         files = ("tokenizer.json", "tokenizer_config.json")
         return self._stage("tokenizer", [Task("tokenizer", files, write)])
 
-    def require_one_redaction_token(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Raise InputError when `redaction` is several tokens of `tokenizer`."""
-        mark = self.config.redaction
-        if mark is None:
-            return
-        # In a vocabulary whose words carry the space before them it is one with the space, too.
-        pieces = min(len(ids) for ids in tokenizers.encode(tokenizer, [mark, f" {mark}"]))
-        if pieces != 1:
-            raise InputError(
-                f"redaction = {mark!r} is {pieces} tokens of the tokenizer "
-                f"({self.config.tokenizer.existing or self.tokenizer_folder}); choose one "
-                "character that notes do not use, such as █, or a word of its vocabulary"
-            )
-
     def tokens(self) -> Stage:
         """The token ids of the kept documents."""
-        tasks = []
+        todo = []
         for split in SPLITS:
-            for source in self.inputs:
-                folder = f"{split}/{source.stem}"
+            for file in self.files:
+                folder = f"{split}/{file.stem}"
                 write = partial(
-                    _tokens,
-                    self._kept(split, source),
+                    tasks.tokens,
+                    self._kept(split, file),
                     self.tokenizer_folder,
                     self.out / "tokens" / folder,
                 )
-                outputs = tuple(f"{folder}/{name}" for name in FILES)
-                tasks.append(Task(f"{split}/{source.source}", outputs, write))
-        return self._stage("tokens", tasks)
+                outputs = tuple(f"{folder}/{name}" for name in TOKEN_FILES)
+                todo.append(Task(f"{split}/{file.source}", outputs, write))
+        return self._stage("tokens", todo)
 
     def plan(self, length: int) -> Stage:
-        """Which pieces of which documents share a row: a task a split and source."""
+        """Which pieces of which documents share a row: a task for a part of a split and source."""
         shape = RowShape(self.config.row_tokens, length, self.config.max_documents)
-        tasks = []
+        todo = []
         for part, files in self._parts.items():
             name = "/".join(part)
             key = derive_key("packing", self.config.seed, *part)
-            write = partial(write_plan, self.out / f"plan-{length}" / name, files, shape, key)
-            tasks.append(Task(name, tuple(f"{name}/{file}" for file in PLAN_FILES), write))
-        return self._stage(f"plan-{length}", tasks)
+            folders = self._plans(length, part)
+            for number, folder in enumerate(folders):
+                write = partial(write_plan, folder, files, shape, key, number, len(folders))
+                outputs = tuple(f"{name}/{folder.name}/{file}" for file in PLAN_FILES)
+                todo.append(Task(name, outputs, write))
+        return self._stage(f"plan-{length}", todo)
 
     def rows(self, length: int) -> Stage:
         """The shards; needs the plan."""
         ids = self._description["special_ids"]
         tokens = RowTokens(ids["cls"], ids["sep"], ids["pad"], self._dtype)
         size = self.config.rows_per_shard
-        tasks = []
+        todo = []
         for part, files in self._parts.items():
-            plan = self.out / f"plan-{length}" / "/".join(part)
-            total = len(np.load(plan / "bounds.npy", mmap_mode="r")) - 1
+            plans = self._plans(length, part)
+            total = sum(map(rows_in, plans))
             split, source = part
+            # With that of the plan's own order, or rows would lie where their documents do.
+            key = derive_key("row order", self.config.seed, length, *part)
             for number, first in enumerate(range(0, total, size)):
                 path = self.out / f"rows-{length}" / shard_name(source, split, number)
                 rows = range(first, min(first + size, total))
                 write = partial(
-                    _shard, path, plan, files, rows, part, self.config.row_tokens, tokens
+                    tasks.shard, path, plans, files, rows, part, self.config.row_tokens, tokens, key
                 )
                 outputs = (path.name, index_path_of(path).name)
-                tasks.append(Task(f"{split}/{source}", outputs, write))
-        return self._stage(f"rows-{length}", tasks)
+                todo.append(Task(f"{split}/{source}", outputs, write))
+        return self._stage(f"rows-{length}", todo)
 
     def write_manifest(self, length: int, shards: list[Counts]) -> dict[str, Any]:
         """Make the rows of `length` a data set; `shards` are the counts of all tasks of `rows`."""
@@ -254,105 +348,43 @@ class Pipeline:
             stage.folder, self.config, length, tokenizer, inputs, entries, self._parts
         )
 
-    def announce_what_is_redone(self) -> None:
-        """Say in a line on stderr which results of earlier runs go, and because of which settings.
-
-        A stage's settings are kept as hashes in `settings.json`, for the next run to compare.
-        """
-        path = self.out / "settings.json"
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        stale = [name for name in self.keys if self._stage(name, []).is_stale()]
-        if stale:
-            changed = {
-                setting
-                for name in stale
-                for setting, value in self._settings[name].items()
-                if earlier.get(name, {}).get(setting, value) != value
-            }
-            others = self._lengths[len(self.config.max_lengths) :]
-            gone = [f"rows-{length}" for length in others if f"rows-{length}" in stale]
-            of_others = {f"{kind}-{length}" for kind in ("plan", "rows") for length in others}
-            again = [name for name in stale if name not in of_others]
-            print(
-                f"data_prep: {self.out}: other {', '.join(sorted(changed)) or 'settings'} than "
-                f"before; made again: {', '.join(again) or 'nothing'}"
-                + (f"; no data set any more: {', '.join(gone)}" if gone else ""),
-                file=sys.stderr,
-                flush=True,
-            )
-        write_json(path, earlier | self._settings)
-
-    def withdraw_stale_manifests(self) -> None:
-        """Take the manifest from every data set of `out_dir` that would be made otherwise now."""
-        for length in self._lengths:
-            stage = self._stage(f"rows-{length}", [])
-            if stage.is_stale():
-                stage.withdraw_manifest()
-
-    def _stage(self, name: str, tasks: list[Task]) -> Stage:
-        return Stage(self.out, name, self.keys[name], tasks)
-
-    def _stage_keys(self) -> dict[str, str]:
-        """What decides the content of every stage; known before any of them has run."""
-        config = self.config
-        keys: dict[str, str] = {}
-
-        def add(name: str, *before: str, **settings: Any) -> None:
-            built_on = [keys[stage] for stage in before]
-            settings |= {"version of data_prep": VERSION}
-            keys[name] = stage_key(name, built_on=built_on, **settings)
-            self._settings[name] = {key: stage_key(key, of=settings[key]) for key in settings}
-
-        add("scan", inputs=[source.description() for source in self._pubmed])
-        add("fold", "scan")
-        inputs = [source.description() for source in self.inputs]
-        made = {
-            "keep_retracted": config.keep_retracted,
-            "pubmed": config_to_dict(config.pubmed),
-            "redaction": config.redaction,
-            "code_templates": sorted(set(config.code_templates)),
-        }
-        add("documents", "fold", inputs=inputs, **made)
-        self.cleaning.add_keys(add)
-        add("statistics", "kept", terms=ALL_TERMS)
-        if self._existing_tokenizer is not None:
-            add("tokenizer", description=tokenizers.describe(self._existing_tokenizer))
-        else:
-            trained = config.tokenizer
-            sample = {"sample_bytes": trained.sample_bytes, "shares": trained.shares}
-            add("tokenizer", "kept", seed=config.seed, vocab_size=trained.vocab_size, **sample)
-        add("tokens", "kept", "tokenizer")
-        for length in self._lengths:
-            shape = {"row_tokens": config.row_tokens, "max_documents": config.max_documents}
-            add(f"plan-{length}", "tokens", seed=config.seed, max_length=length, **shape)
-            size = {"rows_per_shard": config.rows_per_shard, "format": FORMAT_VERSION}
-            add(f"rows-{length}", f"plan-{length}", **size)
-        return keys
-
     @property
-    def _lengths(self) -> list[int]:
-        """The lengths asked for, then those made by earlier runs: they share the tokenizer."""
-        folders = (self.out / "completions").glob("rows-*")
-        made = {int(folder.name.removeprefix("rows-")) for folder in folders}
-        return [*self.config.max_lengths, *sorted(made - set(self.config.max_lengths))]
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer of the data sets is."""
+        return self.out / "tokenizer"
+
+    def _stage(self, name: str, todo: list[Task]) -> Stage:
+        return Stage(self.out, name, self.keys[name], todo)
 
     @property
     def _pubmed(self) -> list[Input]:
         return [source for source in self.inputs if source.source == "pubmed"]
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """Where the tokenizer of the data sets is."""
-        return self.out / "tokenizer"
+    def _scans(self) -> list[Path]:
+        return [self.out / "scan" / f"{number:05d}.npz" for number in range(len(self._pubmed))]
 
-    @cached_property
-    def _existing_tokenizer(self) -> PreTrainedTokenizerFast | None:
-        existing = self.config.tokenizer.existing
-        return None if existing is None else tokenizers.load_tokenizer(existing)
+    @property
+    def _folded(self) -> list[Path]:
+        records = summed_counts(self.out, "scan")["pubmed"]["records"]
+        parts = -(-records // _FOLD_RECORDS) or 1
+        return [self.out / "fold" / f"{part:05d}.npy" for part in range(parts)]
+
+    @property
+    def _samples(self) -> list[Path]:
+        return [self.out / "sample" / f"{file.stem}.parquet" for file in self.files]
+
+    def _kept(self, split: str, file: DocumentFile) -> Path:
+        return self.out / "kept" / split / f"{file.stem}.parquet"
+
+    def _plans(self, length: int, part: Part) -> list[Path]:
+        folder = self.out / f"plan-{length}" / "/".join(part)
+        number = plan_parts(self._parts[part], self.config.plan_documents)
+        return [folder / f"{part:05d}" for part in range(number)]
 
     @cached_property
     def _description(self) -> dict[str, Any]:
-        return _load_tokenizer(self.tokenizer_folder)[1]
+        return tasks.load_tokenizer(self.tokenizer_folder)[1]
 
     @property
     def _dtype(self) -> np.dtype[Any]:
@@ -363,95 +395,13 @@ class Pipeline:
         """The token files of every split and source that has a document."""
         parts: dict[Part, list[TokenFile]] = {}
         for split in SPLITS:
-            for source in self.inputs:
-                file = TokenFile(self.out / "tokens" / split / source.stem, self._dtype)
-                parts.setdefault((split, source.source), []).append(file)
+            for file in self.files:
+                tokens = TokenFile(self.out / "tokens" / split / file.stem, self._dtype)
+                parts.setdefault((split, file.source), []).append(tokens)
         return {part: files for part, files in parts.items() if any(len(file) for file in files)}
 
-    def _documents(self, source: Input) -> Path:
-        return self.out / "documents" / f"{source.stem}.parquet"
 
-    def _kept(self, split: str, source: Input) -> Path:
-        return self.out / "kept" / split / f"{source.stem}.parquet"
-
-
-def _scan(path: Path, out: Path) -> Counts:
-    scan = pubmed.scan(path)
-    with whole_file(out) as file:
-        np.savez(file, **vars(scan))
-    return {"records": len(scan.pmids), "deletions": len(scan.deleted_pmids)}
-
-
-def _fold(scans: list[Path], out: list[Path]) -> Counts:
-    winners = pubmed.fold(pubmed.Scan(**np.load(path)) for path in scans)
-    _save_all(out, winners)
-    return {"records": sum(map(len, winners))}
-
-
-def _documents(
-    source: Input, winners: Path, config: DataPrep, edition_in_id: bool, out: Path
-) -> Counts:
-    counts: Counter[str] = Counter()
-    found: Iterator[Document]
-    if source.kind == "pubmed":
-        found = pubmed.documents(
-            source.path,
-            np.load(winners),
-            keep_retracted=config.keep_retracted,
-            **config_to_dict(config.pubmed),
-            counts=counts,
-        )
-    elif source.kind in codes.KINDS:
-        found = codes.documents(
-            source.path,
-            source.kind,
-            counts,
-            templates=config.code_templates,
-            edition_in_id=edition_in_id,
-        )
-    else:
-        found = mimic.documents(source.path, source.kind, counts, redaction=config.redaction)
-    counts["documents"] = write_documents(out, found)
-    return dict(counts)
-
-
-def _tokenizer(
-    existing: PreTrainedTokenizerFast | None, train: list[Path], out: Path, config: DataPrep
-) -> Counts:
-    if existing is not None:
-        tokenizers.save_tokenizer(existing, out)
-    else:
-        tokenizers.train_tokenizer(
-            (document for path in train for document in read_documents(path)),
-            out,
-            config.tokenizer.vocab_size,
-            sample_bytes=config.tokenizer.sample_bytes,
-            shares=config.tokenizer.shares,
-            seed=config.seed,
-        )
-    _load_tokenizer.cache_clear()
-    return {"vocabulary": _load_tokenizer(out)[1]["vocab_size"]}
-
-
-def _tokens(kept: Path, tokenizer_folder: Path, out: Path) -> Counts:
-    tokenizer, description = _load_tokenizer(tokenizer_folder)
-    vocab_size = description["vocab_size"]
-    dtype = token_dtype(vocab_size)
-    return dict(write_tokens(out, read_documents(kept), tokenizer, vocab_size, dtype))
-
-
-def _shard(*arguments: Any) -> Counts:
-    return write_planned_shard(*arguments).to_dict()
-
-
-@cache
-def _load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
-    """The tokenizer and its description, kept because a process tokenises many files."""
-    tokenizer = tokenizers.load_tokenizer(folder)
-    return tokenizer, tokenizers.describe(tokenizer)
-
-
-def _save_all(paths: list[Path], arrays: list[Any]) -> None:
-    for path, array in zip(paths, arrays, strict=True):
-        with whole_file(path) as file:
-            np.save(file, array)
+@lru_cache(maxsize=1)
+def _pipeline_of_run(out_dir: Path, name: str) -> Pipeline:
+    """Kept because a process works on several stages of a run."""
+    return Pipeline(read_run(out_dir, name))

@@ -1,8 +1,9 @@
 """Rows of one source and split: planned from lengths, then written shard by shard.
 
-A plan says of every row which pieces of which documents it holds. It lies on disk as arrays, so
-that the writer of a shard reads its own part only; then it takes the tokens from the token files in
-their order, each file once.
+Documents are planned in parts that are drawn at random, so that memory is that of a part. A plan
+says of every row which pieces of which documents it holds. It lies on disk as arrays, so that the
+writer of a shard reads its own rows only, from all plans; then it takes the tokens from the token
+files in their order, each file once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.counter_random import derive_key
+from common.counter_random import derive_key, permutation, random_bits
 from common.files import whole_folder
 from data_prep.packing import SPECIAL_TOKENS, cut_documents, pack
 from data_prep.shard_writer import PIECE_MARK, ShardEntry, write_shard
@@ -44,23 +45,32 @@ class RowTokens:
     dtype: np.dtype[Any]
 
 
-def write_plan(
-    folder: Path, files: Sequence[TokenFile], shape: RowShape, key: int
-) -> dict[str, int]:
-    """Plan the rows of all documents of `files`, in `folder`, whole or not at all.
+def plan_parts(files: Sequence[TokenFile], plan_documents: int) -> int:
+    """The number of parts in which the documents of `files` are planned."""
+    return -(-sum(map(len, files)) // plan_documents) or 1
 
-    The arrays of PLAN_FILES lie in the order of the rows: row i holds the pieces bounds[i] to
-    bounds[i + 1], each of the document of that number over all files, its tokens begin to end.
-    Memory: some 80 bytes a piece.
+
+def write_plan(
+    folder: Path, files: Sequence[TokenFile], shape: RowShape, key: int, part: int, parts: int
+) -> dict[str, int]:
+    """Plan the rows of a part of the documents of `files`, in `folder`, whole or not at all.
+
+    A document's part is drawn at random. The arrays of PLAN_FILES lie in the order of the rows: row
+    i holds the pieces bounds[i] to bounds[i + 1], each of the document of that number over all
+    files, its tokens begin to end. Memory: some 200 bytes a piece of the part.
     """
-    lengths = np.concatenate([np.zeros(0, np.int64), *(file.lengths() for file in files)])
+    documents, lengths = _documents_of_part(files, derive_key("plan", key), part, parts)
     pieces = cut_documents(lengths, shape.max_length)
     plan = pack(
-        pieces.lengths, shape.row_tokens, shape.max_documents, derive_key(key, shape.max_length)
+        pieces.lengths,
+        shape.row_tokens,
+        shape.max_documents,
+        derive_key(key, shape.max_length, part),
     )
     with whole_folder(folder) as temporary:
         np.save(temporary / "bounds.npy", plan.bounds)
-        for name in ("document", "number", "begin", "end", "cut"):
+        np.save(temporary / "document.npy", documents[pieces.document[plan.order]])
+        for name in ("number", "begin", "end", "cut"):
             np.save(temporary / f"{name}.npy", getattr(pieces, name)[plan.order])
     return {
         "rows": plan.rows,
@@ -70,24 +80,27 @@ def write_plan(
     }
 
 
+def rows_in(plan_folder: Path) -> int:
+    """The number of rows that `write_plan` planned in `plan_folder`."""
+    return len(np.load(plan_folder / "bounds.npy", mmap_mode="r")) - 1
+
+
 def write_planned_shard(
     path: Path,
-    plan_folder: Path,
+    plan_folders: Sequence[Path],
     files: Sequence[TokenFile],
     rows: range,
     part: Part,
     row_tokens: int,
     tokens: RowTokens,
+    key: int,
 ) -> ShardEntry:
-    """Write the planned `rows` of `part` to the shard `path`; returns its entry in the manifest.
+    """Write `rows` of `part` to the shard `path`; returns its entry in the manifest.
 
-    Memory: the rows of the shard.
+    The rows of a part are those of all its plans in an order that `key` decides.
+    Memory: the rows of the shard, and 24 bytes for each row of the part.
     """
-    plan = [np.load(plan_folder / name, mmap_mode="r") for name in PLAN_FILES]
-    bounds = np.array(plan[0][rows.start : rows.stop + 1])
-    inside = slice(int(bounds[0]), int(bounds[-1]))
-    document, number, begin, end, cut = (np.array(array[inside]) for array in plan[1:])
-    bounds -= bounds[0]
+    bounds, (document, number, begin, end, cut) = _planned(plan_folders, rows, key)
     row = np.repeat(np.arange(len(rows)), np.diff(bounds))
     lengths = end - begin + SPECIAL_TOKENS
     # Where a piece begins in its row: all that lies before it in the shard, less what lies before
@@ -107,6 +120,57 @@ def write_planned_shard(
     for index in np.flatnonzero(cut):
         names[index] += f"{PIECE_MARK}{number[index]}"
     return write_shard(path, _rows(ids, bounds, place + lengths, names, rows, part))
+
+
+def _documents_of_part(
+    files: Sequence[TokenFile], key: int, part: int, parts: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers over all files of the documents of a part, ascending, and their lengths."""
+    numbers, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    begin = 0
+    for file in files:
+        of_file = file.lengths()
+        counters = np.arange(begin, begin + len(of_file), dtype=np.uint64)
+        inside = np.flatnonzero(random_bits(key, counters) % np.uint64(parts) == np.uint64(part))
+        numbers.append(inside + begin)
+        lengths.append(of_file[inside])
+        begin += len(of_file)
+    return np.concatenate(numbers), np.concatenate(lengths)
+
+
+def _planned(
+    plan_folders: Sequence[Path], rows: range, key: int
+) -> tuple[NDArray[np.int64], list[NDArray[Any]]]:
+    """Of some rows of all plans: bounds (rows + 1,), and the columns of their pieces.
+
+    The columns are those of PLAN_FILES without bounds, (pieces,) each, in the order of the rows.
+    """
+    starts = np.cumsum([0, *map(rows_in, plan_folders)])
+    source = permutation(key, int(starts[-1]))[rows.start : rows.stop]
+    of_plan = np.searchsorted(starts, source, side="right") - 1
+    chosen, begins = [], []
+    sizes = np.zeros(len(rows), np.int64)
+    for plan, folder in enumerate(plan_folders):
+        here = np.flatnonzero(of_plan == plan)
+        all_bounds = np.load(folder / PLAN_FILES[0], mmap_mode="r")
+        local = source[here] - starts[plan]
+        begins.append(np.asarray(all_bounds[local]))
+        sizes[here] = all_bounds[local + 1] - begins[-1]
+        chosen.append(here)
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    columns: list[list[NDArray[Any]]] = [[] for _ in PLAN_FILES[1:]]
+    places = []
+    for here, begin, folder in zip(chosen, begins, plan_folders, strict=True):
+        # The pieces of a row lie side by side, in the plan and in the result.
+        within = np.arange(sizes[here].sum()) - np.repeat(
+            np.cumsum(sizes[here]) - sizes[here], sizes[here]
+        )
+        pieces = np.repeat(begin, sizes[here]) + within
+        places.append(np.repeat(bounds[here], sizes[here]) + within)
+        for column, name in zip(columns, PLAN_FILES[1:], strict=True):
+            column.append(np.load(folder / name, mmap_mode="r")[pieces])
+    order = np.argsort(np.concatenate(places))
+    return bounds, [np.concatenate(column)[order] for column in columns]
 
 
 def _by_file(

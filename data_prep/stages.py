@@ -3,7 +3,7 @@
 A stage has a folder for what its tasks write and a key, a hash of all that decides the content.
 A finished task leaves a marker below `completions/<stage>/<key>/`, with its counts and the sizes of
 its files; it is not done again while these are there. Under another key nothing of the stage is
-valid any more: its folder is emptied first.
+valid any more: its folder is emptied first. `data_prep.executors` runs the tasks.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.files import write_json
+from common.files import working_in, write_json
 from data_prep.document import InputError
 from data_prep.shards import MANIFEST_NAME
 
@@ -32,7 +32,8 @@ class Task:
     """One piece of work.
 
     group: what the stage's summary adds the counts up by, such as the source.
-    outputs: the files it writes, relative to the stage's folder, each whole or not at all.
+    outputs: the files it writes, relative to the stage's folder, each whole or not at all; `*`
+    stands for numbers that are known only once it has run.
     run: does it, without regard to other tasks; returns counts (and nothing that is text).
     """
 
@@ -48,25 +49,25 @@ def stage_key(name: str, **settings: Any) -> str:
 
 
 class Stage:
-    """A stage below `out_dir`: `run()` does all its tasks, `run_task(index)` one of them."""
+    """A stage below `out_dir`: `prepare()`, then each task's `run_task(index)`, then `finish()`.
+
+    The tasks may run in any order and in any process; `prepare` and `finish` must not run while
+    one of them does.
+    """
 
     def __init__(self, out_dir: Path, name: str, key: str, tasks: Sequence[Task]) -> None:
         self.name = name
+        self.key = key
         self.tasks = tasks
         self.folder = out_dir / name
+        self._out_dir = out_dir
         self._all_markers = out_dir / "completions" / name
         self._markers = self._all_markers / key[:16]
 
-    def run(self) -> list[Counts]:
-        """Do what is not done yet, and write the summary; returns the counts of every task."""
-        if not self.tasks:
-            return []
-        self.prepare()
-        indexes = range(len(self.tasks))
-        with tqdm(indexes, desc=self.name, unit="task", mininterval=0.5) as progress:
-            counts = [self.run_task(index) for index in progress]
-        self._write_summary(counts)
-        return counts
+    @property
+    def executor_folder(self) -> Path:
+        """Where an executor may keep its records of this stage: they go with its markers."""
+        return self._markers / "executor"
 
     def prepare(self) -> None:
         """Make the folder, without what another key left there."""
@@ -93,35 +94,64 @@ class Stage:
         """From here on the folder is no data set."""
         (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
 
-    def run_task(self, index: int) -> Counts:
-        """Do task `index`, unless it is done; returns its counts."""
-        task = self.tasks[index]
-        marker = self._markers / f"{index:06d}.json"
-        counts = self._finished(task, marker)
-        if counts is None:
+    def is_done(self, index: int) -> bool:
+        """Whether task `index` is done and its files are as it left them."""
+        return self._finished(index) is not None
+
+    def number_done(self) -> int:
+        """How many tasks have left a marker, which is quick to ask."""
+        return sum(1 for _ in self._markers.glob("*.json"))
+
+    def run_task(self, index: int) -> None:
+        """Do task `index`, unless it is done."""
+        if self.is_done(index):
+            return
+        task, marker = self.tasks[index], self._marker(index)
+        with working_in(self._out_dir):
             if marker.is_file():
                 found = f"{self.folder}: {task.outputs[0]}"
                 tqdm.write(f"data_prep: {found} is not as it was left; made again", file=sys.stderr)
             for output in task.outputs:
                 (self.folder / output).parent.mkdir(parents=True, exist_ok=True)
             counts = task.run()
-            write_json(marker, {"counts": counts, "sizes": self._sizes(task)})
-        return counts
+            write_json(marker, {"counts": counts, "sizes": self.sizes(index)})
 
-    def _finished(self, task: Task, marker: Path) -> Counts | None:
-        if not marker.is_file():
-            return None
-        record = json.loads(marker.read_text(encoding="utf-8"))
-        return record["counts"] if record["sizes"] == self._sizes(task) else None
-
-    def _sizes(self, task: Task) -> dict[str, int]:
-        paths = {output: self.folder / output for output in task.outputs}
-        return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
-
-    def _write_summary(self, counts: Sequence[Counts]) -> None:
+    def finish(self) -> list[Counts]:
+        """Write the summary once all tasks are done; returns the counts of each."""
+        counts = [self._record(index)["counts"] for index in range(len(self.tasks))]
         groups: dict[str, Counter[str]] = {}
         for task, numbers in zip(self.tasks, counts, strict=True):
             added = {name: n for name, n in numbers.items() if isinstance(n, int)}
             groups.setdefault(task.group, Counter()).update(added)
         summary = {"stage": self.name, "tasks": len(self.tasks), "counts": groups}
         write_json(self.folder / SUMMARY_NAME, summary)
+        return counts
+
+    def _finished(self, index: int) -> Counts | None:
+        if not self._marker(index).is_file():
+            return None
+        record = self._record(index)
+        return record["counts"] if record["sizes"] == self.sizes(index) else None
+
+    def _marker(self, index: int) -> Path:
+        return self._markers / f"{index:06d}.json"
+
+    def _record(self, index: int) -> dict[str, Any]:
+        return json.loads(self._marker(index).read_text(encoding="utf-8"))
+
+    def sizes(self, index: int) -> dict[str, int]:
+        """The bytes of each file that task `index` has written, by its path in the folder."""
+        paths = [path for output in self.tasks[index].outputs for path in self._files(output)]
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
+
+    def _files(self, output: str) -> list[Path]:
+        path = self.folder / output
+        if "*" in path.name:
+            return sorted(path.parent.glob(path.name))
+        return [path] if path.is_file() else []
+
+
+def summed_counts(out_dir: Path, name: str) -> dict[str, dict[str, int]]:
+    """The counts of a finished stage by group, from its summary."""
+    summary = json.loads((out_dir / name / SUMMARY_NAME).read_text(encoding="utf-8"))
+    return summary["counts"]

@@ -9,15 +9,17 @@ tokenising twice.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from common.files import whole_folder
 from data_prep.document import Document
-from data_prep.tokenizer import encode
+
+if TYPE_CHECKING:
+    # transformers takes seconds to import, and most of the work with token files needs none of it.
+    from transformers import PreTrainedTokenizerFast
 
 FILES = ("tokens.bin", "starts.npy", "ids.npy", "counts.npy")
 _BATCH_CHARACTERS = 1 << 22
@@ -27,7 +29,7 @@ _BATCH_DOCUMENTS = 4096
 def write_tokens(
     folder: Path,
     documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     vocab_size: int,
     dtype: np.dtype[Any],
 ) -> dict[str, int]:
@@ -35,6 +37,8 @@ def write_tokens(
 
     Special tokens are not written; rows add them.
     """
+    from data_prep.tokenizer import encode
+
     counts = np.zeros(vocab_size, np.int64)
     names: list[bytes] = []
     lengths: list[int] = []

@@ -11,7 +11,6 @@ Digits stand alone; a word carries the space before it; spaces and newlines form
 
 import copy
 import hashlib
-import heapq
 import io
 import json
 import re
@@ -27,11 +26,11 @@ from numpy.typing import NDArray
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common.counter_random import derive_key
 from common.files import whole_folder, write_json
 from data_prep.document import Document, InputError
 from data_prep.encoding import WordEncoder
 from data_prep.tokenizer_export import ESCAPES, SPECIAL_TOKENS, fast_tokenizer, is_word_by_word
+from data_prep.tokenizer_sample import draw_sample
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
 MODEL_MAX_LENGTH = 8192
@@ -77,7 +76,7 @@ def train_tokenizer(
             f"{out}: vocab_size is {vocab_size}, which is not a multiple of {_VOCAB_MULTIPLE}; "
             f"set it to {max(1, -(-vocab_size // _VOCAB_MULTIPLE)) * _VOCAB_MULTIPLE}"
         )
-    texts = _sample(documents, sample_bytes, shares or {}, seed, out)
+    texts = draw_sample(documents, sample_bytes, shares or {}, seed, out)
     model = _train_sentencepiece(texts, vocab_size, out)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast_tokenizer(model),
@@ -233,58 +232,6 @@ def _write_folder(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def _real_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def _sample(
-    documents: Iterable[Document],
-    sample_bytes: int,
-    shares: Mapping[str, float],
-    seed: int,
-    out: Path,
-) -> list[str]:
-    """The texts with the smallest random keys up to `sample_bytes`, in the order of the keys."""
-    if any(share <= 0 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
-        raise InputError(f"{out}: shares must be positive and at most 1 together, not {shares}")
-    pools = {source: _Pool(int(share * sample_bytes)) for source, share in shares.items()}
-    everything = _Pool(sample_bytes)
-    for document in documents:
-        pool = pools.get(document.source) if shares else everything
-        if pool is not None and document.text:
-            pool.offer(derive_key("tokenizer sample", seed, document.id), document)
-    without = [source for source, pool in pools.items() if not pool.entries]
-    if without or not (shares or everything.entries):
-        raise InputError(
-            f"{out}: no document with text to train the tokenizer on"
-            + (f" from {', '.join(without)}" if without else "")
-            + "; see that raw_dir holds the source's files and that extraction found documents"
-        )
-    return [text for pool in (pools.values() if shares else [everything]) for text in pool.texts()]
-
-
-class _Pool:
-    """Texts of the smallest keys offered, just enough of them to fill `capacity` bytes."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.size = 0
-        # Largest key on top: (-key, id, UTF-8 text).
-        self.entries: list[tuple[int, str, bytes]] = []
-
-    def offer(self, key: int, document: Document) -> None:
-        if self.size >= self.capacity and -key < self.entries[0][0]:
-            return
-        entry = (-key, document.id, document.text.encode())
-        heapq.heappush(self.entries, entry)
-        self.size += len(entry[2])
-        while self.size - len(self.entries[0][2]) >= self.capacity:
-            self.size -= len(heapq.heappop(self.entries)[2])
-
-    def texts(self) -> Iterator[str]:
-        """In the order of the keys; the last one is cut to fit."""
-        left = self.capacity
-        for _, _, text in sorted(self.entries, key=lambda entry: (-entry[0], entry[1], entry[2])):
-            yield text[:left].decode(errors="ignore")
-            left -= len(text)
 
 
 def _train_sentencepiece(texts: list[str], vocab_size: int, out: Path) -> bytes:

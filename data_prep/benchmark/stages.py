@@ -12,7 +12,7 @@ from data_prep.benchmark.measure import Measured, timed
 from data_prep.config import DataPrep
 from data_prep.dedup import digests
 from data_prep.document import Document, read_documents
-from data_prep.pipeline import Pipeline
+from data_prep.pipeline import Pipeline, find_run
 from data_prep.split import TRAIN
 from data_prep.stages import Stage
 
@@ -20,8 +20,11 @@ OURS = "data_prep"
 # What a task works on that is about no single source.
 EVERY_SOURCE = "all"
 # By stage, which documents of a source it works on; all of them where it is not named.
-NEAR_DUPLICATE_STAGES = ("signatures", "pairs", "candidates", "runs", "verified", "clusters")
-_KEPT = ("tokenizer", "tokens", "plan", "rows")
+NEAR_DUPLICATE_STAGES = (
+    *("signatures", "pairs", "candidates", "runs", "verified"),
+    *("components", "clusters"),
+)
+_KEPT = ("statistics", "sample", "tokenizer", "tokens", "plan", "rows")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ def measure_stages(config: DataPrep) -> list[Measured]:
             row = spent[stage.name, part]
             row[0] += cpu
             row[1] += wall
-            row[2] += sum(_size_of(stage.folder / output) for output in task.outputs)
+            row[2] += sum(stage.sizes(index).values())
+        stage.finish()
     sizes = document_sizes(config.out_dir)
     rows = []
     for (name, group), (cpu, wall, written) in spent.items():
@@ -82,19 +86,22 @@ def kept_documents(out_dir: Path, source: str) -> list[Document]:
 
 def _stages(config: DataPrep) -> Iterator[Stage]:
     """The stages in their order; each can be made once those before are done."""
-    pipeline = Pipeline(config)
+    pipeline = Pipeline(find_run(config)[0])
     yield pipeline.scan()
     yield pipeline.fold()
     yield pipeline.documents()
     for stage in pipeline.cleaning.stages():
         yield stage()
+    yield pipeline.statistics()
+    if config.tokenizer.existing is None:
+        yield pipeline.sample()
     yield pipeline.tokenizer()
     yield pipeline.tokens()
     for length in config.max_lengths:
         yield pipeline.plan(length)
         rows = pipeline.rows(length)
         yield rows
-        pipeline.write_manifest(length, [rows.run_task(index) for index in range(len(rows.tasks))])
+        pipeline.write_manifest(length, rows.finish())
 
 
 def _population(stage: str) -> str:
@@ -123,7 +130,3 @@ def _sizes(documents: Iterable[Document]) -> dict[str, Size]:
         of_source[0] += 1
         of_source[1] += len(document.text.encode())
     return {source: Size(*numbers) for source, numbers in found.items()}
-
-
-def _size_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

@@ -23,12 +23,13 @@ from data_prep.config import (
 )
 from data_prep.document import Document, read_documents
 from data_prep.near_duplicates import jaccard, run_sets
-from data_prep.pipeline import Pipeline
+from data_prep.pipeline import Pipeline, find_run
 from data_prep.split import SPLITS
+from data_prep.stages import Counts, Stage
 
 COLUMNS = ["note_id", "subject_id", "hadm_id", "note_type", "note_seq", "charttime", "text"]
 CANARY = "canary-7Q"
-ENDINGS = (".parquet", ".npy", ".npz", ".jsonl", ".keys", ".values", ".records")
+ENDINGS = (".parquet", ".npy", ".npz", ".jsonl", ".keys", ".values", ".records", ".pairs")
 
 
 def body(name: str, words: int = 150) -> str:
@@ -47,13 +48,20 @@ def write_notes(path: Path, notes: list[tuple[str, str]], first: int = 0) -> Non
             writer.writerow([f"{subject}-DS-{number}", subject, "", "DS", number, "", text])
 
 
+def do(stage: Stage) -> list[Counts]:
+    """Do a stage's tasks one after another, in this process."""
+    stage.prepare()
+    for index in range(len(stage.tasks)):
+        stage.run_task(index)
+    return stage.finish()
+
+
 def clean(raw: Path, out: Path, **changes: Any) -> Pipeline:
     values: dict[str, Any] = {"sources": Sources(discharge=["*.csv.gz"]), "validation_share": 0.3}
-    pipeline = Pipeline(DataPrep(raw_dir=raw, out_dir=out, **(values | changes)))
-    for stage in (pipeline.scan, pipeline.fold, pipeline.documents):
-        stage().run()
-    for stage in pipeline.cleaning.stages():
-        stage().run()
+    config = DataPrep(raw_dir=raw, out_dir=out, **(values | changes))
+    pipeline = Pipeline(find_run(config)[0])
+    for make in (pipeline.scan, pipeline.fold, pipeline.documents, *pipeline.cleaning.stages()):
+        do(make())
     return pipeline
 
 
@@ -129,7 +137,7 @@ def test_every_step_leaves_out_what_it_is_for_and_says_so_by_id(
     assert sorted((entry["id"], entry["left_out_for"], *entry["overlaps"]) for entry in checks) == (
         sorted([(names[4], "short"), (names[6], "evaluation_text", "QA")])
     )
-    table = pq.read_table(out / "clusters/discharge/clusters.parquet").to_pylist()
+    table = pq.read_table(out / "clusters/discharge/00000.parquet").to_pylist()
     decisions = {entry["id"]: (entry["decision"], entry["duplicate_of"]) for entry in table}
     assert decisions[names[0]] == ("near-duplicate", names[1])
     assert decisions[names[7]] == ("exact duplicate", names[1])
@@ -150,7 +158,7 @@ def test_every_step_leaves_out_what_it_is_for_and_says_so_by_id(
         "overlap QA": 1,
     }
     assert counts(out, "clusters", "discharge") == {
-        "documents": 19,
+        "clustered": 17,
         "exact_duplicates": 10,
         "near_duplicates": 1,
         "template_copies": 2,
@@ -222,13 +230,13 @@ def test_the_order_of_the_tasks_changes_nothing(planted: Path, tmp_path: Path) -
     """So any number of workers may do them."""
     pipeline = clean(planted, tmp_path / "one", **SETTINGS)
     config = DataPrep(**(vars(pipeline.config) | {"out_dir": tmp_path / "backwards"}))
-    other = Pipeline(config)
-    other.documents().run()
-    for make in other.cleaning.stages():
+    other = Pipeline(find_run(config)[0])
+    for make in (other.documents, *other.cleaning.stages()):
         stage = make()
         stage.prepare()
         for index in reversed(range(len(stage.tasks))):
             stage.run_task(index)
+        stage.finish()
     files = sorted(path for path in (tmp_path / "one").rglob("*") if path.suffix in ENDINGS)
     assert len(files) > 40
     for path in files:
@@ -292,7 +300,7 @@ def test_a_key_that_cannot_be_is_named(
     path = tmp_path / "run.yaml"
     path.write_text(f"data_prep: {{raw_dir: {planted}, sources: {{discharge: ['*.csv.gz']}}}}")
     with pytest.raises(ConfigError) as caught:
-        Pipeline(load_config(DataPrep, "data_prep", path, words))
+        find_run(load_config(DataPrep, "data_prep", path, words))
     assert message in str(caught.value)
 
 

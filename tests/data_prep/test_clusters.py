@@ -4,10 +4,34 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.clusters import COPY, EXACT, KEPT, NEAR, Similar, Templates, cluster, drop_near
+from data_prep.clusters import (
+    COPY,
+    EXACT,
+    KEPT,
+    NEAR,
+    Clustered,
+    Similar,
+    Templates,
+    cluster,
+    drop_near,
+)
+from data_prep.components import first_of_component
 from data_prep.dedup import LEFT_OUT
 
 NEVER = Templates(groups=10**9, copies=1)
+
+
+def decide(
+    first_of: list[int], groups: list[int], edges: Similar, templates: Templates
+) -> Clustered:
+    """`cluster` for all documents, each with the first that says the same, that are in one."""
+    first, here = np.array(first_of), np.arange(len(first_of))
+    counts = first != LEFT_OUT
+    exact = np.stack([here, first], axis=1)[counts & (first != here)]
+    label = first_of_component(len(first), [exact, edges.pairs]).astype(np.int64)
+    members = np.flatnonzero((label != here) | np.isin(here, label[label != here]))
+    keys = np.array(groups, np.uint64)[members]
+    return cluster(members, label[members], exact, keys, edges, templates)
 
 
 def similar(*pairs: tuple[int, int, bool]) -> Similar:
@@ -39,9 +63,8 @@ def test_a_chain_keeps_what_no_kept_document_resembles() -> None:
 
 
 def test_a_pair_that_differs_in_a_value_stays_but_is_a_cluster() -> None:
-    first_of = [np.arange(3), np.array([3])]
-    groups = [np.array([7, 8, 9], np.uint64), np.array([9], np.uint64)]
-    found = cluster(first_of, groups, similar((2, 0, False), (3, 1, True)), NEVER)
+    edges = similar((2, 0, False), (3, 1, True))
+    found = decide([0, 1, 2, 3], [7, 8, 9, 9], edges, NEVER)
     assert found.positions.tolist() == [0, 1, 2, 3]
     assert found.decisions.tolist() == [KEPT, NEAR, KEPT, KEPT]
     assert found.clusters.tolist() == [0, 1, 0, 1]
@@ -50,8 +73,7 @@ def test_a_pair_that_differs_in_a_value_stays_but_is_a_cluster() -> None:
 
 
 def test_a_copy_of_a_near_duplicate_is_dropped_for_what_stays() -> None:
-    first_of = [np.array([0, LEFT_OUT, 2, 2])]
-    found = cluster(first_of, [np.arange(4, dtype=np.uint64)], similar((0, 2, True)), NEVER)
+    found = decide([0, LEFT_OUT, 2, 2], [0, 1, 2, 3], similar((0, 2, True)), NEVER)
     assert found.positions.tolist() == [0, 2, 3]
     assert found.decisions.tolist() == [KEPT, NEAR, EXACT]
     assert found.duplicate_of.tolist() == [0, 0, 0]
@@ -61,11 +83,9 @@ def test_a_copy_of_a_near_duplicate_is_dropped_for_what_stays() -> None:
 def test_a_template_is_capped_at_one_copy_a_group_and_so_many_in_all() -> None:
     # Twelve copies in four groups; the original is in group 1.
     groups = [1, 1, 2, 2, 3, 3, 3, 4, 4, 1, 2, 3]
-    first_of = [np.zeros(12, np.int64)]
-    keys = [np.array(groups, np.uint64)]
 
     def staying(templates: Templates) -> list[int]:
-        found = cluster(first_of, keys, similar(), templates)
+        found = decide([0] * 12, groups, similar(), templates)
         assert set(found.duplicate_of.tolist()) == {0}
         return found.positions[found.decisions <= COPY].tolist()
 
@@ -85,15 +105,15 @@ def test_every_document_dropped_has_one_that_stays(
     values: list[int], drawn: set[tuple[int, int, bool]], groups: int, copies: int
 ) -> None:
     first: dict[int, int] = {}
-    first_of = np.array([first.setdefault(value, place) for place, value in enumerate(values)])
+    first_of = [first.setdefault(value, place) for place, value in enumerate(values)]
     pairs = {
         tuple(sorted((first[a], first[b]))): is_duplicate
         for a, b, is_duplicate in drawn
         if a != b and a in first and b in first
     }
     edges = similar(*((a, b, is_duplicate) for (a, b), is_duplicate in sorted(pairs.items())))
-    keys = np.array([place % 5 for place in range(len(values))], np.uint64)
-    found = cluster([first_of], [keys], edges, Templates(groups, copies))
+    keys = [place % 5 for place in range(len(values))]
+    found = decide(first_of, keys, edges, Templates(groups, copies))
     stays = np.ones(len(values), np.bool_)
     stays[found.positions] = found.decisions <= COPY
     near = {(a, b) for (a, b), is_duplicate in pairs.items() if is_duplicate}

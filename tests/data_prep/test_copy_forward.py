@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import mimic
-from data_prep.copy_forward import copied, paragraphs, place_in_time, without, write_paragraphs
+from data_prep.copy_forward import (
+    copied,
+    paragraphs,
+    parts_of,
+    place_in_time,
+    without,
+    write_paragraphs,
+)
 from data_prep.document import Document
 
 HISTORY = "Past medical history:\n  hypertension since 1998, diabetes mellitus, gout  "
@@ -23,14 +30,15 @@ def note(
     return Document(name, "discharge", subject, text, {"note_seq": sequence, "charttime": time})
 
 
-def dropped(notes: list[Document], folder: Path, least: int = 20, **kwargs: Any) -> list[list[int]]:
+def dropped(notes: list[Document], folder: Path, least: int = 20, **size: int) -> list[list[int]]:
     """Two files, so that the order of files and notes differ."""
     half = len(notes) // 2
     paths = []
     for number, (begin, part) in enumerate([(0, notes[:half]), (half, notes[half:])]):
         paths.append(folder / f"{number}")
         write_paragraphs(iter(part), np.ones(len(part), np.bool_), begin, least, paths[-1])
-    return copied(paths, **kwargs).tolist()
+    parts = parts_of(paths, **size)
+    return sorted(drop for part in range(parts) for drop in copied(paths, part, parts).tolist())
 
 
 @given(st.text(alphabet="ab \t\n", max_size=40))
@@ -110,7 +118,7 @@ def test_notes_that_are_left_out_keep_nothing_from_others(tmp_path: Path) -> Non
     notes = [note("a", "s", 1, PLAN), note("b", "s", 2, PLAN)]
     stays = np.array([False, True])
     assert write_paragraphs(iter(notes), stays, 0, 20, tmp_path / "0") == {"paragraphs": 1}
-    assert copied([tmp_path / "0"]).tolist() == []
+    assert copied([tmp_path / "0"], 0, 1).tolist() == []
 
 
 @pytest.mark.parametrize("source", mimic.SOURCES)
@@ -121,7 +129,7 @@ def test_real_notes_lose_repeated_paragraphs_and_nothing_else(
     path = shared_data / f"mimic-iv-note/note/{source}.csv.gz"
     notes = list(mimic.documents(path, source))
     write_paragraphs(iter(notes), np.ones(len(notes), np.bool_), 0, 100, tmp_path / "0")
-    found = {tuple(drop) for drop in copied([tmp_path / "0"]).tolist()}
+    found = {tuple(drop) for drop in copied([tmp_path / "0"], 0, 1).tolist()}
     order = sorted(range(len(notes)), key=lambda n: (notes[n].meta["note_seq"], n))
     first: dict[tuple[str, str], int] = {}
     expected = set()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.dedup import LEFT_OUT, digests, first_occurrences
+from data_prep.dedup import LEFT_OUT, copies_in_part, digests, first_of_file, parts_of
 from data_prep.document import Document
 
 
@@ -51,10 +51,15 @@ def test_first_of_each_kind_stays_over_all_files(files: list[list[int]], part_di
     ]
     # A value of 9 is left out before.
     considered = [np.array([value != 9 for value in file], np.bool_) for file in files]
-    found = first_occurrences(values, considered, part_digests)
+    parts = parts_of(sum(map(len, files)), part_digests)
+    copies, compared = zip(
+        *(copies_in_part(values, considered, part, parts) for part in range(parts)), strict=True
+    )
+    assert sum(compared) == sum(value != 9 for file in files for value in file)
     first: dict[int, int] = {9: LEFT_OUT}
     position = 0
-    for file, positions in zip(files, found, strict=True):
+    for file, counts in zip(files, considered, strict=True):
+        positions = first_of_file(counts, position, copies)
         for value, first_of in zip(file, positions.tolist(), strict=True):
             assert first_of == first.setdefault(value, position)
             position += 1

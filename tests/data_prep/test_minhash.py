@@ -80,19 +80,23 @@ def test_the_longest_is_paired_with_all_that_share_its_key(
 ) -> None:
     flat = [document for file in files for document in file]
     bounds = np.cumsum([0, *map(len, files)])
-    pairs = candidate_pairs(
-        [np.array([key for key, _ in file], np.uint64) for file in files],
-        [np.arange(a, b) for a, b in itertools.pairwise(bounds)],
-        [np.array([words for _, words in file], np.uint32) for file in files],
-        part_keys,
-    )
+    bands = [
+        (
+            np.array([key for key, _ in file], np.uint64),
+            np.arange(begin, begin + len(file)),
+            np.array([words for _, words in file], np.uint32),
+        )
+        for file, begin in zip(files, bounds, strict=False)
+    ]
+    blocks = list(candidate_pairs(lambda: bands, len(flat), part_keys))
+    pairs = [tuple(pair) for block in blocks for pair in block.tolist()]
     expected = set()
     for key in range(4):
         members = [place for place, (of, _) in enumerate(flat) if of == key]
         members.sort(key=lambda place: (-flat[place][1], place))
         expected |= {(members[0], other) for other in members[1:]}
         expected |= set(itertools.pairwise(members))
-    assert [tuple(pair) for pair in pairs.tolist()] == sorted(expected)
+    assert sorted(pairs) == sorted(expected)
 
 
 def test_distinct_pairs_are_ordered_and_there_once() -> None:

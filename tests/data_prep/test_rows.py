@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.rows import RowShape, RowTokens, write_plan, write_planned_shard
+from data_prep.rows import RowShape, RowTokens, rows_in, write_plan, write_planned_shard
 from data_prep.shards import INDEX_DTYPE, index_path_of
 from data_prep.token_files import TokenFile
 
@@ -34,6 +34,7 @@ def write_file(folder: Path, first: int, lengths: list[int]) -> TokenFile:
     max_length=st.integers(3, 64),
     max_documents=st.integers(1, 6),
     rows_per_shard=st.integers(2, 8),
+    parts=st.integers(1, 3),
     key=st.integers(0, 2**63),
 )
 def test_rows_hold_every_token_once_in_documents_that_fit(
@@ -42,6 +43,7 @@ def test_rows_hold_every_token_once_in_documents_that_fit(
     max_length: int,
     max_documents: int,
     rows_per_shard: int,
+    parts: int,
     key: int,
 ) -> None:
     shape = RowShape(row_tokens, min(max_length, row_tokens), max_documents)
@@ -52,13 +54,19 @@ def test_rows_hold_every_token_once_in_documents_that_fit(
         for number, lengths in enumerate(files):
             found.append(write_file(folder / f"{number}", first, lengths))
             first += sum(lengths)
-        counts = write_plan(folder / "plan", found, shape, key)
+        plans = [folder / f"plan-{plan}" for plan in range(parts)]
+        counts = [
+            write_plan(plan, found, shape, key, number, parts) for number, plan in enumerate(plans)
+        ]
+        total = sum(count["rows"] for count in counts)
+        assert total == sum(map(rows_in, plans))
+        assert sum(count["documents"] for count in counts) == sum(map(len, files))
         contents: dict[str, dict[int, list[int]]] = {}
-        for number, begin in enumerate(range(0, counts["rows"], rows_per_shard)):
+        for number, begin in enumerate(range(0, total, rows_per_shard)):
             path = folder / f"{number}.tar"
-            rows = range(begin, min(begin + rows_per_shard, counts["rows"]))
+            rows = range(begin, min(begin + rows_per_shard, total))
             part = ("train", "pubmed")
-            write_planned_shard(path, folder / "plan", found, rows, part, row_tokens, TOKENS)
+            write_planned_shard(path, plans, found, rows, part, row_tokens, TOKENS, key)
             for ids, bounds, names in read_rows(path):
                 check_bounds(ids, bounds, names, shape)
                 for name, start, end in zip(names, bounds, bounds[1:], strict=False):

@@ -65,7 +65,7 @@ KEYS = st.integers(0, 15)
 def test_linked_groups_are_on_one_side_and_never_too_many(
     pairs: list[tuple[int, int]], most: int, share: float, seed: int
 ) -> None:
-    links = link_groups(pairs, most)
+    links = link_groups(np.array(pairs, np.uint64).reshape(-1, 2), most)
     leads = dict(zip(links.keys.tolist(), links.leads.tolist(), strict=True))
     sets: dict[int, set[int]] = {}
     for key, lead in leads.items():
@@ -120,7 +120,7 @@ def sides_of(
     clusters = np.array([cluster for cluster, _ in documents], np.int64)
     groups = np.array([group_key(f"subject-{group}") for _, group in documents], np.uint64)
     pairs = cluster_pairs(clusters, groups)
-    links = link_groups(zip(*pairs.T.tolist(), strict=True), most)
+    links = link_groups(pairs, most)
     is_validation = Split(share, seed, links).is_validation(groups)
     return is_validation, on_both_sides(clusters, is_validation)
 

@@ -21,13 +21,13 @@ from data_prep.document import Document, InputError, write_documents
 from data_prep.tokenizer import (
     SENTENCEPIECE_FILE,
     _lines,
-    _sample,
     describe,
     encode,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
+from data_prep.tokenizer_sample import draw_sample
 
 
 def documents(texts: list[str], source: str = "discharge") -> list[Document]:
@@ -222,13 +222,13 @@ def test_the_same_documents_give_the_same_bytes_on_any_machine_in_any_order(
 def test_the_sample_is_bounded_and_depends_on_ids_alone(notes: list[str]) -> None:
     found = documents(notes[:300])
     everything = sum(len(document.text.encode()) for document in found)
-    sample = _sample(found, 10_000, {}, 0, Path("out"))
+    sample = draw_sample(found, 10_000, {}, 0, Path("out"))
     assert sum(len(text.encode()) for text in sample) == 10_000
-    assert _sample(found[::-1], 10_000, {}, 0, Path("out")) == sample
-    assert _sample(found, 10_000, {}, 1, Path("out")) != sample
-    assert sum(map(len, _sample(found, 10 * everything, {}, 0, Path("out")))) == everything
+    assert draw_sample(found[::-1], 10_000, {}, 0, Path("out")) == sample
+    assert draw_sample(found, 10_000, {}, 1, Path("out")) != sample
+    assert sum(map(len, draw_sample(found, 10 * everything, {}, 0, Path("out")))) == everything
     # One document larger than the whole sample is cut, not dropped.
-    assert _sample(documents(["é" * 100]), 51, {}, 0, Path("out")) == ["é" * 25]
+    assert draw_sample(documents(["é" * 100]), 51, {}, 0, Path("out")) == ["é" * 25]
 
 
 def test_shares_divide_the_sample_between_sources() -> None:
@@ -237,7 +237,7 @@ def test_shares_divide_the_sample_between_sources() -> None:
         *documents(["d" * 1000] * 100, "discharge"),
         *documents(["r" * 1000] * 100, "radiology"),
     ]
-    sample = "".join(_sample(found, 10_000, {"pubmed": 0.3, "discharge": 0.7}, 0, Path("out")))
+    sample = "".join(draw_sample(found, 10_000, {"pubmed": 0.3, "discharge": 0.7}, 0, Path("out")))
     assert (sample.count("p"), sample.count("d"), sample.count("r")) == (3000, 7000, 0)
 
 

@@ -1,0 +1,123 @@
+"""`sbatch slurm/preprocess.sh` on a real SLURM of two nodes: killed, submitted again, compared."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.synthetic.corpus import write_corpus
+
+ROOT = Path(__file__).parent.parent.parent
+DEADLINE_S = 600
+CANARY = "canary-7Q"
+
+RUN = """
+data_prep:
+  raw_dir: {folder}/raw
+  out_dir: {folder}/{out}
+  sources:
+    discharge: [canary.csv]
+    icd10cm: [codes/icd10cm_order_*.txt]
+    icd9cm_sg: [codes/CMS*_DESC_LONG_SG.txt]
+  tokenizer: {{vocab_size: 512}}
+  row_tokens: 512
+  max_lengths: [128]
+  rows_per_shard: 40
+  slurm: {{mem_per_cpu_gb: 1, tasks_per_job: 2}}
+"""
+
+
+@pytest.fixture
+def cluster() -> None:
+    if shutil.which("sbatch") is None:
+        pytest.skip("SLURM is not installed; tests/slurm/start_cluster.sh starts one")
+    if subprocess.run(["sinfo"], capture_output=True).returncode != 0:
+        pytest.skip("no SLURM answers; tests/slurm/start_cluster.sh starts one")
+    if not (ROOT / ".venv" / "bin" / "activate").is_file():
+        pytest.skip("slurm/preprocess.sh needs the environment in .venv; `make install` makes it")
+
+
+def submit(run_file: Path, log: Path, *words: str) -> str:
+    options = ["--parsable", f"--output={log}", "--mem=1G"]
+    command = ["sbatch", *options, "slurm/preprocess.sh", "--config", str(run_file), *words]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def jobs() -> list[list[str]]:
+    """(id, name, node) of all jobs."""
+    command = ["squeue", "--noheader", "--format=%F|%j|%N"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [line.split("|") for line in lines.splitlines()]
+
+
+def wait(job: str, until: Path | None = None) -> None:
+    """Return when a job has ended, or when the pattern `until` matches a file."""
+    end = time.monotonic() + DEADLINE_S
+    while any(found[0] == job for found in jobs()):
+        if until is not None and any(until.parent.parent.glob(f"*/{until.name}")):
+            return
+        if time.monotonic() > end:
+            subprocess.run(["scancel", job], check=True)
+            pytest.fail(f"job {job} did not end within {DEADLINE_S} s")
+        time.sleep(0.2)
+    assert until is None, f"job {job} ended too early"
+
+
+def data_set(out: Path) -> dict[str, bytes]:
+    paths = [path for part in ("rows-128", "tokenizer") for path in (out / part).rglob("*")]
+    assert len(paths) > 10
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_cancelled_job_is_continued_to_the_bytes_of_one_machine(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "raw", documents=40)
+    notes = tmp_path / "raw" / "canary.csv"
+    notes.write_text(
+        "note_id,subject_id,hadm_id,note_type,note_seq,charttime,storetime,text\n"
+        f'1-DS-1,1,,DS,1,,,"{CANARY} was seen by the physician {"and seen " * 20}"\n'
+    )
+    for out in ("local", "slurm"):
+        (tmp_path / f"{out}.yaml").write_text(RUN.format(folder=tmp_path, out=out))
+    run_file, out, log = tmp_path / "slurm.yaml", tmp_path / "slurm", tmp_path / "job.log"
+
+    # The job that submits is killed with no time to end its array, and is submitted again.
+    first = submit(run_file, log)
+    wait(first, until=out / "completions" / "checks" / "*" / "000000.json")
+    subprocess.run(["scancel", "--signal=KILL", "--full", first], check=True)
+    wait(first)
+    done = {path: path.stat().st_ino for path in out.glob("completions/*/*/*.json")}
+    assert done
+    second = submit(run_file, log)
+    wait(second)
+    assert (out / "rows-128" / "manifest.json").is_file(), log.read_text()
+    assert {path: path.stat().st_ino for path in done} == done
+    local = ["data_prep", "--config", str(tmp_path / "local.yaml")]
+    subprocess.run([sys.executable, "-m", *local], check=True, cwd=ROOT, capture_output=True)
+    assert data_set(out) == data_set(tmp_path / "local")
+
+    logs = list(out.glob("completions/*/*/executor/slurm_logs/*"))
+    assert len(logs) > 10
+    for path in [*logs, log]:
+        assert CANARY not in path.read_text()
+    assert [path for path in out.rglob("*") if path.lstat().st_mode & 0o077] == []
+
+    # A task that fails is named, with what to do, in the log of the job that was submitted.
+    notes.write_text(notes.read_text() + f'2-DS-1,1,,DS,2,,,"{CANARY} is cut of\n')
+    log.unlink()
+    third = submit(run_file, log)
+    wait(third)
+    last = log.read_text().strip().splitlines()[-1]
+    assert last.startswith(f"error: {notes}")
+    assert "fetch it again" in last
+    failures = list(out.glob("completions/documents/*/executor/failures/*.json"))
+    assert [json.loads(path.read_text())["kind"] for path in failures] == ["input"]
+    for path in [log, *out.glob("completions/*/*/executor/**/*")]:
+        assert not path.is_file() or CANARY not in path.read_bytes().decode(errors="replace")
+    assert list(out.rglob("manifest.json")) == []
