@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from pydantic import TypeAdapter
 
@@ -382,7 +383,17 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def plain_losses() -> Callable[[Run], list[float]]:
     """The losses of a run by a loop of PyTorch's own, one process, without an engine."""
-    return _plain_losses
+
+    def losses(run: Run) -> list[float]:
+        # Tensors so small gain nothing by threads, which on a busy machine wait for each other.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return _plain_losses(run)
+        finally:
+            torch.set_num_threads(threads)
+
+    return losses
 
 
 def _plain_losses(run: Run) -> list[float]:

@@ -25,14 +25,20 @@ Losses = Callable[[Run], list[float]]
 
 @pytest.fixture
 def run(resolved: Callable[..., Run], phases: Callable[..., Any]) -> Run:
-    """Four layers, the first and the last global; windows shorter than documents."""
+    """Four layers, the first and the last global; windows shorter than documents.
+
+    The weights start large, for with ModernBERT's attention is nearly even at first, and what it
+    is even over hardly moves the loss.
+    """
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 4,
         "num_attention_heads": 2,
     }
-    return geometry(resolved(1, phases=phases(), model=sizes), local_attention=8)
+    return geometry(
+        resolved(1, phases=phases(), model=sizes), local_attention=8, initializer_range=0.3
+    )
 
 
 def geometry(run: Run, **changes: Any) -> Run:
@@ -76,7 +82,7 @@ def other_rope_of_global_layers(run: Run) -> Run:
 
 
 def other_optimizer(run: Run) -> Run:
-    optimizer = replace(run.config.optimizer, betas=(0.9, 0.98001))
+    optimizer = replace(run.config.optimizer, betas=(0.9, 0.985))
     return replace(run, config=replace(run.config, optimizer=optimizer))
 
 
