@@ -21,6 +21,26 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Ten
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+def _shapes(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _shapes_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 def register(name: str, forward: Forward, backward: Backward) -> Callable[..., Tensor]:
     """An operation `(q, k, v, cu_seqlens, max_seqlen, window) -> out` from a pair of functions.
 
@@ -34,16 +54,10 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., T
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
     ) -> tuple[Tensor, Tensor]:
         if q.shape[0] == 0:
-            return shapes(q, k, v, cu_seqlens, max_seqlen, window)
+            return _shapes(q, k, v, cu_seqlens, max_seqlen, window)
         out, logsumexp = forward(q, k, v, cu_seqlens, max_seqlen, window)
         clear_behind_documents(out, cu_seqlens)
         return out, logsumexp
-
-    @attend.register_fake
-    def shapes(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
-    ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
     @torch.library.custom_op(f"clinical_modernbert::{name}_backward", mutates_args=())
     def attend_backward(
@@ -57,26 +71,16 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., T
         max_seqlen: int,
         window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = (grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, window)
         if q.shape[0] == 0:
-            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        grads = backward(grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, window)
+            return _shapes_backward(*inputs)
+        grads = backward(*inputs)
         for one in grads:
             clear_behind_documents(one, cu_seqlens)
         return grads
 
-    @attend_backward.register_fake
-    def backward_shapes(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        logsumexp: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        window: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    attend.register_fake(_shapes)
+    attend_backward.register_fake(_shapes_backward)
 
     def save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         q, k, v, cu_seqlens, ctx.max_seqlen, ctx.window = inputs

@@ -135,7 +135,11 @@ def datatrove_minhash(source: str, documents: Sequence[Document]) -> Measured:
 def compare_tokenizers(
     folder: Path, source: str, documents: Sequence[Document], repeats: int
 ) -> list[Measured]:
-    """Token ids: the fast tokenizer that we use, and SentencePiece's own encoding with threads."""
+    """Token ids: ours, and SentencePiece's own encoding with threads.
+
+    From the second repeat on ours has met every word before, which flatters it; the pipeline's
+    stage `tokens` has not, and reads and writes files beside.
+    """
     texts = [document.text for document in documents]
     size = sum(len(text.encode()) for text in texts)
     tokenizer = load_tokenizer(folder)

@@ -33,7 +33,7 @@ def test_kernels_compile_for_hopper() -> None:
         if half == "both":
             continue
         assert products > 0, half
-        assert stack <= 64, half
+        assert stack <= 128, half
         # At least three programs on a multiprocessor: 65,536 registers, 227 KiB.
         assert 3 * 128 * registers <= 65_536, half
         assert 3 * (shared + 1024) <= 227 * 1024, half

@@ -20,13 +20,13 @@ from kernels.rope import rope_tables
 
 # Lengths of documents, and tokens behind them.
 LAYOUTS = {
-    "even": ([16] * 4, 0),
-    "skewed": ([50, *[3] * 4], 0),
-    "code titles": ([4] * 12, 0),
+    "even": ([6] * 4, 0),
+    "skewed": ([40, *[3] * 4], 0),
+    "code titles": ([4] * 7, 0),
     "empty documents": ([0, 5, 0, 0, 9, 0], 0),
     "length 1": ([1] * 7, 0),
     "one document": ([66], 0),
-    "more tokens than documents": ([20, 7], 40),
+    "more tokens than documents": ([9, 7], 16),
     "no token": ([0], 0),
     "no document": ([0], 5),
 }
@@ -91,9 +91,7 @@ def test_as_exact_as_pytorch(
         assert not bool(result[sum(lengths) : sum(lengths) + behind].any())
 
 
-@pytest.mark.parametrize(
-    ("heads", "head_dim", "window"), [(3, 6, 0), (1, 2, 1), (2, 24, 40), (1, 80, 64)]
-)
+@pytest.mark.parametrize(("heads", "head_dim", "window"), [(3, 6, 0), (4, 2, 1), (1, 80, 64)])
 def test_any_even_width_any_heads_any_window(
     heads: int,
     head_dim: int,
@@ -107,7 +105,7 @@ def test_any_even_width_any_heads_any_window(
 
 def test_many_tiles(device: torch.device, assert_close: Callable[..., None]) -> None:
     """Tiles whose neighbours are whole, partial, and of another document."""
-    case = make_case(([130, 30], 3), 1, 16, torch.float16, device, 256)
+    case = make_case(([120, 9], 3), 1, 16, torch.float16, device, 256)
     compare("many tiles", case, 64, assert_close)
 
 
@@ -131,7 +129,7 @@ def test_how_it_is_cut_up_changes_little(
     monkeypatch: pytest.MonkeyPatch,
     assert_close: Callable[..., None],
 ) -> None:
-    case = make_case(([64, 9], 0), 1, 16, torch.float16, device)
+    case = make_case(([60, 9], 0), 1, 8, torch.float16, device)
     usual = run(*case, 20)
     tiles = module.NARROW.forward, Tiles(32, 64, 4, 1), replace(module.NARROW.keys, block=64)
     monkeypatch.setattr(module, "NARROW", module.Tuning(*tiles, together=together))

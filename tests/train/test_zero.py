@@ -163,14 +163,15 @@ def test_three_ranks_follow_the_rule_and_take_it_up_again(launcher: Any) -> None
         whole, resumed = (np.load(part / f"{name}.npz") for part in (folder, folder / "resumed"))
         for key in stepped.SHAPES:
             assert np.array_equal(whole[key], resumed[key]), f"{name} {key}"
-    # Muon has no reference here, but its stages agree; bf16 and fp32 start from the same weights.
+    # Muon has no reference here, but all it does before the first infinity is the same under every
+    # stage, to what bf16 rounds; compared by how far the weights have come.
+    before = stepped.POISONED[0] - 1
     first = np.load(folder / "fp32_zero1_muon.npz")
-    for stage in (1, 2, 3):
-        for precision in ("fp32", "bf16"):
-            other = np.load(folder / f"{precision}_zero{stage}_muon.npz")
-            for key in stepped.SHAPES:
-                until = slice(0, stepped.POISONED[0])
-                np.testing.assert_allclose(other[key][until], first[key][until], atol=5e-3)
+    for name in (name for name in stepped.MORE_CASES if "muon" in name):
+        other = np.load(folder / f"{name}.npz")
+        for key in stepped.SHAPES:
+            way = np.linalg.norm(first[key][before] - first[key][0])
+            assert np.linalg.norm(other[key][before] - first[key][before]) <= 0.02 * way, name
 
 
 @pytest.mark.gpu
