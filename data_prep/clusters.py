@@ -7,7 +7,7 @@ as the report of a normal X-ray in hundreds of subjects) is a template: so many 
 at most one a group, the first ones.
 
 Which documents form a cluster is found first (`data_prep.components`); then whole clusters are
-decided in shards. Memory: some 300 bytes for each document of a shard, which are 131,072 or the
+decided in shards. Memory: some 1,000 bytes for each document of a shard, which are 16,384 or the
 largest cluster.
 """
 

@@ -16,7 +16,7 @@ from data_prep.words import mix
 
 # A document in a cluster with another one; a cluster is named after its first document.
 MEMBER = np.dtype([("position", "<i8"), ("cluster", "<i8")])
-_SHARD_MEMBERS = 1 << 17
+_SHARD_MEMBERS = 1 << 14
 _BLOCK = 1 << 17
 
 

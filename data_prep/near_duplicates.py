@@ -12,8 +12,8 @@ the similarity of every pair (`verify`), and what is dropped (`data_prep.cluster
 position is its number over all files of its source.
 
 Memory: a few megabytes, and at most 60 bytes for each of 524,288 keys in `write_pairs`, 1 byte a
-document of the source in `write_wanted`, 24 bytes a document in a pair and 50 for each of some
-262,144 pairs in `verify`.
+document of the source in `write_wanted`, 24 bytes a document in a pair and 100 for each of some
+65,536 pairs in `verify`.
 """
 
 from bisect import bisect_right
@@ -33,7 +33,7 @@ from data_prep.stages import Counts
 from data_prep.words import Hashes, Words, hash_runs, hash_words, mix
 
 # Pairs that one task verifies.
-PART_PAIRS = 1 << 18
+PART_PAIRS = 1 << 16
 _PAIR_BYTES = 16
 _KEY_BLOCK = 1 << 14
 

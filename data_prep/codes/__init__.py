@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data_prep.codes import hcpcs, icd, loinc, mimic_tables, rxnorm
 from data_prep.codes.code import Code, Table
-from data_prep.codes.files import names_inside, problem, version_of
+from data_prep.codes.files import problem, version_of
 from data_prep.codes.wording import TEMPLATES, wording
 from data_prep.document import Document, InputError
 
@@ -34,20 +34,7 @@ _TABLES: dict[str, Table] = (
 KINDS = tuple(_TABLES)
 SOURCE_OF_KIND = {kind: table.source for kind, table in _TABLES.items()}
 
-__all__ = ["KINDS", "SOURCE_OF_KIND", "TEMPLATES", "documents", "find_tables"]
-
-
-def find_tables(folder: Path) -> list[tuple[Path, str]]:
-    """The (path, kind) of every table below `folder` that `documents` reads, by kind and path.
-
-    Known by the names that their publishers give, plain, gzip (`.txt.gz`) or inside a `.zip`.
-    """
-    return [
-        (path, kind)
-        for kind, table in _TABLES.items()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and names_inside(path, table.name)
-    ]
+__all__ = ["KINDS", "SOURCE_OF_KIND", "TEMPLATES", "documents"]
 
 
 def documents(

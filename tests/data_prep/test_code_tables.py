@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.codes import KINDS, documents, find_tables
+from data_prep.codes import KINDS, documents
 from data_prep.codes.hcpcs import join
 from data_prep.document import Document, InputError
 
@@ -422,7 +422,6 @@ def test_the_release_is_read_as_it_is_packed(tmp_path: Path) -> None:
     assert [d.id for d in documents(archive, "ndc")] == ["ndc-00006074031"]
     assert len(list(documents(archive, "rxnorm"))) == 3
     assert next(documents(archive, "rxnorm")).meta["version"] == "07072025"
-    assert find_tables(tmp_path) == [(archive, "rxnorm"), (archive, "ndc")]
 
 
 # ------------------------------------------------------------------------------------ bad tables
