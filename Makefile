@@ -11,6 +11,10 @@ else
 LAUNCH := DS_ACCELERATOR=cpu deepspeed --num_accelerators 2
 endif
 
+# A process a core, each with the tests of whole files, and with one thread, for tensors this small
+# gain nothing by threads and lose much where these wait for each other.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test test-slow lint install
 
 install: .venv/installed
@@ -43,10 +47,10 @@ demo: install
 	@echo "report: demo/run/report.html"
 
 test: install
-	python -m pytest -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow"
 
 test-slow: install
-	python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: install
 	ruff check .
