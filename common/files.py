@@ -97,7 +97,7 @@ def _naming(path: Path) -> Iterator[None]:
         if error.filename is not None or type(error) is not OSError:
             raise
         # NumPy tells of a short write without the system's error number.
-        reason = error.strerror or "not all of it could be written; is the disk full?"
+        reason = error.strerror or f"{error}; is the disk full?"
         problem = OSError(error.errno or errno.EIO, reason, str(path))
     if problem is not None:
         raise problem
