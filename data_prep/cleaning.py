@@ -29,16 +29,15 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from data_prep import cleaning_tasks as tasks
-from data_prep import copy_forward, dedup, near_duplicates
+from data_prep import components, copy_forward, dedup, near_duplicates
 from data_prep.clusters import NO_TEMPLATES, Templates, write_clusters
-from data_prep.components import write_members
 from data_prep.config import DataPrep
 from data_prep.decontaminate import EvaluationFile, write_index
 from data_prep.dedup import PROSE
 from data_prep.inputs import DocumentFile, EvaluationInput
 from data_prep.mimic import SOURCES as NOTES
 from data_prep.minhash import Banding
-from data_prep.near_duplicates import PART_PAIRS, SourceFiles, number_of_pairs, source_files
+from data_prep.near_duplicates import SourceFiles, number_of_pairs, source_files
 from data_prep.split import SPLITS
 from data_prep.stages import Stage, Task, summed_counts
 
@@ -66,20 +65,21 @@ def add_cleaning_keys(
     rules_of = {source: asdict(rules) for source in PROSE if (rules := config.quality.of(source))}
     add("checks", "documents", "evaluation", rules=rules_of, drop=config.decontaminate.drop)
     add("digests", "documents")
-    add("unique", "digests", "checks")
+    add("unique", "digests", "checks", part_digests=dedup.PART_DIGESTS)
     add("signatures", "unique", banding=vars(banding_of(config)))
     add("pairs", "signatures")
     add("candidates", "pairs")
     add("runs", "candidates")
-    add("verified", "runs", threshold=near.threshold)
+    part_pairs = near_duplicates.PART_PAIRS
+    add("verified", "runs", threshold=near.threshold, part_pairs=part_pairs)
     templates = {"groups": near.template_groups, "copies": near.template_copies}
-    add("components", "verified")
+    add("components", "verified", shard_members=components.SHARD_MEMBERS)
     add("clusters", "components", templates=templates)
     side = {"seed": config.seed, "validation_share": config.validation_share}
     add("split", "clusters", linked_groups=near.linked_groups, **side)
     least = config.copy_forward.minimum_characters
     add("paragraphs", "split", minimum_characters=least)
-    add("copied", "paragraphs")
+    add("copied", "paragraphs", part_records=copy_forward.PART_RECORDS)
     add("kept", "copied")
 
 
@@ -267,11 +267,12 @@ class Cleaning:
         todo = []
         for source in self._by_source:
             write = partial(
-                write_members,
+                components.write_members,
                 self._files(source).documents,
                 self._copies(source),
                 self._verified(source),
                 self.out / "components" / source,
+                components.SHARD_MEMBERS,
             )
             todo.append(Task(source, (f"{source}/*.members",), write))
         return self._stage("components", todo)
@@ -385,7 +386,8 @@ class Cleaning:
 
     def _copies(self, source: str) -> list[Path]:
         documents = summed_counts(self.out, "digests")[source]["documents"]
-        return self._numbered("unique", source, dedup.parts_of(documents), "npy")
+        parts = dedup.parts_of(documents, dedup.PART_DIGESTS)
+        return self._numbered("unique", source, parts, "npy")
 
     def _pairs(self, source: str) -> list[Path]:
         return [
@@ -395,7 +397,7 @@ class Cleaning:
     def _verified(self, source: str) -> list[Path]:
         if source not in self._prose:
             return []
-        parts = -(-number_of_pairs(self._pairs(source)) // PART_PAIRS) or 1
+        parts = -(-number_of_pairs(self._pairs(source)) // near_duplicates.PART_PAIRS) or 1
         return self._numbered("verified", source, parts, "npz")
 
     def _members(self, source: str) -> list[Path]:
@@ -408,7 +410,7 @@ class Cleaning:
         return [self._path("paragraphs", found, "records") for found in self._by_source[source]]
 
     def _copied(self, source: str) -> list[Path]:
-        parts = copy_forward.parts_of(self._paragraphs(source))
+        parts = copy_forward.parts_of(self._paragraphs(source), copy_forward.PART_RECORDS)
         return self._numbered("copied", source, parts, "npy")
 
     def _numbered(self, stage: str, source: str, parts: int, ending: str) -> list[Path]:

@@ -16,7 +16,7 @@ from data_prep.words import mix
 
 # A document in a cluster with another one; a cluster is named after its first document.
 MEMBER = np.dtype([("position", "<i8"), ("cluster", "<i8")])
-_SHARD_MEMBERS = 1 << 14
+SHARD_MEMBERS = 1 << 14
 _BLOCK = 1 << 17
 
 
@@ -48,7 +48,7 @@ def write_members(
     copies: Sequence[Path],
     verified: Sequence[Path],
     out: Path,
-    shard_members: int = _SHARD_MEMBERS,
+    shard_members: int,
 ) -> Counts:
     """Write the members of all clusters of a source below `out`: `NNNNN.members`, MEMBER (raw).
 

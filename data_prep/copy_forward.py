@@ -24,7 +24,8 @@ from data_prep.document import Document
 from data_prep.split import group_key
 
 RECORD = np.dtype([("key", "<u8"), ("order", "<i8"), ("note", "<i8"), ("paragraph", "<i8")])
-_PART_RECORDS = 1 << 19
+# Paragraphs compared at a time, at some 120 bytes each.
+PART_RECORDS = 1 << 19
 # Above every time of 14 digits (year to second), and above every note_seq; together 63 bits.
 _NO_TIME = 10**14
 _SEQUENCES = 1 << 16
@@ -75,8 +76,8 @@ def write_paragraphs(
     return {"paragraphs": written}
 
 
-def parts_of(files: Sequence[Path], part_records: int = _PART_RECORDS) -> int:
-    """The number of parts in which the paragraphs of `files` are compared."""
+def parts_of(files: Sequence[Path], part_records: int) -> int:
+    """The number of parts, of so many paragraphs each, in which those of `files` are compared."""
     return -(-sum(len(map_raw(path, RECORD)) for path in files) // part_records) or 1
 
 

@@ -19,7 +19,7 @@ PROSE = ("pubmed", "discharge", "radiology")
 # What stands for a document that is left out already.
 LEFT_OUT = -1
 # Digests compared at a time: what bounds the memory, at some 60 bytes a digest.
-_PART_DIGESTS = 1 << 19
+PART_DIGESTS = 1 << 19
 
 
 def digests(documents: Iterable[Document]) -> NDArray[np.uint64]:
@@ -28,8 +28,8 @@ def digests(documents: Iterable[Document]) -> NDArray[np.uint64]:
     return np.frombuffer(content, "<u8").reshape(-1, 2)
 
 
-def parts_of(documents: int, part_digests: int = _PART_DIGESTS) -> int:
-    """The number of parts in which so many documents are compared."""
+def parts_of(documents: int, part_digests: int) -> int:
+    """The number of parts, of so many digests each, in which `documents` are compared."""
     return -(-documents // part_digests) or 1
 
 

@@ -53,9 +53,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# Records whose versions one task of `fold` compares, at some 40 bytes each.
-_FOLD_RECORDS = 1 << 19
-
 
 def run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     """Do everything that is not done yet; returns the manifest of each data set by its folder.
@@ -367,7 +364,7 @@ class Pipeline:
     @property
     def _folded(self) -> list[Path]:
         records = summed_counts(self.out, "scan")["pubmed"]["records"]
-        parts = -(-records // _FOLD_RECORDS) or 1
+        parts = -(-records // tasks.FOLD_RECORDS) or 1
         return [self.out / "fold" / f"{part:05d}.npy" for part in range(parts)]
 
     @property

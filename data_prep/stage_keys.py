@@ -7,6 +7,7 @@ from typing import Any
 
 from common.config import config_to_dict
 from common.files import write_json
+from data_prep import packing, tasks
 from data_prep.card.terms import ALL_TERMS
 from data_prep.cleaning import add_cleaning_keys
 from data_prep.config import DataPrep
@@ -15,7 +16,7 @@ from data_prep.shards import FORMAT_VERSION
 from data_prep.stages import Stage, stage_key
 
 # Raised when a stage makes something else of the same input; results of an older one are redone.
-VERSION = 4
+VERSION = 5
 
 # In out_dir: the hashes of what decided the stages, for the next run to compare.
 SETTINGS_FILE = "settings.json"
@@ -46,7 +47,7 @@ def stage_keys(
 
     pubmed = [source.description() for source in inputs if source.source == "pubmed"]
     add("scan", inputs=pubmed)
-    add("fold", "scan")
+    add("fold", "scan", part_records=tasks.FOLD_RECORDS)
     made = {
         "keep_retracted": config.keep_retracted,
         "pubmed": config_to_dict(config.pubmed),
@@ -68,6 +69,7 @@ def stage_keys(
     for length in lengths:
         shape = {"row_tokens": config.row_tokens, "max_documents": config.max_documents}
         shape |= {"max_length": length, "plan_documents": config.plan_documents}
+        shape |= {"look_ahead": packing.LOOK_AHEAD}
         add(f"plan-{length}", "tokens", seed=config.seed, **shape)
         size = {"rows_per_shard": config.rows_per_shard, "format": FORMAT_VERSION}
         add(f"rows-{length}", f"plan-{length}", **size)

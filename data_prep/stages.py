@@ -2,8 +2,9 @@
 
 A stage has a folder for what its tasks write and a key, a hash of all that decides the content.
 A finished task leaves a marker below `completions/<stage>/<key>/`, with its counts and the sizes of
-its files; it is not done again while these are there. Under another key nothing of the stage is
-valid any more: its folder is emptied first. `data_prep.executors` runs the tasks.
+its files; it is not done again while these are there. A marker is the number of a task, so a hash
+of the list of tasks lies beside them. Under another key, or for another list, nothing of the stage
+is valid any more: its folder is emptied first. `data_prep.executors` runs the tasks.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.files import working_in, write_json
+from common.files import whole_file, working_in, write_json
 from data_prep.document import InputError
 from data_prep.shards import MANIFEST_NAME
 
@@ -63,6 +64,7 @@ class Stage:
         self._out_dir = out_dir
         self._all_markers = out_dir / "completions" / name
         self._markers = self._all_markers / key[:16]
+        self._task_list = self._markers / "tasks.sha256"
 
     @property
     def executor_folder(self) -> Path:
@@ -71,7 +73,13 @@ class Stage:
 
     def prepare(self) -> None:
         """Make the folder, without what another key left there."""
-        if self.is_stale():
+        other_tasks = self._has_other_tasks()
+        if other_tasks:
+            text = (
+                f"data_prep: {self.folder}: the work is divided otherwise than before; made again"
+            )
+            tqdm.write(text, file=sys.stderr)
+        if other_tasks or self.is_stale():
             self.withdraw_manifest()
             if self.folder.exists():
                 shutil.rmtree(self.folder)
@@ -82,6 +90,9 @@ class Stage:
                 "choose another out_dir"
             )
         self._markers.mkdir(parents=True, exist_ok=True)
+        if not self._task_list.is_file():
+            with whole_file(self._task_list) as file:
+                file.write(self._tasks_hash())
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def is_stale(self) -> bool:
@@ -89,6 +100,16 @@ class Stage:
         if not self._all_markers.is_dir():
             return False
         return any(found != self._markers for found in self._all_markers.iterdir())
+
+    def _has_other_tasks(self) -> bool:
+        """Whether the markers of this key are of another list of tasks, or of no known one."""
+        if not self._task_list.is_file():
+            return self.number_done() > 0
+        return self._task_list.read_bytes() != self._tasks_hash()
+
+    def _tasks_hash(self) -> bytes:
+        tasks = [[task.group, task.outputs] for task in self.tasks]
+        return stage_key(self.name, tasks=tasks).encode()
 
     def withdraw_manifest(self) -> None:
         """From here on the folder is no data set."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     # transformers takes seconds to import, and most tasks do without it.
     from transformers import PreTrainedTokenizerFast
 
+# Records whose versions one task of `fold` compares, at some 40 bytes each.
+FOLD_RECORDS = 1 << 19
 # What `fold` writes: the number of the file, then the record's position in it.
 _FILE_SHIFT = np.uint64(32)
 

@@ -213,17 +213,55 @@ def test_no_text_is_anywhere_but_in_documents(planted: Path, tmp_path: Path) -> 
     assert holding == {"documents", "kept"}
 
 
-def test_the_number_of_verifying_tasks_changes_nothing(
+def test_each_size_of_a_task_is_in_the_key_of_its_stage(
     planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean(planted, tmp_path / "one", **SETTINGS)
-    for module in ("near_duplicates", "cleaning"):
-        monkeypatch.setattr(f"data_prep.{module}.PART_PAIRS", 2)
-    pipeline = clean(planted, tmp_path / "many", **SETTINGS)
-    assert len(pipeline.cleaning.verified().tasks) > 3
-    for path in sorted((tmp_path / "one" / "kept").rglob("*.parquet")):
-        name = path.relative_to(tmp_path / "one")
-        assert path.read_bytes() == (tmp_path / "many" / name).read_bytes()
+    sources = Sources(discharge=["*.csv.gz"])
+    config = DataPrep(raw_dir=planted, out_dir=tmp_path / "out", sources=sources)
+    for place, stage in [("tasks.FOLD_RECORDS", "fold"), *((p, s) for p, _, s in SIZES)]:
+        before = find_run(config)[0].keys
+        monkeypatch.setattr(f"data_prep.{place}", 1)
+        assert find_run(config)[0].keys[stage] != before[stage], place
+
+
+# Which constant says how much of the work a task gets, what it is here, and a stage it divides.
+SIZES = [
+    ("dedup.PART_DIGESTS", 5, "unique"),
+    ("near_duplicates.PART_PAIRS", 2, "verified"),
+    ("components.SHARD_MEMBERS", 2, "clusters"),
+    ("copy_forward.PART_RECORDS", 3, "copied"),
+]
+
+
+@pytest.mark.parametrize(("place", "size", "stage"), SIZES)
+def test_another_size_of_the_tasks_makes_what_a_fresh_run_makes_and_keeps_the_same(
+    planted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    size: int,
+    stage: str,
+) -> None:
+    """The markers of tasks that had another part of the work must not count."""
+    clean(planted, tmp_path / "out", **SETTINGS)
+    before, documents = counts_of_tasks(tmp_path / "out", stage), kept(tmp_path / "out")
+    monkeypatch.setattr(f"data_prep.{place}", size)
+    for out in ("out", "fresh"):
+        clean(planted, tmp_path / out, **SETTINGS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert counts_of_tasks(tmp_path / "out", stage) > before
+    assert kept(tmp_path / "out") == documents
+
+
+def counts_of_tasks(out: Path, stage: str) -> int:
+    return int(json.loads((out / stage / "summary.json").read_text())["tasks"])
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file that a stage has made, and its markers."""
+    paths = (path for path in out.rglob("*") if path.is_file() and path.name[0] != ".")
+    found = {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
+    return {name: content for name, content in found.items() if name != "md5.json"}
 
 
 def test_the_order_of_the_tasks_changes_nothing(planted: Path, tmp_path: Path) -> None:

@@ -56,5 +56,5 @@ def test_shards_hold_whole_components_and_every_member_once(tmp_path: Path) -> N
 
 
 def test_without_clusters_there_is_an_empty_shard(tmp_path: Path) -> None:
-    assert write_members(7, [], [], tmp_path)["clustered"] == 0
+    assert write_members(7, [], [], tmp_path, shard_members=9)["clustered"] == 0
     assert [path.stat().st_size for path in tmp_path.glob("*.members")] == [0]

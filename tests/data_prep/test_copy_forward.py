@@ -30,14 +30,14 @@ def note(
     return Document(name, "discharge", subject, text, {"note_seq": sequence, "charttime": time})
 
 
-def dropped(notes: list[Document], folder: Path, least: int = 20, **size: int) -> list[list[int]]:
+def dropped(notes: list[Document], folder: Path, least: int = 20, size: int = 9) -> list[list[int]]:
     """Two files, so that the order of files and notes differ."""
     half = len(notes) // 2
     paths = []
     for number, (begin, part) in enumerate([(0, notes[:half]), (half, notes[half:])]):
         paths.append(folder / f"{number}")
         write_paragraphs(iter(part), np.ones(len(part), np.bool_), begin, least, paths[-1])
-    parts = parts_of(paths, **size)
+    parts = parts_of(paths, size)
     return sorted(drop for part in range(parts) for drop in copied(paths, part, parts).tolist())
 
 
@@ -64,7 +64,7 @@ def test_the_earliest_note_keeps_a_paragraph_and_layout_stays(tmp_path: Path) ->
     assert without(notes[0].text, [1, 2]) == "Third.\n \n"
     assert without(notes[1].text, [2]) == f"{PLAN}\n\nSecond   note,\n  on two lines.\n\n"
     assert without("one\n\ntwo\n", [0, 1]) == ""
-    assert dropped(notes, tmp_path, part_records=1) == drops
+    assert dropped(notes, tmp_path, size=1) == drops
 
 
 def test_short_paragraphs_stay(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def kill_and_continue(config: DataPrep, folder: Path, workers: int, kills: list[
 def test_killed_in_every_stage_it_goes_on_to_the_same_bytes(
     raw: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Now before the first file of a stage is there, now before its marker, now later."""
+    """Now before the list of a stage's tasks is there, now before a file, a marker, or later."""
     kills = [f"{stage}:{1 + number % 3}" for number, stage in enumerate(STAGES)]
     config = configuration(raw, tmp_path / "out")
     found = kill_and_continue(config, tmp_path, 1, kills)

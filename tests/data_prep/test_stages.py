@@ -87,6 +87,29 @@ def test_another_key_begins_anew_and_leaves_nothing_of_the_old(tmp_path: Path) -
     assert not new.stage("b" * 64).is_stale()
 
 
+def test_another_number_of_tasks_begins_anew_under_the_same_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A marker is the number of a task: that of another division of the work says nothing."""
+    do(Work(tmp_path, number=3).stage())
+    (tmp_path / "work" / "manifest.json").write_text("{}")
+    for number in (2, 4):
+        work = Work(tmp_path, number)
+        do(work.stage())
+        assert work.ran == list(range(number))
+        names = sorted(path.name for path in (tmp_path / "work").iterdir())
+        assert names == [*(f"{n}.txt" for n in range(number)), "summary.json"]
+        assert "divided otherwise than before" in capsys.readouterr().err
+
+
+def test_markers_without_a_list_of_tasks_begin_anew(tmp_path: Path) -> None:
+    work = Work(tmp_path)
+    do(work.stage())
+    next(tmp_path.glob("completions/work/*/tasks.sha256")).unlink()
+    do(work.stage())
+    assert work.ran == [0, 1, 2, 0, 1, 2]
+
+
 def test_files_of_others_are_not_touched(tmp_path: Path) -> None:
     work = Work(tmp_path)
     (tmp_path / "work").mkdir()
