@@ -11,6 +11,7 @@ written once by the command that started it (`data_prep.run_file`).
 import ctypes
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
+from multiprocess.pool import Pool
 
 from common.config import ConfigError
 from data_prep.config import DataPrep
@@ -34,7 +36,6 @@ from data_prep.progress import bar, signs_of_life
 from data_prep.stages import Counts, Stage
 
 _PROJECT = Path(__file__).parent.parent
-_WATCH_EVERY_S = 0.1
 
 
 class TaskFailed(RuntimeError):
@@ -167,7 +168,7 @@ class LocalStageExecutor(StageExecutor, LocalPipelineExecutor):
         if self.workers > 1:
             # Its import takes seconds: once for all processes of the run.
             multiprocess.set_forkserver_preload(["data_prep.pipeline"])
-        with _noticing_killed_workers(self.pipeline[0].stage), _taking_forks_along():
+        with _noticing_dead_workers(self.pipeline[0].stage), _taking_forks_along():
             super().run()
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
@@ -179,39 +180,51 @@ class LocalStageExecutor(StageExecutor, LocalPipelineExecutor):
 
 
 @contextmanager
-def _noticing_killed_workers(stage: str) -> Iterator[None]:
-    """Raise TaskFailed when a worker process is killed: its pool would wait for ever.
+def _noticing_dead_workers(stage: str) -> Iterator[None]:
+    """Raise TaskFailed when a worker process ends by itself: its pool would wait for ever.
 
-    Such as by the kernel when memory is short.
+    Such as one that the kernel kills when memory is short. The pool puts another in its place, but
+    its task is lost. The thread that does so is woken by the end of any worker; it asks here first.
     """
     main = threading.main_thread().ident
-    over = threading.Event()
+    codes: list[int] = []
+    join = Pool._join_exited_workers
 
-    def watch() -> None:
-        workers: dict[int, Any] = {}
-        while not over.wait(_WATCH_EVERY_S):
-            workers |= {child.pid: child for child in multiprocess.active_children()}
-            killed = [child for child in workers.values() if child.exitcode == -signal.SIGKILL]
-            if killed and main is not None:
-                signal.pthread_kill(main, signal.SIGUSR2)
-                return
+    def noticing(workers: list[Any]) -> bool:
+        # A worker that is told to end, at the end of the stage, ends with 0.
+        found = [worker.exitcode for worker in workers if worker.exitcode]
+        is_first = bool(found) and not codes
+        codes.extend(found)
+        if is_first and main is not None:
+            signal.pthread_kill(main, signal.SIGUSR2)
+        return bool(join(workers))
 
     def fail(*_: Any) -> None:
-        raise TaskFailed(
-            f"a worker of stage {stage} was killed; if memory was short (see dmesg), run the "
-            "command again with fewer workers",
-            "system",
-        )
+        # Unless an interruption or a task's error is ending the stage already.
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt | SystemExit | TaskFailed):
+            raise TaskFailed(f"a worker of stage {stage} {_ending(codes[0])}", "system")
 
     before = signal.signal(signal.SIGUSR2, fail)
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    Pool._join_exited_workers = staticmethod(noticing)
     try:
         yield
     finally:
-        over.set()
-        thread.join()
+        Pool._join_exited_workers = staticmethod(join)
         signal.signal(signal.SIGUSR2, before)
+
+
+def _ending(code: int) -> str:
+    """How a process with this exit code ended, and what to do about it."""
+    if code == -signal.SIGKILL:
+        return (
+            "was killed (SIGKILL); if memory was short (see dmesg), run the command again with "
+            "fewer workers"
+        )
+    cause = f"exit status {code}" if code > 0 else signal.Signals(-code).name
+    return (
+        f"ended before its task ({cause}); run the command again, and with workers = 1 if it "
+        "does so again, which shows the task"
+    )
 
 
 @contextmanager

@@ -198,20 +198,39 @@ KILLED = """
 import os, signal, sys
 if "multiprocess.forkserver" in " ".join(sys.orig_argv):
     import data_prep.cleaning_tasks
-    data_prep.cleaning_tasks.check = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    data_prep.cleaning_tasks.check = lambda *_: os.kill(os.getpid(), signal.{name})
+"""
+# At the start of a worker, before it takes a task; the forkserver imports this before it forks.
+KILLED_AT_START = """
+import os, signal, sys
+if "multiprocess.forkserver" in " ".join(sys.orig_argv):
+    import multiprocess.pool
+    multiprocess.pool.worker = lambda *_, **__: os.kill(os.getpid(), signal.{name})
 """
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_an_error(
-    raw: Path, made: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SIGKILL", KILLED),
+        ("SIGSEGV", KILLED),
+        pytest.param("SIGBUS", KILLED, marks=pytest.mark.slow),
+        ("SIGBUS", KILLED_AT_START),
+    ],
+)
+def test_a_worker_that_dies_ends_the_run_with_an_error(
+    raw: Path, made: Path, tmp_path: Path, name: str, code: str
 ) -> None:
-    """As the kernel does when memory is short; the pool of workers would wait for ever."""
+    """As the kernel kills it when memory is short; the pool of workers would wait for ever."""
     out = Path(shutil.copytree(made, tmp_path / "out"))
     shutil.rmtree(out / "checks")
-    done = run(configuration(raw, out, 2), tmp_path / "start", KILLED)
+    done = run(configuration(raw, out, 2), tmp_path / "start", code.format(name=name))
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: a worker of stage checks was killed")
+    assert last.startswith("error: a worker of stage checks ")
+    assert f"({name}); " in last
+    if name != "SIGKILL":
+        return
     again = run(configuration(raw, out, 2), tmp_path / "start")
     assert again.returncode == 0, again.stderr
     assert data_set(out) == data_set(made)
