@@ -19,7 +19,7 @@ tasks can run in any order and anywhere (`data_prep.executors`), and what is don
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,31 +84,24 @@ def _run(config: DataPrep) -> dict[Path, dict[str, Any]]:
     pipeline = Pipeline(found)
     withdraw_what_is_stale(config, found.keys, settings)
     name = write_run(found)
-    trains = config.tokenizer.existing is None
 
     def do(stage: Stage) -> list[Counts]:
         return run_stage(
             stage, Work(config.out_dir.absolute(), name, stage.name, stage.key), config
         )
 
-    do(pipeline.scan())
-    do(pipeline.fold())
-    pipeline.warn_of_note_counts(do(pipeline.documents()))
-    for stage in pipeline.cleaning.stages():
-        do(stage())
-    pipeline.require_documents()
-    do(pipeline.statistics())
-    if trains:
-        do(pipeline.sample())
-    do(pipeline.tokenizer())
-    if trains:
-        require_one_redaction_token(config, tasks.load_tokenizer(pipeline.tokenizer_folder)[0])
-    do(pipeline.tokens())
     manifests = {}
-    for length in config.max_lengths:
-        do(pipeline.plan(length))
-        rows = pipeline.rows(length)
-        manifests[rows.folder] = pipeline.write_manifest(length, do(rows))
+    for stage in pipeline.stages():
+        counts = do(stage)
+        kind, _, length = stage.name.partition("-")
+        if kind == "documents":
+            pipeline.warn_of_note_counts(counts)
+        elif kind == "kept":
+            pipeline.require_documents()
+        elif kind == "tokenizer" and config.tokenizer.existing is None:
+            require_one_redaction_token(config, tasks.load_tokenizer(pipeline.tokenizer_folder)[0])
+        elif kind == "rows":
+            manifests[stage.folder] = pipeline.write_manifest(int(length), counts)
     return manifests
 
 
@@ -169,16 +162,29 @@ class Pipeline:
         """The stages of the run `name` that `out_dir` describes."""
         return _pipeline_of_run(out_dir, name)
 
+    def stage_names(self) -> list[str]:
+        """The stages that the configuration asks for, in their order."""
+        return list(self._makers)
+
     def stage(self, name: str) -> Stage:
-        """The stage of a name."""
-        kind, _, length = name.partition("-")
-        if length:
-            of_length: dict[str, Callable[[int], Stage]] = {"plan": self.plan, "rows": self.rows}
-            return of_length[kind](int(length))
-        others = [self.scan, self.fold, self.documents, self.statistics, self.sample]
-        others += [self.tokenizer, self.tokens]
-        stages = {found.__name__: found for found in [*others, *self.cleaning.stages()]}
-        return stages[name]()
+        """The stage of a name; needs those before to be done."""
+        return self._makers[name]()
+
+    def stages(self) -> Iterator[Stage]:
+        """The stages in their order: each must be done when the next one is asked for."""
+        return map(self.stage, self.stage_names())
+
+    @cached_property
+    def _makers(self) -> dict[str, Callable[[], Stage]]:
+        makers = [self.scan, self.fold, self.documents, *self.cleaning.stages(), self.statistics]
+        if self.config.tokenizer.existing is None:
+            makers.append(self.sample)
+        makers += [self.tokenizer, self.tokens]
+        found: dict[str, Callable[[], Stage]] = {make.__name__: make for make in makers}
+        for length in self.config.max_lengths:
+            found[f"plan-{length}"] = partial(self.plan, length)
+            found[f"rows-{length}"] = partial(self.rows, length)
+        return found
 
     @cached_property
     def files(self) -> list[DocumentFile]:

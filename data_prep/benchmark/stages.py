@@ -87,21 +87,11 @@ def kept_documents(out_dir: Path, source: str) -> list[Document]:
 def _stages(config: DataPrep) -> Iterator[Stage]:
     """The stages in their order; each can be made once those before are done."""
     pipeline = Pipeline(find_run(config)[0])
-    yield pipeline.scan()
-    yield pipeline.fold()
-    yield pipeline.documents()
-    for stage in pipeline.cleaning.stages():
-        yield stage()
-    yield pipeline.statistics()
-    if config.tokenizer.existing is None:
-        yield pipeline.sample()
-    yield pipeline.tokenizer()
-    yield pipeline.tokens()
-    for length in config.max_lengths:
-        yield pipeline.plan(length)
-        rows = pipeline.rows(length)
-        yield rows
-        pipeline.write_manifest(length, rows.finish())
+    for stage in pipeline.stages():
+        yield stage
+        kind, _, length = stage.name.partition("-")
+        if kind == "rows":
+            pipeline.write_manifest(int(length), stage.finish())
 
 
 def _population(stage: str) -> str:

@@ -46,13 +46,8 @@ def main() -> None:
     config = load_config(DataPrep, "data_prep", Path(sys.argv[1]))
     config.out_dir.mkdir()
     run, _ = find_run(config)
-    first = Pipeline(run)
-    makers = [first.scan, first.fold, first.documents, *first.cleaning.stages()]
-    names = [make.__name__ for make in makers]
-    names += ["statistics", "sample", "tokenizer", "tokens"]
-    names += [f"{kind}-{length}" for length in config.max_lengths for kind in ("plan", "rows")]
     peaks = {"baseline": peak_of(lambda: None)}
-    for name in names:
+    for name in Pipeline(run).stage_names():
         peaks[name] = peak_of(lambda name=name: do(lambda: Pipeline(run).stage(name)))
     print(json.dumps(peaks))
 

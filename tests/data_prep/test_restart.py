@@ -19,11 +19,6 @@ from data_prep.synthetic.corpus import write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).parent / "killed_run.py"
-STAGES = [
-    *("scan", "fold", "documents", "evaluation", "checks", "digests", "unique", "signatures"),
-    *("pairs", "candidates", "runs", "verified", "components", "clusters", "split"),
-    *("paragraphs", "copied", "kept", "sample", "tokenizer", "tokens", "plan-128", "rows-128"),
-]
 # What an executor keeps, and what says when a run was: not part of the result.
 RECORDS = ("executor", "run.json", "settings.json", "md5.json", ".lock", ".lock-tasks")
 
@@ -92,8 +87,10 @@ def test_killed_in_every_stage_it_goes_on_to_the_same_bytes(
     raw: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     """Now before the list of a stage's tasks is there, now before a file, a marker, or later."""
-    kills = [f"{stage}:{1 + number % 3}" for number, stage in enumerate(STAGES)]
     config = configuration(raw, tmp_path / "out")
+    stages = pipeline.Pipeline(pipeline.find_run(config)[0]).stage_names()
+    assert {path.name for path in (undisturbed / "completions").iterdir()} == set(stages)
+    kills = [f"{stage}:{1 + number % 3}" for number, stage in enumerate(stages)]
     found = kill_and_continue(config, tmp_path, 1, kills)
     assert found["again"] == []
     assert found["done_before"] > 50
