@@ -18,6 +18,8 @@ def source_of(key: str) -> str:
 
 
 _MOST_ROW_TOKENS = 1 << 20
+# Those that a document overlaps with are the bits of a uint64.
+_MOST_SETS = 64
 # 4 GB of ids for the writer of a shard.
 _MOST_SHARD_TOKENS = 1 << 30
 
@@ -350,14 +352,17 @@ def _check_cleaning(run: DataPrep) -> None:
         0 < threshold <= 1,
         f"near_duplicates.threshold is {threshold}; it must be above 0 and at most 1",
     )
-    # Runs are hashed with a weight for each place, and sets are bits of a number.
+    # Runs are hashed with a weight for each place.
     for key, words in (
         ("near_duplicates.words", run.near_duplicates.words),
         ("decontaminate.words", run.decontaminate.words),
     ):
         _require(words <= 64, f"{key} is {words}; it must be 64 at most")
     names = [part.name for part in run.decontaminate.sets]
-    _require(len(names) <= 64, f"decontaminate.sets names {len(names)} sets; at most 64 are meant")
+    _require(
+        len(names) <= _MOST_SETS,
+        f"decontaminate.sets names {len(names)} sets; at most {_MOST_SETS} are meant",
+    )
     for name in names:
         _require(
             names.count(name) == 1,

@@ -20,8 +20,6 @@ from data_prep.minhash import batches
 from data_prep.stages import Counts
 from data_prep.words import Hashes, Words, hash_runs, hash_words
 
-MOST_SETS = 64
-
 
 @dataclass(frozen=True)
 class EvaluationFile:

@@ -282,7 +282,9 @@ def _elements(path: Path) -> Iterator[Any]:
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise InputError(f"{path} is a damaged or truncated gzip file; fetch it again") from None
     except etree.XMLSyntaxError as error:
-        what = "is empty" if path.stat().st_size == 0 else f"is not whole PubMed XML ({error.msg})"
+        # The parser's own message may quote the file.
+        place = "line {}, column {}".format(*error.position)
+        what = "is empty" if path.stat().st_size == 0 else f"is not whole PubMed XML ({place})"
         raise InputError(f"{path} {what}; fetch it again or leave it out") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None

@@ -29,6 +29,8 @@ from data_prep.executors import StageExecutor, TaskFailed, Work, perform
 from data_prep.stages import Stage
 
 _LONGEST_WAIT_S = 15.0
+# How often SLURM's controller is asked that does not answer: for an hour.
+_MOST_QUESTIONS = 240
 # Failed tasks that are named; the others are counted.
 _NAMED = 3
 
@@ -184,15 +186,23 @@ def _wait_for_jobs(prefix: str) -> None:
 
 
 def _jobs() -> list[tuple[str, str]]:
-    """The (id, name) of this user's jobs; asks again while SLURM's controller does not answer."""
+    """The (id, name) of this user's jobs.
+
+    Asks again while SLURM's controller does not answer; OSError when it does not for an hour.
+    """
     command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F %j"]
-    while True:
+    for _ in range(_MOST_QUESTIONS):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
             return sorted({(job, name) for job, name in lines})
         print(f"data_prep: squeue fails, asking again: {done.stderr.strip()}", file=sys.stderr)
         time.sleep(_LONGEST_WAIT_S)
+    raise OSError(
+        f"squeue has failed {_MOST_QUESTIONS} times in a row (its message is above); see with "
+        "`scontrol ping` whether SLURM's controller works, and submit again when it does: what is "
+        "done is not done again"
+    )
 
 
 def _states_of(job: str) -> list[str]:

@@ -25,11 +25,6 @@ def group_key(group: str) -> int:
     return derive_key("group", group)
 
 
-def split_of(group: str, validation_share: float, seed: int) -> str:
-    """The split of a group; about `validation_share` (0 … 1) of all groups are for validation."""
-    return Split(validation_share, seed).of(group)
-
-
 @dataclass(frozen=True)
 class Links:
     """Groups that go together: ascending `keys` of groups, and for each the key that decides."""
@@ -48,10 +43,6 @@ class Split:
     validation_share: float
     seed: int
     links: Links = NO_LINKS
-
-    def of(self, group: str) -> str:
-        key = np.array([group_key(group)], np.uint64)
-        return VALIDATION if self.is_validation(key)[0] else TRAIN
 
     def is_validation(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Whether the groups of these keys are for validation, (n,) bool."""

@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     make_private()
     try:
         found = report(options.out_dir, options.tokenizers, options.documents)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print("error: " + "; ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     print(

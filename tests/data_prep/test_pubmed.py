@@ -335,6 +335,15 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         scan(tmp_path / "missing.xml")
 
 
+def test_an_error_in_xml_gives_its_place_and_nothing_of_the_file(tmp_path: Path) -> None:
+    """The parser quotes the names of elements, which may be words where a text is cut."""
+    path = tmp_path / "x.xml"
+    path.write_text("<PubmedArticleSet>\n<canary></other>")
+    with pytest.raises(InputError, match=r"x\.xml is not whole .*\(line 2, column \d+\)") as error:
+        scan(path)
+    assert "canary" not in str(error.value)
+
+
 def test_the_real_nonconforming_files_are_named(shared_data: Path) -> None:
     """XML inside a JSON string; a PubmedArticleSet without PMIDs."""
     for path in sorted((shared_data / "pubmed" / "nonconforming").iterdir()):

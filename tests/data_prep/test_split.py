@@ -16,8 +16,12 @@ from data_prep.split import (
     group_key,
     link_groups,
     on_both_sides,
-    split_of,
 )
+
+
+def split_of(group: str, share: float, seed: int) -> str:
+    keys = np.array([group_key(group)], np.uint64)
+    return VALIDATION if Split(share, seed).is_validation(keys)[0] else TRAIN
 
 
 @given(
