@@ -19,7 +19,7 @@ from common.config import config_to_yaml, load_config
 from data_prep import cleaning_tasks, near_duplicates, pipeline, tasks
 from data_prep.card.mixture import Mixture
 from data_prep.card.report import write_reports
-from data_prep.config import DataPrep, Sources, Tokenizer
+from data_prep.config import DataPrep, Sources, Tokenizer, check
 from data_prep.document import read_documents
 from data_prep.shards import DataSet
 from data_prep.split import SPLITS
@@ -396,8 +396,9 @@ def test_a_configuration_that_cannot_be_gives_one_line_that_names_the_key(
 
 
 def test_the_configurations_that_come_with_the_project_are_valid() -> None:
-    for name in ("base", "sample", "demo"):
+    for name in ("base", "sample", "demo", "paper", "clinical_base"):
         run = load_config(DataPrep, "data_prep", ROOT / "configs" / f"{name}.yaml")
+        check(run)
         assert run.out_dir.parts[0] in ("data", "demo")
         assert any(run.sources.patterns().values())
 
