@@ -17,6 +17,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.files import whole_folder, write_json
 from data_prep.document import Document, InputError
-from data_prep.encoding import WordEncoder
+from data_prep.encoding import Encoded, WordEncoder
 from data_prep.tokenizer_export import ESCAPES, SPECIAL_TOKENS, fast_tokenizer, is_word_by_word
 from data_prep.tokenizer_sample import draw_sample
 
@@ -141,10 +143,37 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[NDA
     if is_word_by_word(tokenizer.backend_tokenizer):
         return _word_encoder(tokenizer).encode(texts)
     dtype = _id_dtype(tokenizer)
-    return [np.array(ids, dtype) for ids in _encode_plain(tokenizer, texts)]
+    with _plain_backend(tokenizer) as backend:
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, dtype) for encoding in found]
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+def new_word_encoder(tokenizer: PreTrainedTokenizerFast) -> WordEncoder:
+    """An encoder that has met no word; for a tokenizer that was trained here.
+
+    It does not keep `tokenizer`.
+    """
+    proxy = weakref.proxy(tokenizer)
+
+    def encode_joined(texts: list[str]) -> list[Encoded]:
+        with _plain_backend(proxy) as backend:
+            # The fast variant does not say which word an id is of.
+            found = backend.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, np.array(encoding.word_ids, np.int64)) for encoding in found]
+
+    return WordEncoder(encode_joined, _id_dtype(tokenizer))
+
+
+def _word_encoder(tokenizer: PreTrainedTokenizerFast) -> WordEncoder:
+    """The encoder that remembers the words of `tokenizer`, as long as there is a tokenizer."""
+    if tokenizer not in _word_encoders:
+        _word_encoders[tokenizer] = new_word_encoder(tokenizer)
+    return _word_encoders[tokenizer]
+
+
+@contextmanager
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokenizer]:
+    """Its Rust tokenizer, while that neither cuts, pads nor matches special tokens."""
     backend = tokenizer.backend_tokenizer
     truncation, padding = backend.truncation, backend.padding
     match_special = backend.encode_special_tokens
@@ -152,25 +181,13 @@ def _encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> l
     backend.no_padding()
     backend.encode_special_tokens = True
     try:
-        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        yield backend
     finally:
         backend.encode_special_tokens = match_special
         if truncation:
             backend.enable_truncation(**truncation)
         if padding:
             backend.enable_padding(**padding)
-    return [encoding.ids for encoding in encodings]
-
-
-def _word_encoder(tokenizer: PreTrainedTokenizerFast) -> WordEncoder:
-    """The encoder that remembers the words of `tokenizer`, as long as there is a tokenizer."""
-    if tokenizer not in _word_encoders:
-        # A reference to the tokenizer would keep it.
-        proxy = weakref.proxy(tokenizer)
-        _word_encoders[tokenizer] = WordEncoder(
-            lambda words: _encode_plain(proxy, words), _id_dtype(tokenizer)
-        )
-    return _word_encoders[tokenizer]
 
 
 def _id_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype[Any]:

@@ -7,7 +7,7 @@ megabytes of text for each second of CPU time, of all threads, so that other wor
 hardly changes them. What is compared with is in requirements-benchmark.txt; the row of a package
 that is not installed says so. Then the whole corpora are projected from these rates.
 
-NAME is one of pubmed, notes, pipeline, minhash, tokens, shards; the last three make the data set
+NAME is one of pubmed, notes, pipeline, minhash, tokens, shards; the last four make the data set
 first. FILE gets all rows, the versions and the processor.
 """
 
@@ -27,7 +27,7 @@ from common.files import make_private, write_json
 from data_prep.benchmark import alternatives
 from data_prep.benchmark.alternatives import is_gzip
 from data_prep.benchmark.measure import Measured, cpu_model
-from data_prep.benchmark.plan import Projected, project, whole_corpora
+from data_prep.benchmark.plan import Projected, caveats, project, whole_corpora
 from data_prep.benchmark.stages import (
     NEAR_DUPLICATE_STAGES,
     OURS,
@@ -38,6 +38,7 @@ from data_prep.benchmark.stages import (
     measure_stages,
 )
 from data_prep.config import DataPrep
+from data_prep.dedup import PROSE
 from data_prep.document import InputError
 from data_prep.mimic import SOURCES as NOTES
 from data_prep.pubmed import in_order
@@ -46,7 +47,10 @@ from data_prep.split import TRAIN
 
 SECTIONS = ("pubmed", "notes", "pipeline", "minhash", "tokens", "shards")
 AS_PUBLISHED, VOLUME = "pubmed as published", "pubmed/volume"
-_CONFIG = Path(__file__).parents[2] / "configs" / "sample.yaml"
+_CONFIGS = Path(__file__).parents[2] / "configs"
+_SAMPLE, _WHOLE = _CONFIGS / "sample.yaml", _CONFIGS / "base.yaml"
+# Of PubMed, datatrove's MinHash gets some this many documents, which take it seconds.
+_COMPARED_DOCUMENTS = 1000
 _PACKAGES = (
     *("datatrove", "lxml", "numpy", "pubmed_parser", "pyarrow", "sentencepiece", "spacy"),
     *("tokenizers", "webdataset", "xxhash"),
@@ -62,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of raw files")
-    parser.add_argument("--config", type=Path, default=_CONFIG, help="which of them, and how")
+    parser.add_argument("--config", type=Path, default=_SAMPLE, help="which of them, and how")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--stage", choices=SECTIONS, action="append", help="only this; repeatable")
     parser.add_argument("--repeats", type=int, default=3, help="of each; the fastest counts")
@@ -102,22 +106,44 @@ def benchmark(
         "stages": list(map(_plain, stages)),
     }
     if "pipeline" in sections:
-        # The files of `pubmed/volume` hold no more than the text, so reading them is too cheap.
         published = [r for r in rows if r.source == AS_PUBLISHED and r.stage in _READING]
-        others = [r for r in stages if not (r.source == "pubmed" and r.stage in _READING)]
-        full = whole_corpora(sizes["documents"])
-        projected = project(others, sizes["documents"], full, cores)
-        projected += _project_reading(published, full, cores)
-        result["projection"] = {
-            "cores": cores,
-            "corpora": {source: asdict(size) for source, size in full.items()},
-            "stages": [asdict(row) for row in projected],
-        }
-        _print_projection(projected, cores)
+        result["projection"] = _project(config, stages, sizes, published, cores)
     return result
 
 
 _READING = ("scan", "documents")
+
+
+def _project(
+    config: DataPrep,
+    stages: Sequence[Measured],
+    sizes: dict[str, dict[str, Size]],
+    published: Sequence[Measured],
+    cores: int,
+) -> dict[str, Any]:
+    """Print the projection and return it; `published` are rows of reading PubMed's own files."""
+    base = load_config(DataPrep, "data_prep", _WHOLE)
+    full = whole_corpora(sizes["documents"])
+    notes = caveats(sizes["kept"], full, config, base)
+    if published:
+        # The files of `pubmed/volume` hold no more than the text, so reading them is too cheap.
+        stages = [r for r in stages if not (r.source == "pubmed" and r.stage in _READING)]
+    elif "pubmed" in full:
+        notes.append(
+            "there is no PubMed file as NLM publishes them, so scan and documents of pubmed are "
+            "projected from other files, which may hold little but the text and be read faster"
+        )
+    projected = project(stages, sizes, full, cores, config, base)
+    projected += _project_reading(published, full, cores)
+    _print_projection(projected, cores)
+    for note in notes:
+        print(f"note: {note}")
+    return {
+        "cores": cores,
+        "corpora": {source: asdict(size) for source, size in full.items()},
+        "stages": [asdict(row) for row in projected],
+        "notes": notes,
+    }
 
 
 def environment() -> dict[str, Any]:
@@ -156,8 +182,10 @@ def _compare_stages(
 ) -> list[Measured]:
     rows: list[Measured] = []
     if "minhash" in sections:
-        for source in NOTES:
+        for source in PROSE:
             documents = distinct_documents(config.out_dir, source)
+            if source == "pubmed":
+                documents = documents[:: -(-len(documents) // _COMPARED_DOCUMENTS) or 1]
             ours = [r for r in stages if r.source == source and r.stage in NEAR_DUPLICATE_STAGES]
             if ours:
                 rows.append(_summed("near-duplicates", ours))

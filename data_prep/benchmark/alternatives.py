@@ -1,7 +1,7 @@
 """The obvious alternatives to our stages, on the same input.
 
-Each function gives rows with what it measured. A row of a package that is not installed has no
-documents: `requirements-benchmark.txt` names them.
+Each function gives rows with what it measured. A row of a package that is not installed
+(`requirements-benchmark.txt` names them) or of a model that is not there has no documents.
 """
 
 import csv
@@ -27,7 +27,8 @@ from data_prep.benchmark.stages import OURS
 from data_prep.document import Document, write_documents
 from data_prep.shard_writer import write_shard
 from data_prep.shards import DataSet, Row
-from data_prep.tokenizer import SENTENCEPIECE_FILE, encode, load_tokenizer
+from data_prep.tokenizer import SENTENCEPIECE_FILE, encode, load_tokenizer, new_word_encoder
+from data_prep.tokenizer_export import is_word_by_word
 
 _BATCH_DOCUMENTS = 4096
 
@@ -135,30 +136,43 @@ def datatrove_minhash(source: str, documents: Sequence[Document]) -> Measured:
 def compare_tokenizers(
     folder: Path, source: str, documents: Sequence[Document], repeats: int
 ) -> list[Measured]:
-    """Token ids: ours, and SentencePiece's own encoding with threads.
+    """Token ids: ours, ours with no word met before, and SentencePiece's own encoding with threads.
 
-    From the second repeat on ours has met every word before, which flatters it; the pipeline's
-    stage `tokens` has not, and reads and writes files beside.
+    From the second repeat on the first has met every word before, which flatters it. The second
+    forgets the words before each call, and so does the tokenizers library; it meets them once.
     """
     texts = [document.text for document in documents]
     size = sum(len(text.encode()) for text in texts)
     tokenizer = load_tokenizer(folder)
-    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
     batches = [texts[i : i + _BATCH_DOCUMENTS] for i in range(0, len(texts), _BATCH_DOCUMENTS)]
     threads = os.cpu_count() or 1
+
+    def row(who: str, work: Callable[[], object]) -> Measured:
+        return measure("encode", who, source, work, len(texts), size, repeats)
 
     def ours() -> None:
         for batch in batches:
             encode(tokenizer, batch)
 
+    def ours_afresh() -> None:
+        tokenizer.backend_tokenizer.model._clear_cache()
+        encoder = new_word_encoder(tokenizer)
+        for batch in batches:
+            encoder.encode(batch)
+
+    rows = [row(OURS, ours)]
+    if is_word_by_word(tokenizer.backend_tokenizer):
+        rows.append(row(f"{OURS}, new words", ours_afresh))
+    name, path = f"SentencePiece, {threads} threads", folder / SENTENCEPIECE_FILE
+    if not path.is_file():
+        return [*rows, _missing("encode", name, source, f"no {SENTENCEPIECE_FILE}")]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
     def theirs() -> None:
         for batch in batches:
             model.encode(batch, num_threads=threads)
 
-    return [
-        measure("encode", who, source, work, len(texts), size, repeats)
-        for who, work in ((OURS, ours), (f"SentencePiece, {threads} threads", theirs))
-    ]
+    return [*rows, row(name, theirs)]
 
 
 def compare_shards(data: Path, split: str, source: str, repeats: int) -> list[Measured]:
@@ -227,5 +241,5 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _missing(stage: str, package: str, source: str) -> Measured:
-    return Measured(stage, f"{package} (not installed)", source, 0, 0, 0.0, 0.0)
+def _missing(stage: str, what: str, source: str, why: str = "not installed") -> Measured:
+    return Measured(stage, f"{what} ({why})", source, 0, 0, 0.0, 0.0)

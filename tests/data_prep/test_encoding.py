@@ -1,6 +1,7 @@
 """Encoding word by word gives what the tokenizer gives for the whole text."""
 
 import gc
+import re
 import weakref
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep import encoding
-from data_prep.encoding import WordEncoder
+from data_prep.encoding import Encoded, WordEncoder
 from data_prep.tokenizer import encode, load_tokenizer
 from data_prep.tokenizer_export import is_word_by_word
 
@@ -37,13 +38,13 @@ def test_ids_are_those_of_the_whole_text(
     """Also while words are forgotten, some for their length and all for their number."""
     monkeypatch.setattr(encoding, "_MOST_WORDS", 5)
     monkeypatch.setattr(encoding, "_LONGEST_WORD", 4)
+    monkeypatch.setattr(encoding, "_JOINED_WORDS", 3)
     tokenizer = load_once(trained)
     backend = tokenizer.backend_tokenizer
     assert is_word_by_word(backend)
     backend.encode_special_tokens = True
     expected = [backend.encode(text, add_special_tokens=False).ids for text in texts]
-    for _ in range(2):
-        found = encode(tokenizer, texts)
+    for found in (encode(tokenizer, texts), encode(tokenizer, texts)):
         assert [ids.tolist() for ids in found] == expected
         assert all(ids.dtype == np.uint16 for ids in found)
 
@@ -52,11 +53,15 @@ def test_each_different_word_is_asked_for_once() -> None:
     """A word is what stands between spaces, with the spaces before it."""
     asked: list[str] = []
 
-    def encode_words(words: list[str]) -> list[list[int]]:
-        asked.extend(words)
-        return [[len(word)] for word in words]
+    def encode_joined(texts: list[str]) -> list[Encoded]:
+        found = []
+        for text in texts:
+            words = re.findall(" *[^ ]+", text)
+            asked.extend(words)
+            found.append(([len(word) for word in words], np.arange(len(words))))
+        return found
 
-    encoder = WordEncoder(encode_words, np.dtype(np.uint32))
+    encoder = WordEncoder(encode_joined, np.dtype(np.uint32))
     found = encoder.encode(["a a  bb\na", "", " a"])
     assert [ids.tolist() for ids in found] == [[1, 2, 6], [], [2]]
     assert sorted(asked) == ["  bb\na", " a", "a"]
