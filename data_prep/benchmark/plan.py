@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from data_prep.benchmark.measure import Measured
 from data_prep.benchmark.stages import EVERY_SOURCE, Size
 from data_prep.config import DataPrep
-from data_prep.dedup import PROSE
-from data_prep.dedup import parts_of as digest_parts
+from data_prep.dedup import PART_DIGESTS, PROSE, parts_of
 from data_prep.mimic import SOURCES as NOTES
 from data_prep.tokenizer_sample import share_to_draw
 
@@ -116,7 +115,7 @@ def caveats(
         "again for each part of the work, so that they take longer"
     ]
     if "pubmed" in full:
-        parts = digest_parts(full["pubmed"].documents)
+        parts = parts_of(full["pubmed"].documents, PART_DIGESTS)
         found[0] += f"; `unique` of pubmed has {parts} parts"
     if here.tokenizer.existing is None:
         found.append(
@@ -138,7 +137,7 @@ def _tasks(name: str, source: str, full: Mapping[str, Size], config: DataPrep, c
     if name == "pairs":
         return config.near_duplicates.bands
     if name in ("fold", "unique"):
-        return digest_parts(documents)
+        return parts_of(documents, PART_DIGESTS)
     if name == "plan":
         return -(-documents // config.plan_documents)
     return cores
