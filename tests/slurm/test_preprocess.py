@@ -1,7 +1,6 @@
 """`sbatch slurm/preprocess.sh` on a real SLURM of two nodes: killed, submitted again, compared."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -29,16 +28,6 @@ data_prep:
   rows_per_shard: 40
   slurm: {{mem_per_cpu_gb: 1, tasks_per_job: 2}}
 """
-
-
-@pytest.fixture
-def cluster() -> None:
-    if shutil.which("sbatch") is None:
-        pytest.skip("SLURM is not installed; tests/slurm/start_cluster.sh starts one")
-    if subprocess.run(["sinfo"], capture_output=True).returncode != 0:
-        pytest.skip("no SLURM answers; tests/slurm/start_cluster.sh starts one")
-    if not (ROOT / ".venv" / "bin" / "activate").is_file():
-        pytest.skip("slurm/preprocess.sh needs the environment in .venv; `make install` makes it")
 
 
 def submit(run_file: Path, log: Path, *words: str) -> str:

@@ -1,7 +1,6 @@
 """`sbatch slurm/pretrain.sh` on a real SLURM: one node, two CPU ranks, from start to end."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -34,16 +33,6 @@ train:
       lr: {{warmup_tokens: 2048, decay: sqrt, decay_tokens: 2048}}
   validation: {{every_steps: 100, rows: 4}}
 """
-
-
-@pytest.fixture
-def cluster() -> None:
-    if shutil.which("sbatch") is None:
-        pytest.skip("SLURM is not installed; tests/slurm/start_cluster.sh starts one")
-    if subprocess.run(["sinfo"], capture_output=True).returncode != 0:
-        pytest.skip("no SLURM answers; tests/slurm/start_cluster.sh starts one")
-    if not (ROOT / ".venv" / "bin" / "activate").is_file():
-        pytest.skip("slurm/pretrain.sh needs the environment in .venv; `make install` makes it")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from pydantic import TypeAdapter
 
@@ -27,6 +28,7 @@ from data_prep.shards import FORMAT_VERSION, TOKEN_COUNTS_NAME, Row, row_key
 from train.config import Train
 from train.loader import StepMaker
 from train.optimizer import make_optimizer, set_rates
+from train.ranks import Ranks, join
 from train.resolve import Run, resolve
 from train.schedule import Progress
 from train.start import make_model
@@ -416,3 +418,14 @@ def _plain_losses(run: Run) -> list[float]:
         optimizer.zero_grad()
         losses.append(total / masked)
     return losses
+
+
+@pytest.fixture
+def joined() -> Iterator[None]:
+    """This process as the only rank of a process group, and the environment put back."""
+    before = dict(os.environ)
+    join(Ranks(), torch.device("cpu"))
+    yield
+    dist.destroy_process_group()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]

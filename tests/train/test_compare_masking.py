@@ -1,22 +1,20 @@
 """The comparison of ways of masking: scores against validation's, and two tiny trainings."""
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from common.config import ConfigError
 from model.modernbert import ModernBertForMaskedLM
 from train import compare_masking
 from train.compare_masking import score, table
 from train.mask_order import token_statistics
-from train.ranks import Ranks, join
+from train.ranks import Ranks
 from train.token_weights import BANDS
 from train.validation import Validation
 
@@ -31,17 +29,7 @@ class Engine:
         self.eval = self.train = module.eval
 
 
-@pytest.fixture
-def _joined() -> Iterator[None]:
-    before = dict(os.environ)
-    join(Ranks(), torch.device("cpu"))
-    yield
-    dist.destroy_process_group()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
-
-
-@pytest.mark.usefixtures("_joined")
+@pytest.mark.usefixtures("joined")
 def test_scores_are_those_of_validation(resolved: Callable[..., Any]) -> None:
     run = resolved(phase={"masking": TERMS | {"kind": "whole_word"}})
     model = ModernBertForMaskedLM(run.start, torch.Generator().manual_seed(1)).eval()

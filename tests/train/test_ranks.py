@@ -1,16 +1,13 @@
 """Who a process is, by the variables of each launcher."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from common.config import ConfigError
 from common.files import only_user_of
-from train.ranks import Ranks, find_ranks, join, only_run_in
+from train.ranks import Ranks, find_ranks, only_run_in
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -44,16 +41,6 @@ def test_the_shell_of_a_batch_job_is_alone() -> None:
 def test_a_missing_variable_is_named() -> None:
     with pytest.raises(ConfigError, match="MASTER_PORT"):
         find_ranks(SLURM | {"MASTER_ADDR": "node1"})
-
-
-@pytest.fixture
-def joined() -> Iterator[None]:
-    before = dict(os.environ)
-    join(Ranks(), torch.device("cpu"))
-    yield
-    dist.destroy_process_group()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 @pytest.mark.usefixtures("joined")
