@@ -83,7 +83,7 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
         bounds = document_bounds(ends, tokens)
         who: dict[str, Callable[..., Outputs]] = {}
         if tune:
-            who |= {_name(tuning): partial(_tuned, tuning) for tuning in candidates()}
+            who |= {name_of(tuning): partial(_tuned, tuning) for tuning in candidates()}
         else:
             who["ours"] = _local
             for name, attend in _others(ends, max(lengths), WINDOW).items():
@@ -146,7 +146,8 @@ def candidates() -> Iterator[Tuning]:
         yield Tuning(usual.forward, usual.queries, tiles, True)
 
 
-def _name(tuning: Tuning) -> str:
+def name_of(tuning: Tuning) -> str:
+    """block.step.warps.stages.registers of the forward, of the queries' and of the keys' half."""
     parts = [
         ".".join(str(n or "-") for n in (t.block, t.step, t.warps, t.stages, t.registers))
         for t in (tuning.forward, tuning.queries, tuning.keys)
