@@ -103,7 +103,7 @@ def update_moments(
                 aligned,
                 _block(mean.device),
             )
-    with torch.cuda.device_of(mean):
+    with torch.cuda.device_of(sums):
         _sum_kernel[(len(pieces),)](partial, first, sums, _PARTIAL_SUMS)
     return sums
 

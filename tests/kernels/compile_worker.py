@@ -30,8 +30,16 @@ from torch._library.triton import set_wrap_triton_enabled
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kernels import benchmark_attention, documents, geglu, layer_norm, linear_cross_entropy
-from kernels import local_attention, rope, stable_adamw, unpad
+from kernels import (
+    documents,
+    geglu,
+    layer_norm,
+    linear_cross_entropy,
+    local_attention,
+    rope,
+    stable_adamw,
+    unpad,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TOKENS = 65_536
@@ -110,7 +118,9 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def rotary_case(tokens: int, heads: int, width: int, dtype: torch.dtype, index: torch.dtype) -> list:
+def rotary_case(
+    tokens: int, heads: int, width: int, dtype: torch.dtype, index: torch.dtype
+) -> list:
     qkv = empty(tokens, 3, heads, width, dtype=dtype)
     tables = [empty(8192, width // 2, dtype=torch.float32) for _ in range(2)]
     return [qkv, *tables, empty(tokens, dtype=index)]
@@ -254,6 +264,8 @@ def others() -> Iterator[tuple[str, Any]]:
 
 def tune() -> Iterator[tuple[str, Any]]:
     """The candidates of --tune."""
+    from kernels import benchmark_attention
+
     heads, width, _ = BASE
 
     def call(tuning: local_attention.Tuning) -> None:
