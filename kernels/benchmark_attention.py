@@ -34,9 +34,9 @@ from kernels.rope import rope, rope_tables
 WINDOW = 64
 # Of --tune: each half's candidates, the others as they are.
 _TUNED_LAYOUTS = ("full1024", "abstracts", "skewed")
-# All compile for sm_90 with at most 64 bytes of registers spilled, and two programs or more fit on a
-# multiprocessor (tests/kernels/test_compile_for_gpu.py). After what is in use come those of which
-# most fit.
+# Each compiles for sm_90 with at most 64 bytes of registers spilled, and two programs or more fit
+# on a multiprocessor (tests/kernels/test_compile_for_gpu.py). After what is in use come those of
+# which most fit.
 _FORWARD = [
     Tiles(64, 64, 4, 2, 128),
     Tiles(64, 32, 4, 3, 96),

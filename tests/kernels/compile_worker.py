@@ -1,12 +1,11 @@
 """Compile kernels for sm_90 on a machine without a GPU, and print what each takes.
 
-    TRITON_INTERPRET=0 PYTHONPATH=. python tests/kernels/compile_worker.py [usual | all | tune]
+    TRITON_INTERPRET=0 PYTHONPATH=. python tests/kernels/compile_worker.py usual|types|odd|tune
 
 The operations are called as a model calls them, on tensors without storage, and Triton's driver is
 replaced by one that names an H200 and launches nothing. So what is compiled is what a launch would
 compile: its types, its constants, its warps and stages and what Triton itself reads off the
-arguments (alignment, ones). usual: bf16 at base sizes; all: other types, large sizes and the odd
-ones of the tests too; tune: the candidates of `python -m kernels.benchmark --tune`.
+arguments (alignment, ones).
 
 A line of JSON a kernel: its name, the case it was first compiled for, registers a thread, bytes of
 stack (spilled registers, above all), warps, shared memory, products on the tensor cores' warp-group
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,74 +192,56 @@ def usual() -> Iterator[tuple[str, Any]]:
     """What a run of the base model launches, in bf16."""
     heads, width, inner = BASE
     hidden, bf16 = heads * width, torch.bfloat16
-    ids, states = (
-        empty(64, 1024, dtype=torch.int64).flatten(),
-        empty(TOKENS, hidden, dtype=bf16),
-    )
-    yield "rope", lambda: call_rope(TOKENS, heads, width, bf16, torch.int64)
-    yield "local_attention", lambda: call_local_attention(TOKENS, heads, width, bf16, torch.int64)
-    yield "documents", lambda: call_documents(TOKENS, 4096, bf16)
-    yield "norms", lambda: call_norms(TOKENS, hidden, bf16, bf16)
-    yield "geglu", lambda: call_geglu(TOKENS, inner, bf16)
-    yield "loss", lambda: call_loss(19_660, 50_368, hidden, bf16)
-    yield "unpad", lambda: call_unpad(64, 1024, 40_000, torch.int64, [ids, states])
-    yield "stable_adamw", lambda: call_stable_adamw(((0, 2**20), (2**20, 2**20 + 768)))
+    rotary = (TOKENS, heads, width, bf16, torch.int64)
+    yield "rope", partial(call_rope, *rotary)
+    yield "local_attention", partial(call_local_attention, *rotary)
+    yield "documents", partial(call_documents, TOKENS, 4096, bf16)
+    yield "norms", partial(call_norms, TOKENS, hidden, bf16, bf16)
+    yield "geglu", partial(call_geglu, TOKENS, inner, bf16)
+    yield "loss", partial(call_loss, 19_660, 50_368, hidden, bf16)
+    sources = [empty(TOKENS, dtype=torch.int64), empty(TOKENS, hidden, dtype=bf16)]
+    yield "unpad", partial(call_unpad, 64, 1024, 40_000, torch.int64, sources)
+    yield "stable_adamw", partial(call_stable_adamw, ((0, 2**20), (2**20, 2**20 + 768)))
 
 
-def others() -> Iterator[tuple[str, Any]]:
-    """Other types, the large model, and what only tests and callers of the kernels' own ask for."""
-    for dtype in (*HALF_TYPES, torch.float32):
-        for heads, width, inner in (BASE, LARGE):
-            name, hidden = f"{heads}×{width} {dtype}", heads * width
-            yield (
-                f"rope {name}",
-                lambda h=heads, w=width, t=dtype: call_rope(TOKENS, h, w, t, torch.int32),
-            )
-            yield (
-                f"local_attention {name}",
-                lambda h=heads, w=width, t=dtype: call_local_attention(
-                    TOKENS, h, w, t, torch.int32
-                ),
-            )
-            yield (
-                f"norms {name}",
-                lambda h=hidden, t=dtype: call_norms(TOKENS, h, t, torch.float32),
-            )
-            yield f"geglu {name}", lambda i=inner, t=dtype: call_geglu(TOKENS, i, t)
-            yield f"loss {name}", lambda h=hidden, t=dtype: call_loss(19_660, 50_368, h, t)
-        yield f"documents {dtype}", lambda t=dtype: call_documents(1000, 1, t)
-        yield f"odd norms {dtype}", lambda t=dtype: call_norms(37, 6, t, t)
-        yield f"one row's norm {dtype}", lambda t=dtype: call_norms(1, 96, t, t)
-        yield f"odd geglu {dtype}", lambda t=dtype: call_geglu(37, 130, t)
-        yield f"one geglu {dtype}", lambda t=dtype: call_geglu(1, 1, t)
-        yield f"odd loss {dtype}", lambda t=dtype: call_loss(7, 50, 16, t)
-        yield f"one row's loss {dtype}", lambda t=dtype: call_loss(1, 300, 16, t)
-        yield (
-            f"odd unpad {dtype}",
-            lambda t=dtype: call_unpad(
-                5, 200, 229, torch.bool, [empty(1000, 3, 7, dtype=t), empty(1000, dtype=torch.bool)]
-            ),
-        )
-        for heads, width in ODD_HEADS:
-            window = 0 if width == 6 else 9
-            yield (
-                f"rope {heads}×{width} {dtype}",
-                lambda h=heads, w=width, t=dtype: call_rope(37, h, w, t, torch.int64),
-            )
-            yield (
-                f"local_attention {heads}×{width} {dtype}",
-                lambda h=heads, w=width, t=dtype, n=window: call_local_attention(
-                    37, h, w, t, torch.int32, n
-                ),
-            )
-    for columns, capacity in ((1, 1), (4, 6), (1100, 3000), (8192, 65_536)):
-        yield (
-            f"unpad {columns}",
-            lambda c=columns, k=capacity: call_unpad(
-                1 if c == 1 else 8, c, k, torch.int64, [empty(k, 5, dtype=torch.float32)]
-            ),
-        )
-    yield "stable_adamw, odd pieces", lambda: call_stable_adamw(((3, 203), (203, 204), (204, 331)))
+def types() -> Iterator[tuple[str, Any]]:
+    """Other types than bf16, other positions than int64, and the large model."""
+    sizes = [(BASE, dtype) for dtype in (*HALF_TYPES, torch.float32)] + [(LARGE, torch.bfloat16)]
+    for (heads, width, inner), dtype in sizes:
+        name, hidden = f"{heads}×{width} {dtype}", heads * width
+        rotary = (TOKENS, heads, width, dtype, torch.int32)
+        yield f"rope {name}", partial(call_rope, *rotary)
+        yield f"local_attention {name}", partial(call_local_attention, *rotary)
+        yield f"documents {name}", partial(call_documents, TOKENS, 4096, dtype)
+        yield f"norms {name}", partial(call_norms, TOKENS, hidden, dtype, torch.float32)
+        yield f"geglu {name}", partial(call_geglu, TOKENS, inner, dtype)
+        yield f"loss {name}", partial(call_loss, 19_660, 50_368, hidden, dtype)
+
+
+def odd() -> Iterator[tuple[str, Any]]:
+    """What fills no tile, and ones, which Triton takes for constants; GPU tests have both."""
+    half = torch.float16
+    for heads, width in ODD_HEADS:
+        window = 0 if width == 6 else 9
+        rotary = (37, heads, width, half, torch.int32)
+        yield f"rope {heads}×{width}", partial(call_rope, *rotary)
+        yield f"local_attention {heads}×{width}", partial(call_local_attention, *rotary, window)
+    full = (37, 2, 256, torch.float32, torch.int64)
+    yield "local_attention 2×256 fp32", partial(call_local_attention, *full)
+    yield "one document", partial(call_documents, 1000, 1, half)
+    for rows, width in ((37, 6), (1, 96)):
+        yield f"norms {rows}×{width}", partial(call_norms, rows, width, half, half)
+        yield f"geglu {rows}×{width}", partial(call_geglu, rows, width, half)
+        yield f"loss {rows}×{width}", partial(call_loss, rows, 50, width, half)
+    sources = [empty(1000, 3, 7, dtype=half), empty(1000, dtype=torch.bool)]
+    yield "unpad 5×200", partial(call_unpad, 5, 200, 229, torch.bool, sources)
+    for rows, columns, capacity in ((1, 1, 1), (8, 4, 6), (8, 1100, 3000), (8, 8192, 65_536)):
+        sources = [empty(capacity, 5, dtype=torch.float32)]
+        call = partial(call_unpad, rows, columns, capacity, torch.int64, sources)
+        yield f"unpad {rows}×{columns}", call
+    for first in (2, 3):
+        pieces = ((first, 204), (204, 206 + first))
+        yield f"pieces from {first}", partial(call_stable_adamw, pieces)
 
 
 def tune() -> Iterator[tuple[str, Any]]:
@@ -273,17 +255,16 @@ def tune() -> Iterator[tuple[str, Any]]:
         call_local_attention(TOKENS, heads, width, torch.bfloat16, torch.int64)
 
     for tuning in benchmark_attention.candidates():
-        yield benchmark_attention.name_of(tuning), lambda t=tuning: call(t)
+        yield benchmark_attention.name_of(tuning), partial(call, tuning)
 
 
 def main() -> None:
-    which = sys.argv[1] if len(sys.argv) > 1 else "usual"
-    cases = {"usual": [usual], "all": [usual, others], "tune": [tune]}[which]
+    cases = {"usual": usual, "types": types, "odd": odd, "tune": tune}[sys.argv[1]]
     triton.runtime.driver.set_active(NoDevice())
     report = Report()
     JITFunction.run = lambda kernel, *args, **options: report(kernel, *args, **options)
     with set_wrap_triton_enabled(False):
-        for name, call in (case for group in cases for case in group()):
+        for name, call in cases():
             report.case = name
             call()
 

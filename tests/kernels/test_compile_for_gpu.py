@@ -72,10 +72,18 @@ def kernels_in_source() -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_type_and_size(tmp_path: Path) -> None:
-    """Other types, the large model, and the odd sizes and ones that tests on a GPU ask for."""
-    for line in compile_for_gpu("all", tmp_path):
-        assert line["shared"] <= SHARED, line
+def test_every_type_and_the_large_model(tmp_path: Path) -> None:
+    """Heads of 64 in full fp32, whose products take no tensor cores, may spill more."""
+    for line in compile_for_gpu("types", tmp_path):
+        spilled = 256 if "float32" in line["case"] else 64
+        assert line["stack"] <= (spilled if line["kernel"] in SPILLED else 0), line
+        assert programs(line) >= (1 if "float32" in line["case"] else 2), line
+
+
+@pytest.mark.slow
+def test_odd_sizes_and_ones(tmp_path: Path) -> None:
+    """That they compile and fit; their speed matters to nobody."""
+    for line in compile_for_gpu("odd", tmp_path):
         assert programs(line) >= 1, line
 
 
