@@ -195,7 +195,7 @@ def run_case(case: Case, table: Table) -> None:
                     table.add(case, direction, f"{who}, launched", event_time(calls[0]), peak)
                 else:
                     table.add(case, direction, who, graph_time(calls), peak)
-        except (RuntimeError, ImportError, TypeError, ValueError) as error:
+        except Exception as error:  # vendors' compilers raise classes of their own
             print(f"{case.op} {case.layout} {who}: not measured: {type(error).__name__}: {error}")
         torch.cuda.empty_cache()
 
@@ -283,22 +283,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "kernels.benchmark needs a CUDA GPU: on a CPU the kernels run in Triton's interpreter, "
             "which shows whether they are right (pytest tests/kernels) and nothing of their speed"
         )
-    old = read_csv(options.csv) if options.csv else ([], {})
+    old = results = read_csv(options.csv) if options.csv else ([], {})
     # Backward is measured by itself, on one forward's result, again and again.
     torch._functorch.config.donated_buffer = False
     # One stream for everything: backward runs where forward ran, and a graph captures one stream.
     with torch.cuda.stream(torch.cuda.Stream()):
         operations = ["local_attention"] if options.tune else options.op or cases.OPERATIONS
-        table, header = measure(operations, options.tokens, options.tune)
-    results = merge(old, table.rows, header)
-    if options.csv:
-        write_csv(options.csv, *results)
+        for rows, header in measure(operations, options.tokens, options.tune):
+            results = merge(old, rows, header)
+            if options.csv:  # each time, so that a run that is cut off loses one operation
+                write_csv(options.csv, *results)
     if options.plot:
         plot(options.plot, *results)
 
 
-def measure(operations: Sequence[str], tokens: Sequence[int], tune: bool) -> tuple[Table, str]:
-    """Everybody's results on these operations, and one line on where they were measured."""
+def measure(
+    operations: Sequence[str], tokens: Sequence[int], tune: bool
+) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """After each operation, everybody's results so far and one line on where they were measured."""
     roofline = measure_roofline()
     found = {name: version_of(name) for name in _PEERS}
     peers = "".join(f"{name} {number}, " for name, number in found.items() if number)
@@ -319,7 +321,7 @@ def measure(operations: Sequence[str], tokens: Sequence[int], tune: bool) -> tup
                 if len(tokens) > 1:
                     case.layout = f"{case.layout}, {count} tokens"
                 run_case(case, table)
-    return table, header
+            yield table.rows, header
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
                 who[f"{name} + our rope"] = partial(_apart, attend)
         pairs = sum(seen_pairs(length, WINDOW) for length in lengths)
         yield Case(
-            "local_attention",
+            "local_attention_tuning" if tune else "local_attention",
             layout,
             [[qkv, cos, sin, places, bounds] for qkv in packed],
             who,
