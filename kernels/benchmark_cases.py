@@ -278,7 +278,8 @@ def _stable_adamw(tokens: int) -> Iterator[Case]:
     ends = [0, *itertools.accumulate(sizes)]
     pieces = tuple(itertools.pairwise(ends))
     state = [torch.randn(4, ends[-1], device="cuda").abs_().unbind() for _ in range(2)]
-    shares, rates = torch.full((2,), 0.02, device="cuda"), torch.full((len(sizes),), 1e-4).cuda()
+    shares = torch.full((2,), 0.02, device="cuda")
+    rates = torch.full((len(sizes),), 1e-4, device="cuda")
     scale, skip = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
     steps = torch.full((len(sizes),), 10.0, device="cuda").unbind()
     who: dict[str, Callable[..., Outputs]] = {
