@@ -183,7 +183,7 @@ class Decoder(nn.Linear):
     ZeRO-3 gathers a module's parameters for just that long.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden: Tensor, labels_M: Tensor | None = None, counted: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         if labels_M is None:

@@ -32,10 +32,15 @@ T = TypeVar("T")
 class StepCounts:
     """What a whole step holds over all ranks and micro-steps."""
 
-    masked_tokens: int
+    masked_by_source: BySource
     rows_by_source: BySource
     tokens_by_source: BySource
     """real tokens, padding not counted"""
+
+    @property
+    def masked_tokens(self) -> int:
+        """Masked tokens of all sources."""
+        return sum(self.masked_by_source.values())
 
     @property
     def tokens(self) -> int:
@@ -75,12 +80,13 @@ class StepMaker:
         counts = self._counts_of(phase)
         rows: Counter[str] = Counter()
         tokens: Counter[str] = Counter()
-        masked = 0
+        masked: Counter[str] = Counter()
         for at in _addresses(phase, plan):
             rows[at.source] += 1
             tokens[at.source] += counts.tokens(at.source, at.row)
-            masked += masked_count(plan.mask_rate, counts.maskable(at.source, at.row))
-        return StepCounts(masked, dict(rows), dict(tokens))
+            maskable = counts.maskable(at.source, at.row)
+            masked[at.source] += masked_count(plan.mask_rate, maskable)
+        return StepCounts(dict(masked), dict(rows), dict(tokens))
 
     def micro_batches(self, plan: StepPlan) -> Iterator[PackedBatch]:
         """The rank's micro-batches of a step, in order."""

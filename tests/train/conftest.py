@@ -37,6 +37,23 @@ ROOT = Path(__file__).parent.parent.parent
 CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
 HANGS_AFTER_S = 1200
 """far longer than any run of these takes on a slow and busy machine"""
+MEASURED = {
+    "time",
+    "eta_s",
+    "tok_per_s",
+    "padded_tok_per_s",
+    "tflop_per_s",
+    "mfu",
+    "step_s",
+    "step_parts_s",
+    "data_wait_s",
+    "data_wait_rank",
+    "pause_s",
+    "memory_allocated_gib",
+    "memory_reserved_gib",
+    "memory_resident_gib",
+}
+"""keys of records that are of the machine, not of the run"""
 UNUSED = 9
 """an ordinary-looking id that the tokenizer excludes from random replacement"""
 REAL_VOCABULARY, VOCABULARY = 61, 64
@@ -316,9 +333,8 @@ class Launcher:
         """The records of a kind in the metrics.jsonl of the run `name`, times left out."""
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        timing = {"tok_per_s", "step_s", "data_wait_s"}
         return [
-            {key: value for key, value in record.items() if key not in timing}
+            {key: value for key, value in record.items() if key not in MEASURED}
             for record in records
             if record["kind"] == kind
         ]
