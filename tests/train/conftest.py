@@ -367,7 +367,11 @@ def two_ranks(
         f"half{stage}": {"zero_stage": stage, "precision": "bf16", "phases": both}
         for stage in (0, 1)
     }
-    runs["muon"] = {"zero_stage": 2, "optimizer": {"name": "muon"}}
+    runs["muon"] = {
+        "zero_stage": 2,
+        "optimizer": {"name": "muon"},
+        "profile": {"first_step": 3, "steps": 2, "rank": 1},
+    }
     # The two phases as two runs, the second from where the first ended.
     runs["first"] = {"phases": {"short": both["short"]}}
     start = str(launcher.folder / "first" / "checkpoints" / "step_00000008")
