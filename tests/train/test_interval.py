@@ -152,3 +152,32 @@ def test_a_peak_is_known_or_there_is_none(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_of(torch.device("cuda", 0), precision) == peak
     assert peak_of(CPU, precision) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("joined")
+def test_on_a_gpu_nothing_is_waited_for_before_the_end(resolved: Callable[..., Any]) -> None:
+    run, device = resolved(1), torch.device("cuda")
+    interval = Interval(SimpleNamespace(wait_seconds=0.0), device, peak=1e15)
+    interval.restart(run.phases["main"])
+    maker, plan = StepMaker(run, 0), next(run.plans(Progress()))
+    pinned = [batch.pin() for batch in maker.micro_batches(plan)]
+    losses = [losses_of(batch).to(device) for batch in pinned]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch, losses_M in zip(pinned, losses, strict=True):
+            interval.clock.mark("data")
+            interval.add(batch.to(device), losses_M)
+            interval.clock.mark("forward_backward")
+        interval.clock.mark("optimizer")
+        interval.add_step(plan, maker.counts(plan))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    interval.loss_sums = interval.loss_sums.cpu()  # what adds them up over ranks here is gloo
+    found = interval.close()
+    together = torch.cat([losses_of(batch) for batch in pinned]).sum().item()
+    assert found["loss"] * found["masked_tokens"] == pytest.approx(together, rel=1e-6)
+    assert 0 < sum(found["step_parts_s"].values()) <= found["step_s"]
+    assert found["memory_reserved_gib"] >= found["memory_allocated_gib"] > 0
