@@ -239,11 +239,11 @@ def _linear_cross_entropy(
     All of them are fp32 (or fp64). Without gradients these are empty.
     """
     gradients = _empty_gradients(hidden, weight, bias, with_gradients)
+    losses = gradients[0].new_zeros(labels.shape)
     grad_hidden, grad_weight, grad_bias = gradients
     grad_weight.zero_()
     grad_bias.zero_()
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    losses = torch.zeros(rows, dtype=grad_bias.dtype, device=hidden.device)
     most = max(1, (_ELEMENTS_A_CHUNK if in_triton else _ELEMENTS_A_PLAIN_CHUNK) // vocabulary)
     buffer = hidden.new_empty((min(rows, most), vocabulary))
     rows = min(rows, -(-counted // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)

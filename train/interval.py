@@ -3,6 +3,8 @@
 import resource
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +12,9 @@ from torch import Tensor
 
 from train.batch import PackedBatch
 from train.flops import peak_flops, training_flops
-from train.loader import Loader, StepCounts
+from train.loader import LoadedStep, Loader
 from train.ranks import gather, of_all_ranks, sum_over_ranks
 from train.resolve import RunPhase
-from train.schedule import StepPlan
 from train.step_clock import PARTS, StepClock, event_maker
 
 GIB = 2**30
@@ -31,8 +32,6 @@ class Interval:
 
     The loss is exact: sums of cross-entropy over all ranks and steps divided by their masked
     tokens. Nothing is waited for until the interval is closed: sums stay on the device.
-
-    clock: marked by whoever does a part of a step; loss_sums: (sources,) fp64, this rank's.
     """
 
     def __init__(self, loader: Loader, device: torch.device, peak: float | None) -> None:
@@ -40,14 +39,14 @@ class Interval:
         self._loader, self._device = loader, device
         peaks = gather(peak)
         self._peak = sum(peak for peak in peaks if peak is not None) if all(peaks) else None
-        self.clock = StepClock(event_maker(device))
+        self._clock = StepClock(event_maker(device))
         self._paused = time.perf_counter()
 
     def restart(self, phase: RunPhase) -> None:
         """Begin the next interval, in `phase`, here; what lies between it and a close is no
         step's."""
         self._phase = phase
-        self.loss_sums = torch.zeros(
+        self._loss_sums = torch.zeros(
             len(phase.shape.sources), dtype=torch.float64, device=self._device
         )
         self._masked: Counter[str] = Counter()
@@ -55,24 +54,34 @@ class Interval:
         self._flops = 0.0
         self._wait = self._loader.wait_seconds
         self._start = time.perf_counter()
-        self.clock.start()
+        self._clock.start()
 
-    def add(self, batch: PackedBatch, losses_M: Tensor) -> None:
-        """Add a micro-batch of this rank: the cross-entropy of each of its masked tokens."""
-        self.loss_sums.index_add_(0, batch.masked_sources, losses_M.double())
-        self._flops += training_flops(self._phase.model_config, batch.lengths, batch.masked_tokens)
+    def watch(self, loaded: LoadedStep) -> LoadedStep:
+        """The same step; it is noted when its micro-batches come and when one is done with."""
+        return replace(loaded, micro_batches=self._watched(loaded.micro_batches))
 
-    def add_step(self, plan: StepPlan, counts: StepCounts) -> None:
-        """Add a whole step, over all ranks, when its micro-batches have been."""
+    def _watched(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        for batch in batches:
+            self._clock.mark("data")
+            self._flops += training_flops(
+                self._phase.model_config, batch.lengths, batch.masked_tokens
+            )
+            yield batch
+            self._clock.mark("forward_backward")
+
+    def add(self, loaded: LoadedStep, loss_sums: Tensor) -> None:
+        """Add a step that has just been taken: this rank's sums of cross-entropy, (sources,)."""
+        self._clock.mark("optimizer")
+        self._loss_sums += loss_sums
         self._steps += 1
-        self._masked.update(counts.masked_by_source)
-        self._tokens += counts.tokens
-        self._slots += plan.rows * self._phase.shape.row_tokens
+        self._masked.update(loaded.counts.masked_by_source)
+        self._tokens += loaded.counts.tokens
+        self._slots += loaded.plan.rows * self._phase.shape.row_tokens
 
     def close(self) -> dict[str, Any]:
         """Figures over all ranks; waits for the device. Every rank calls this."""
-        loss_sums = sum_over_ranks(self.loss_sums).tolist()
-        parts = self.clock.read()
+        loss_sums = sum_over_ranks(self._loss_sums).tolist()
+        parts = self._clock.read()
         now = time.perf_counter()
         seconds, pause = now - self._start, self._start - self._paused
         self._paused = now

@@ -100,6 +100,10 @@ class StepMaker:
         """How many micro-batches of a step a rank gets."""
         return plan.rows // (self._run.ranks * self._run.phases[plan.phase].shape.rows)
 
+    def sources(self, plan: StepPlan) -> tuple[str, ...]:
+        """Those of a step's phase, by their numbers."""
+        return self._run.phases[plan.phase].shape.sources
+
     def _counts_of(self, phase: RunPhase) -> RowCounts:
         """The row counts of a phase's data set, which other phases may share."""
         counts = self._counts.get(phase.data.folder)
@@ -137,6 +141,8 @@ class LoadedStep:
     plan: StepPlan
     counts: StepCounts
     micro_steps: int
+    sources: tuple[str, ...]
+    """those that the numbers of the micro-batches' sources are of"""
     micro_batches: Iterator[PackedBatch]
 
 
@@ -159,8 +165,8 @@ class Loader:
     def __iter__(self) -> Iterator[LoadedStep]:
         for item in self._ahead:
             assert isinstance(item, tuple)
-            plan, counts, micro_steps = item
-            yield LoadedStep(plan, counts, micro_steps, self._take(micro_steps))
+            plan, counts, micro_steps, sources = item
+            yield LoadedStep(plan, counts, micro_steps, sources, self._take(micro_steps))
 
     def __enter__(self) -> "Loader":
         self._ahead.start()
@@ -178,9 +184,9 @@ class Loader:
     @staticmethod
     def _make(
         maker: StepMaker, plans: Iterable[StepPlan], pin: bool
-    ) -> Iterator[tuple[StepPlan, StepCounts, int] | PackedBatch]:
+    ) -> Iterator[tuple[StepPlan, StepCounts, int, tuple[str, ...]] | PackedBatch]:
         for plan in plans:
-            yield plan, maker.counts(plan), maker.micro_steps(plan)
+            yield plan, maker.counts(plan), maker.micro_steps(plan), maker.sources(plan)
             for batch in maker.micro_batches(plan):
                 yield batch.pin() if pin else batch
 

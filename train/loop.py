@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.config import ConfigError, config_to_yaml
 from common.files import whole_file, write_json
@@ -88,12 +89,11 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
             # whose time is none of training's.
             logs = plan.step % config.log.every_steps == 0 or plan.step == 1 or saves or validates
 
-            accumulate(engine, loaded, ranks, device, interval)
+            loss_sums = accumulate(engine, interval.watch(loaded), ranks, device)
             norms = step(engine, plan.rates, want_norms=logs)
-            interval.clock.mark("optimizer")
+            interval.add(loaded, loss_sums)
             counts = loaded.counts
             progress = progress.after(plan, counts.rows_by_source, counts.tokens_by_source)
-            interval.add_step(plan, counts)
             if console is not None:
                 console.step(plan.step, plan.slots, progress.all_tokens)
             if norms is not None:
@@ -136,12 +136,13 @@ def check_finite(plan: StepPlan, loss: float, norms: Norms) -> None:
     )
 
 
-def accumulate(
-    engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device, interval: Interval
-) -> None:
-    """Forward and backward of every micro-batch of this rank, whose losses `interval` gets."""
+def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:
+    """Forward and backward of every micro-batch.
+
+    Returns this rank's sums of cross-entropy by source, (sources,) fp64, on the device.
+    """
+    loss_sums = torch.zeros(len(loaded.sources), dtype=torch.float64, device=device)
     for number, host_batch in enumerate(loaded.micro_batches, start=1):
-        interval.clock.mark("data")
         batch = host_batch.to(device)
         loss, losses_M = engine(
             batch.input_ids,
@@ -155,8 +156,8 @@ def accumulate(
         )
         is_last = number == loaded.micro_steps
         backward(engine, loss, ranks.size, loaded.counts.masked_tokens, is_last)
-        interval.add(batch, losses_M)
-        interval.clock.mark("forward_backward")
+        loss_sums.index_add_(0, batch.masked_sources, losses_M.double())
+    return loss_sums
 
 
 def _circumstances(

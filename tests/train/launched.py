@@ -44,7 +44,6 @@ def main() -> None:
 def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> None:
     """The loss and the gradients of the first step; `mine` is rank 0's part of the sum."""
     from train.engine import start_engine
-    from train.interval import Interval
     from train.loader import Loader, StepMaker
     from train.loop import accumulate
     from train.start import make_model
@@ -53,10 +52,7 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
     maker = StepMaker(run, ranks.rank)
     with Loader(maker, run.plans(Progress()), pin=False) as loader:
         loaded = next(iter(loader))
-        interval = Interval(loader, device, peak=None)
-        interval.restart(run.phases[loaded.plan.phase])
-        accumulate(engine, loaded, ranks, device, interval)
-    loss = interval.loss_sums.sum()
+        loss = accumulate(engine, loaded, ranks, device).sum()
     mine = float(loss)
     loss = float(sum_over_ranks(loss)) / loaded.counts.masked_tokens
     if ranks.is_first:

@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train import interval as module
+from train.batch import PackedBatch
 from train.flops import training_flops
 from train.interval import Interval, peak_of
-from train.loader import StepMaker
+from train.loader import LoadedStep, StepMaker
+from train.loop import accumulate
 from train.masking import masked_count
-from train.schedule import Progress
+from train.ranks import Ranks
+from train.schedule import Progress, StepPlan
 
 CPU = torch.device("cpu")
 
@@ -38,19 +41,34 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def losses_of(batch: Any) -> Tensor:
-    """Some losses of a micro-batch's labels, 0 for filler."""
-    return torch.where(batch.labels == -100, 0.0, batch.labels % 7 + 0.5).float()
+def losses_of(labels: Tensor) -> Tensor:
+    """Some losses of labels, 0 for filler."""
+    return torch.where(labels == -100, 0.0, labels % 7 + 0.5).float()
 
 
-def take_step(interval: Interval, maker: StepMaker, plan: Any) -> list[Any]:
+class Engine:
+    """What training calls of an engine, without a model."""
+
+    def __call__(self, *batch: Any, each: bool) -> tuple[Tensor, Tensor]:
+        losses_M = losses_of(batch[5])
+        return losses_M.sum(), losses_M
+
+    def set_gradient_accumulation_boundary(self, is_last: bool) -> None:
+        """Nothing is accumulated."""
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool) -> None:
+        """There are no gradients."""
+
+
+def take_step(
+    interval: Interval, maker: StepMaker, plan: StepPlan, device: torch.device = CPU
+) -> list[PackedBatch]:
+    """A step as the loop takes it; its micro-batches."""
     batches = list(maker.micro_batches(plan))
-    for batch in batches:
-        interval.clock.mark("data")
-        interval.add(batch, losses_of(batch))
-        interval.clock.mark("forward_backward")
-    interval.clock.mark("optimizer")
-    interval.add_step(plan, maker.counts(plan))
+    ready = [batch if device == CPU else batch.pin() for batch in batches]
+    counts, sources = maker.counts(plan), maker.sources(plan)
+    loaded = LoadedStep(plan, counts, len(batches), sources, iter(ready))
+    interval.add(loaded, accumulate(Engine(), interval.watch(loaded), Ranks(), device))
     return batches
 
 
@@ -73,7 +91,7 @@ def test_figures_are_those_of_the_rows(resolved: Callable[..., Any], seconds: li
     sums: dict[str, list[float]] = {"notes": [], "papers": []}
     flops = tokens = 0.0
     for number, batch in enumerate(batches):
-        losses, at = losses_of(batch), 0
+        losses, at = losses_of(batch.labels), 0
         for row in range(2):
             address = phase.order[2 * number + row]
             read = phase.data.read("train", address.source, address.row)
@@ -157,27 +175,25 @@ def test_a_peak_is_known_or_there_is_none(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("joined")
-def test_on_a_gpu_nothing_is_waited_for_before_the_end(resolved: Callable[..., Any]) -> None:
+def test_on_a_gpu_nothing_is_waited_for_before_the_end(
+    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, device = resolved(1), torch.device("cuda")
+    monkeypatch.setattr(module, "sum_over_ranks", lambda tensor: tensor)  # gloo has none on a GPU
     interval = Interval(SimpleNamespace(wait_seconds=0.0), device, peak=1e15)
     interval.restart(run.phases["main"])
     maker, plan = StepMaker(run, 0), next(run.plans(Progress()))
-    pinned = [batch.pin() for batch in maker.micro_batches(plan)]
-    losses = [losses_of(batch).to(device) for batch in pinned]
+    take_step(interval, maker, plan, device)
+    interval.close()
+    interval.restart(run.phases["main"])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch, losses_M in zip(pinned, losses, strict=True):
-            interval.clock.mark("data")
-            interval.add(batch.to(device), losses_M)
-            interval.clock.mark("forward_backward")
-        interval.clock.mark("optimizer")
-        interval.add_step(plan, maker.counts(plan))
+        batches = take_step(interval, maker, plan, device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    interval.loss_sums = interval.loss_sums.cpu()  # what adds them up over ranks here is gloo
     found = interval.close()
-    together = torch.cat([losses_of(batch) for batch in pinned]).sum().item()
+    together = sum(losses_of(batch.labels).sum().item() for batch in batches)
     assert found["loss"] * found["masked_tokens"] == pytest.approx(together, rel=1e-6)
     assert 0 < sum(found["step_parts_s"].values()) <= found["step_s"]
     assert found["memory_reserved_gib"] >= found["memory_allocated_gib"] > 0
