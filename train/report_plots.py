@@ -121,7 +121,9 @@ def source_plot(curves: Curves) -> str:
             at, losses = points(curves.train, _of(source, "loss"))
             _, weights = points(curves.train, _of(source, "masked_tokens"))
             drawn.append(thinned(at, smoothed(losses, weights)))
-            axes.plot(*drawn[-1], label=source, color=color_of(source))
+            # A source may be so rare that one record alone has any of it.
+            marker = "." if len(at) == 1 else None
+            axes.plot(*drawn[-1], label=source, color=color_of(source), marker=marker)
         axes.set(title="training loss, nats, smoothed")
         axes.legend(loc="upper right", fontsize=8, ncols=2)
         _look_close(axes, EARLY * steps[-1], drawn)
@@ -324,7 +326,8 @@ def _mark(axes: Axes, curves: Curves, begin: float, names_phases: bool) -> None:
             axes.text(middle, 0.02, name, transform=place, ha="center", color="0.4", clip_on=True)
     for step in curves.resumed:
         axes.axvline(step, color="0.35", linestyle=":", linewidth=1)
-    axes.set_xlim(begin, curves.train[-1]["step"])
+    last = curves.train[-1]["step"]
+    axes.set_xlim(begin, last + 0.01 * (last - begin))
 
 
 def _look_close(axes: Axes, begin: float, lines: Sequence[Points]) -> None:
