@@ -7,6 +7,8 @@ from tqdm import tqdm
 
 Record = dict[str, Any]
 
+MUCH = 0.01
+"""the share of a step from which on it is said which rank waited for data"""
 _SCALES = (("B", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -62,11 +64,12 @@ class Console:
         speed = f"loss {record['loss']:.4f}  {record['tok_per_s']:,.0f} tok/s{mfu}"
         self._figures = f"  {speed}  {left}"
         wait = record["data_wait_s"] / record["step_s"]
+        rank = f" of rank {record['data_wait_rank']}" if wait >= MUCH else ""
         skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
         self.line(
             f"{self._place(record['step'])}  {amount(record['tokens'])} tokens  {speed}  "
             f"lr {record['lr']:.2e}  grad {record['grad_norm']:.3f}  data wait {wait:.1%}"
-            f"{skipped}  {left}"
+            f"{rank}{skipped}  {left}"
         )
 
     def validation(self, record: Record) -> None:

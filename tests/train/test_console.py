@@ -15,6 +15,7 @@ RECORD = {
     "lr": 1e-3,
     "grad_norm": 1.0,
     "data_wait_s": 0.004,
+    "data_wait_rank": 3,
     "step_s": 2.0,
     "skipped_steps": 0,
     "eta_s": 3723.0,
@@ -31,14 +32,14 @@ def test_a_line_has_step_tokens_loss_speed_mfu_and_time_left() -> None:
     with Console(300, 1000, out) as console:
         console.step(10, 100, 90)
         console.train(RECORD)
-        console.train({**RECORD, "mfu": None, "skipped_steps": 2})
+        console.train({**RECORD, "mfu": None, "skipped_steps": 2, "data_wait_s": 0.5})
     first, second = out.getvalue().splitlines()
     assert first == (
         "step  10/300  12.35M tokens  loss 4.0000  423,000 tok/s  MFU 41.2%  lr 1.00e-03  "
         "grad 1.000  data wait 0.2%  left 1:02:03"
     )
     assert "MFU" not in second
-    assert "skipped 2" in second
+    assert "data wait 25.0% of rank 3  skipped 2" in second
 
 
 def test_a_terminal_has_a_bar_below_the_lines() -> None:

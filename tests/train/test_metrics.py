@@ -20,6 +20,7 @@ TRAIN = {
     "mfu": None,
     "step_s": 2.0,
     "data_wait_s": 0.0,
+    "data_wait_rank": 0,
     "skipped_steps": 0,
     "pause_s": 0.0,
 }
