@@ -77,9 +77,9 @@ def main() -> None:
                     continue
                 seen.add((half, tiles))
                 options = local_attention.launch_options(tiles, heads, width, 64)
-                kernel = local_attention._forward_kernel
+                kernel = local_attention._local_attention_forward_kernel
                 if half != "forward":
-                    kernel = local_attention._backward_kernel
+                    kernel = local_attention._local_attention_backward_kernel
                     options |= {"QUERIES": queries, "KEYS": keys}
                 name = f"local_attention {half} {element[1:]} {heads}x{width} {tiles}"
                 compile_for_hopper(name, kernel, attention_types(element), options)
