@@ -68,18 +68,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     asked = parser.parse_intermixed_args(arguments)
+    # Options that take several names take the words behind them, too.
+    for taken in (asked.case or [], asked.who or []):
+        asked.overrides += [word for word in taken if "=" in word]
+        taken[:] = [word for word in taken if "=" not in word]
     try:
         ranks = find_ranks()
         device = choose_device(ranks)
-        # Before hours are spent: whether the file can be merged into, and the cases exist.
+        # All that may be wrong with the words, before anything is measured.
         records = [] if asked.json is None else results.read(asked.json)
-        cases = chosen_cases(asked.case, asked.data, device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        runs = [
+            (case, resolve_case(case, asked.config, asked.overrides, ranks.size, on_gpu))
+            for case in chosen_cases(asked.case, asked.data, on_gpu)
+        ]
     except (ConfigError, DataError) as error:
         return _fail(str(error))
     join(ranks, device)
     new: list[results.Record] = []
     try:
-        _measure_all(asked, cases, ranks, device, records, new)
+        _measure_all(asked, runs, ranks, device, records, new)
         if ranks.is_first:
             everything = results.merge(records, new)
             print("\n".join(results.comparisons(everything)), flush=True)
@@ -87,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
                 results.plot(asked.plot, everything)
     except ConfigError as error:
         return _fail(str(error))
-    torch.distributed.destroy_process_group()
+    finally:
+        torch.distributed.destroy_process_group()
     return int(any(record["error"] is not None for record in new))
 
 
@@ -106,7 +115,7 @@ def chosen_cases(names: Sequence[str] | None, data: Sequence[Path], on_gpu: bool
 
 def _measure_all(
     asked: argparse.Namespace,
-    cases: Sequence[Case],
+    runs: Sequence[tuple[Case, Run]],
     ranks: Ranks,
     device: torch.device,
     records: list[results.Record],
@@ -114,9 +123,7 @@ def _measure_all(
 ) -> None:
     """Measure case after case into `new`, the file written after each."""
     machine: results.Machine | None = None
-    for case in cases:
-        # Raises ConfigError for keys that fit no case, before anything is measured.
-        run = resolve_case(case, asked.config, asked.overrides, ranks.size, device.type == "cuda")
+    for case, run in runs:
         if machine is None:
             machine = _machine(run, device)
             if ranks.is_first:

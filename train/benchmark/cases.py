@@ -70,13 +70,6 @@ class Case:
     reach: int | None = None
     stretch: int | None = None
 
-    @property
-    def max_length(self) -> int:
-        """The length at which documents are cut."""
-        if isinstance(self.layout, Layout):
-            return self.layout.max_length
-        return DataSet(self.layout).max_length
-
 
 _ABSTRACTS = Layout(median=250, max_length=1024)
 _NOTES = Layout(median=2200, max_length=8192)
@@ -101,7 +94,7 @@ TINY = Case(
     "tiny",
     Layout(median=40, max_length=128, row_tokens=256, rows=16, vocabulary=512),
     _TINY,
-    micro_rows=2,
+    micro_rows=1,
     micro_steps=2,
     without_engine=True,
 )
@@ -114,7 +107,7 @@ def shard_case(folder: Path) -> Case:
     Raises DataError where `folder` is none.
     """
     length = DataSet(folder).max_length
-    return Case(f"shards-{length}", folder, None, with_peers=True)
+    return Case(f"shards-{length}", folder, None)
 
 
 def resolve_case(

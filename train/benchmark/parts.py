@@ -38,10 +38,10 @@ _ALL_LABELS = (*_LABELS.values(), _OPTIMIZER, _ACCUMULATE, _AUTOGRAD)
 
 _COMMUNICATION = re.compile(r"nccl", re.IGNORECASE)
 # Inductor puts the names of all it has fused into a kernel's; its products are templates.
-_FUSED = re.compile(r"^triton_(poi|red|per|for)_")
+_FUSED = re.compile(r"^triton_(?!tem_|mm)")
 _ATTENTION = re.compile(r"flash|fmha|attention|attn|sdpa", re.IGNORECASE)
 _GEMM = re.compile(
-    r"gemm|nvjet|xmma|cublas|cutlass|wgmma|gemv|split_?k|triton_tem_|triton_mm|_matmul|scaled_mm",
+    r"gemm|nvjet|xmma|cublas|cutlass|wgmma|gemv|split_?k|triton_tem_|triton_mm|scaled_mm",
     re.IGNORECASE,
 )
 

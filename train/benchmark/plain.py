@@ -40,9 +40,8 @@ class PlainEngine:
             self.optimizer.set_layouts({flat.weights: flat.layout for flat in self._groups})
         self._is_last = False
 
-    def __call__(self, *batch: Any) -> Tensor:
-        loss: Tensor = self.module(*batch)
-        return loss
+    def __call__(self, *batch: Any, **options: Any) -> Any:
+        return self.module(*batch, **options)
 
     def set_gradient_accumulation_boundary(self, is_last: bool) -> None:
         """Whether the next backward is the step's last."""
