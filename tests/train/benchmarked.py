@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from train.benchmark import __main__ as command
-from train.benchmark import cases, measure, peers, plain
+from train.benchmark import cases, measure, parts, peers, plain
 from train.loader import Loader, StepMaker
 from train.loop import accumulate, make_ready
 from train.ranks import Ranks
@@ -72,7 +73,10 @@ def without_memory() -> list[int]:
 
 
 def differences(rule: str, words: list[str]) -> dict[str, float]:
-    """How far weights move in three steps, and how far apart they are with and without engine."""
+    """How far weights move in three steps, and how far apart they are with and without engine.
+
+    The steps are watched, so that a label which the parts of a step are told by is missed here.
+    """
     # Clipped, for a random model's gradient is large.
     more = [f"optimizer.name={rule}", "optimizer.gradient_clipping=0.5"]
     run = cases.resolve_case(cases.TINY, None, [*words, *more], 1, on_gpu=False)
@@ -81,10 +85,17 @@ def differences(rule: str, words: list[str]) -> dict[str, float]:
         model, _ = make_ready(run, CPU)
         engine = start(model, run)
         plans = list(itertools.islice(run.plans(Progress()), 3))
-        with Loader(StepMaker(run, 0), plans, pin=False) as loader:
-            for loaded in loader:
-                accumulate(engine, loaded, Ranks(), CPU)
-                measure.step(engine, loaded.plan.rates, want_norms=False)
+        own = dict(vars(engine))
+        with Loader(StepMaker(run, 0), plans, pin=False) as loader, parts.labelled(engine):
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                for loaded in loader:
+                    accumulate(engine, loaded, Ranks(), CPU)
+                    measure.step(engine, loaded.plan.rates, want_norms=False)
+        assert vars(engine).keys() == own.keys()
+        assert engine.optimizer_step is own["optimizer_step"]
+        names = [event.name for event in profiler.events()]
+        for label in parts.LABELS:
+            assert any(label in name for name in names), label
         weights.append(flat(model))
         engine.destroy()
     before, ours, theirs = weights

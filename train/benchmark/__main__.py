@@ -1,7 +1,7 @@
 """Measure the speed of training: whole steps, as `train/main.py` takes them, and Hugging Face's.
 
     python -m train.benchmark --json FILE --plot FILE                   # every case, one GPU
-    python -m train.benchmark --case notes-8192 --who ours attention=varlen
+    python -m train.benchmark --case notes-8192 --who ours --label varlen attention=varlen
     python -m train.benchmark --case shards --data data/base/rows-1024
     deepspeed --num_gpus 2 --module train.benchmark --case accumulate-8 --json FILE
     python -m train.benchmark --case --json FILE --plot FILE            # only draw
@@ -60,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         "without a name nothing is measured",
     )
     parser.add_argument("--who", nargs="+", metavar="NAME", help="only who bears these names")
+    parser.add_argument(
+        "--label", help="ours is called `ours, LABEL` in the records: ours with these key=value"
+    )
     parser.add_argument("--config", type=Path, help="a run's file: its model, optimizer, engine, …")
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="real data sets")
     parser.add_argument("--json", type=Path, help="write the records here, over older ones")
@@ -134,15 +137,16 @@ def _measure_all(
         for who, measure_it in _everybody(case, ranks, device, repeats).items():
             if asked.who is not None and who not in asked.who:
                 continue
+            name = f"{who}, {asked.label}" if asked.label and who == results.OURS else who
             try:
                 found = measure_it(run)
-                record = results.make_record(case, who, ranks.size, run, machine, found)
+                record = results.make_record(case, name, ranks.size, run, machine, found)
             except Exception as error:
                 # Among several ranks one that fails leaves the others waiting for it.
                 if ranks.size > 1 and not ranks.is_first:
                     raise
-                record = results.failed(case, who, ranks.size, machine, error)
-            new.append(record)
+                record = results.failed(case, name, ranks.size, machine, error)
+            new.append(record | {"words": asked.overrides})
             if ranks.is_first:
                 print(results.line(record), flush=True)
                 if asked.json is not None:

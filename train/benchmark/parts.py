@@ -34,7 +34,7 @@ _LABELS = {"optimizer_step": _WHOLE_STEP, "step": _STEP, "backward": _BACKWARD}
 # ... and PyTorch's own.
 _OPTIMIZER, _ACCUMULATE = "Optimizer.step#", "AccumulateGrad"
 _AUTOGRAD = "autograd::engine::evaluate_function"
-_ALL_LABELS = (*_LABELS.values(), _OPTIMIZER, _ACCUMULATE, _AUTOGRAD)
+LABELS = (*_LABELS.values(), _OPTIMIZER, _ACCUMULATE, _AUTOGRAD)
 
 _COMMUNICATION = re.compile(r"nccl", re.IGNORECASE)
 # Inductor puts the names of all it has fused into a kernel's; its products are templates.
@@ -91,7 +91,7 @@ def split(kernels: Iterable[Kernel], step_seconds: float) -> Parts:
 def profile_step(engine: Engine, take: Callable[[], None], step_seconds: float) -> Parts:
     """Take a step under the profiler; its parts, of a step that takes `step_seconds` without."""
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with _labelled(engine):
+    with labelled(engine):
         torch.cuda.synchronize()
         with profile(activities=activities) as profiler:
             take()
@@ -110,11 +110,11 @@ def read_kernels(events: Sequence[dict[str, Any]]) -> list[Kernel]:
     was going on.
     """
     launches: dict[int, tuple[Any, float]] = {}
-    marks = {label: _Ranges() for label in _ALL_LABELS}
+    marks = {label: _Ranges() for label in LABELS}
     for event in events:
         kind, name = event.get("cat"), str(event.get("name", ""))
         if kind in ("cuda_runtime", "cuda_driver"):
-            if "correlation" in event["args"]:
+            if "correlation" in event.get("args", {}):
                 launches[event["args"]["correlation"]] = (event["tid"], event["ts"])
         elif kind in ("user_annotation", "cpu_op"):
             for label, ranges in marks.items():
@@ -123,7 +123,7 @@ def read_kernels(events: Sequence[dict[str, Any]]) -> list[Kernel]:
     kernels = []
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            launch = launches.get(event["args"].get("correlation"))
+            launch = launches.get(event.get("args", {}).get("correlation"))
             where = "model" if launch is None else _where(marks, *launch)
             start = float(event["ts"])
             kernels.append(Kernel(event["name"], start, start + float(event["dur"]), where))
@@ -164,7 +164,7 @@ def _where(marks: dict[str, _Ranges], thread: Any, moment: float) -> str:
 
 
 @contextlib.contextmanager
-def _labelled(engine: Engine) -> Iterator[None]:
+def labelled(engine: Engine) -> Iterator[None]:
     """Let what the loop calls of the engine show in a trace."""
     before = {name: vars(engine).get(name) for name in _LABELS}
     for name, label in _LABELS.items():

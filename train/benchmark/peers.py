@@ -28,9 +28,10 @@ from train.masking import IGNORED
 from train.resolve import Run
 from train.schedule import Progress
 
-WARM_UP = 3
 _BATCHES = 4
 """differing batches that take turns"""
+_WARM_UP = 2
+"""times that each is taken before steps are timed: what is compiled may be compiled twice"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,10 @@ def version_of(package: str) -> str | None:
 
 
 def measure_peer(peer: Peer, run: Run, device: torch.device, repeats: int) -> Measurement:
-    """Time `repeats` steps of transformers' model on the documents of `run`, on one device."""
+    """Time about half of `repeats` steps of transformers' model on the documents of `run`.
+
+    Each batch is taken at least once. On one device.
+    """
     documents = run_documents(run)
     phase = run.phases["main"]
     longest, slots = phase.shape.max_length, phase.shape.tokens
@@ -117,14 +121,16 @@ def _measure(
         batches = packed_batches(documents, shape.tokens, device)
     else:
         batches = padded_batches(documents, at_once, shape.max_length, config.pad_token_id, device)
-    model = _model(peer, config).to(device)
+    with device:
+        model = _model(peer, config)
     optimizer = torch.optim.AdamW(
         model.parameters(), 1e-4, betas=(0.9, 0.98), eps=1e-6, fused=device.type == "cuda"
     )
     call = torch.compile(model) if peer.compiled else model
     clock, taken = Clock(device), []
-    turns = itertools.islice(itertools.cycle(batches), WARM_UP * len(batches) + repeats)
-    for number, batch in enumerate(turns, start=-WARM_UP * len(batches)):
+    warm_up = _WARM_UP * len(batches)
+    steps = warm_up + max(len(batches), repeats // 2)
+    for number, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), -warm_up):
         if number == 0:
             memory.restart()
         if number >= 0:

@@ -83,7 +83,7 @@ def make_record(
         "parameters": parameter_count(run.start),
         "micro_batch": shape.tokens,
         "micro_steps": run.phases["main"].micro_steps,
-        "zero_stage": run.config.zero_stage if who == OURS else None,
+        "zero_stage": run.config.zero_stage if who.startswith(OURS) and who != PLAIN else None,
         "precision": run.precision,
         "note": found.note,
         "versions": versions(),
