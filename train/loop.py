@@ -103,13 +103,6 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 interval.restart()
 
 
-def make_ready(run: Run, device: torch.device) -> tuple[ModernBertForMaskedLM, Choice]:
-    """The model as an engine takes it: on the device, its attention chosen and tried out."""
-    model = make_model(run.config, run.start).to(device)
-    attention = model.attention = _choose_attention(run, device)
-    return model, attention
-
-
 def _enter(
     phase: RunPhase, run: Run, ranks: Ranks, engine: Engine, device: torch.device
 ) -> Validation:
@@ -174,6 +167,13 @@ def _choose_attention(run: Run, device: torch.device) -> Choice:
         heads, window = run.start.num_attention_heads, run.start.local_attention // 2
         check_attention(choice, device, dtype, heads, width, window)
     return choice
+
+
+def make_ready(run: Run, device: torch.device) -> tuple[ModernBertForMaskedLM, Choice]:
+    """The model as an engine takes it: on the device, its attention chosen and tried out."""
+    model = make_model(run.config, run.start).to(device)
+    attention = model.attention = _choose_attention(run, device)
+    return model, attention
 
 
 def _dtype(run: Run) -> torch.dtype:

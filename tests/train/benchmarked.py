@@ -30,6 +30,10 @@ from train.schedule import Progress
 
 CPU = torch.device("cpu")
 FIRST = ["ours", "ours, without engine", "Hugging Face sdpa"]
+RULES = {
+    "stable_adamw": ["optimizer.name=stable_adamw", "optimizer.gradient_clipping=0.5"],
+    "adamw in bf16": ["optimizer.name=adamw", "precision=bf16"],
+}
 SECOND = ["Hugging Face sdpa", "Hugging Face sdpa, sparse"]
 
 
@@ -43,7 +47,7 @@ def main() -> None:
 
     found = {
         "first_code": first_code,
-        "weights": {rule: differences(rule, words) for rule in ("stable_adamw", "adamw")},
+        "weights": {name: differences([*words, *more]) for name, more in RULES.items()},
         **freed(words),
     }
 
@@ -72,14 +76,12 @@ def without_memory() -> list[int]:
     return asked_for
 
 
-def differences(rule: str, words: list[str]) -> dict[str, float]:
+def differences(words: list[str]) -> dict[str, float]:
     """How far weights move in three steps, and how far apart they are with and without engine.
 
     The steps are watched, so that a label which the parts of a step are told by is missed here.
     """
-    # Clipped, for a random model's gradient is large.
-    more = [f"optimizer.name={rule}", "optimizer.gradient_clipping=0.5"]
-    run = cases.resolve_case(cases.TINY, None, [*words, *more], 1, on_gpu=False)
+    run = cases.resolve_case(cases.TINY, None, words, 1, on_gpu=False)
     weights = [flat(make_ready(run, CPU)[0])]
     for start in (measure.with_engine, plain.without_engine):
         model, _ = make_ready(run, CPU)

@@ -29,12 +29,12 @@ class PlainEngine:
             )
         accumulation, _ = choose_dtypes(run.config, run.precision)
         self._sum_dtype = torch.bfloat16 if accumulation == "bf16" else torch.float32
+        if run.precision == "bf16":
+            model.bfloat16()
         self.optimizer = make_optimizer(model, run.config.optimizer)
         self.module = model
         self.skipped_steps = 0
         self._groups = [_Flat(group, self._sum_dtype) for group in self.optimizer.param_groups]
-        if run.precision == "bf16":
-            model.bfloat16()
         self.optimizer_step = OptimizerStep(self, self.optimizer, run.config.optimizer)
         if isinstance(self.optimizer, StableAdamW):
             self.optimizer.set_layouts({flat.weights: flat.layout for flat in self._groups})

@@ -195,6 +195,13 @@ def comparisons(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def _aims(record: Record) -> tuple[int | None, int | None]:
+    """Reach and stretch of the case, where the record is ours."""
+    aims = {case.name: (case.reach, case.stretch) for case in GPU_CASES}
+    is_ours = record["who"].startswith(OURS) and record["who"] != PLAIN
+    return aims.get(record["case"], (None, None)) if is_ours else (None, None)
+
+
 def plot(path: Path, records: Sequence[Record]) -> None:
     """Bars of tokens a second and GPU, with what is aimed at and what the products alone allow.
 
@@ -209,23 +216,24 @@ def plot(path: Path, records: Sequence[Record]) -> None:
     shown = [r for r in records if r["tok_per_s_per_gpu"] is not None]
     if not shown:
         raise ConfigError("--plot: there is nothing to draw, no record has a speed")
-    aims = {case.name: (case.reach, case.stretch) for case in GPU_CASES}
     figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.3 * len(shown)))
     places = np.arange(len(shown))
     speeds = [r["tok_per_s_per_gpu"] / 1000 for r in shown]
     colors = ["#1f5a99" if r["who"].startswith(OURS) else "#b0b7bf" for r in shown]
     axes.barh(places, speeds, 0.7, color=colors)
     for place, record, speed in zip(places, shown, speeds, strict=True):
-        text = f" {speed:,.1f}"
+        text = f"{speed:,.1f}"
         if record["mfu"]:
             axes.plot([speed / record["mfu"]] * 2, [place - 0.35, place + 0.35], "k:", lw=1)
             text += f"   MFU {record['mfu']:.0%}"
-        axes.text(speed, place, text, va="center", fontsize=7)
-        if record["who"] == OURS:
-            for aim, style in zip(aims.get(record["case"], ()), ("-", "--"), strict=False):
-                if aim:
-                    ends = [place - 0.45, place + 0.45]
-                    axes.plot([aim / 1000] * 2, ends, style, color="#c8501e", lw=2)
+        # Beside a bar that is too short for it.
+        inside = speed > 0.3 * max(speeds)
+        at, color = (0, "white") if inside else (speed, "black")
+        axes.text(at, place, f" {text}", va="center", fontsize=7, color=color)
+        for aim, style in zip(_aims(record), ("-", "--"), strict=True):
+            if aim is not None:
+                ends = [place - 0.45, place + 0.45]
+                axes.plot([aim / 1000] * 2, ends, style, color="#c8501e", lw=2)
     gpus = {n: "1 GPU" if n == 1 else f"{n} GPUs" for n in (r["gpus"] for r in shown)}
     axes.set_yticks(places, [f"{r['case']}: {r['who']}, {gpus[r['gpus']]}" for r in shown])
     axes.invert_yaxis()
@@ -234,7 +242,8 @@ def plot(path: Path, records: Sequence[Record]) -> None:
         "dotted: all of the measured matrix peak"
     )
     devices = sorted({r["device"] for r in shown})
-    figure.text(0.01, 0.002, f"{', '.join(devices)}; torch {shown[0]['versions']['torch']}", size=6)
+    found = sorted({r["versions"]["torch"] for r in shown})
+    axes.set_title(f"{', '.join(devices)}; torch {', '.join(found)}", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
