@@ -22,6 +22,7 @@ from torch import nn
 from train.benchmark.parts import Parts, profile_step
 from train.engine import Engine, start_engine, step
 from train.flops import training_flops
+from train.interval import Interval, peak_of
 from train.loader import LoadedStep, Loader, StepMaker
 from train.loop import accumulate, make_ready
 from train.ranks import Ranks, gather
@@ -121,16 +122,20 @@ def measure(
     memory = Memory(device)
     model, attention = make_ready(run, device)
     engine = start(model, run)
-    on_gpu = device.type == "cuda"
+    on_gpu, phase = device.type == "cuda", run.phases["main"]
     plans = list(itertools.islice(run.plans(Progress()), WARM_UP + repeats + on_gpu))
     timed = plans[WARM_UP : WARM_UP + repeats]
 
-    def take(loaded: LoadedStep) -> None:
-        accumulate(engine, loaded, ranks, device)
-        step(engine, loaded.plan.rates, want_norms=False)
-
     try:
         with Loader(StepMaker(run, ranks.rank), plans, on_gpu) as loader:
+            interval = Interval(loader, device, peak_of(device, run.precision))
+            interval.restart(phase)
+
+            def take(loaded: LoadedStep) -> None:
+                loss_sums = accumulate(engine, interval.watch(loaded), ranks, device)
+                step(engine, loaded.plan.rates, want_norms=False)
+                interval.add(loaded, loss_sums)
+
             steps = iter(loader)
             for loaded in itertools.islice(steps, WARM_UP):
                 take(loaded)
@@ -143,7 +148,6 @@ def measure(
                 parts = profile_step(engine, last, statistics.median(seconds))
     finally:
         engine.destroy()
-    phase = run.phases["main"]
     counts = [StepMaker(run, ranks.rank).counts(plan) for plan in timed]
     return Measurement(
         # A step takes as long as its slowest rank.
