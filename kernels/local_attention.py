@@ -225,7 +225,7 @@ def _within(start, low, high, STEP: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
+def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
     qkv, turned, bounds, out, logsumexp, tokens, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -341,7 +341,7 @@ def _key_gradients(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _local_attention_backward_kernel(  # type: ignore[no-untyped-def]
     qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
     tokens, scale, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
@@ -395,7 +395,7 @@ def _local_attention(
         turn_queries_and_keys(qkv, turned, cos, sin, position_ids)
         tiles = tuning(qkv.element_size(), head_dim).forward
         with torch.cuda.device_of(qkv):
-            _forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
+            _local_attention_forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
                 qkv,
                 turned,
                 bounds,
@@ -444,7 +444,7 @@ def _local_attention_backward(
         halves = [(cut.queries, True, False), (cut.keys, False, True)]
     for tiles, queries, keys in halves:
         with torch.cuda.device_of(qkv):
-            _backward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
+            _local_attention_backward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
                 qkv,
                 turned,
                 bounds,

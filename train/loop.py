@@ -15,6 +15,7 @@ from torch import Tensor
 from common.config import ConfigError, config_to_yaml
 from common.files import whole_file, write_json
 from model.attention import Choice, check_attention, choose_attention, what_to_install
+from model.modernbert import ModernBertForMaskedLM
 from train import checkpoint
 from train.console import Console
 from train.describe import describe_phase, parameter_count
@@ -49,8 +50,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
 def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
     config = run.config
     found = checkpoint.find(run, ranks)
-    model = make_model(config, run.start).to(device)
-    attention = model.attention = _choose_attention(run, device)
+    model, attention = make_ready(run, device)
     engine = start_engine(model, config, run.deepspeed)
     if found.path is not None:
         checkpoint.load(engine, found.path)
@@ -193,6 +193,13 @@ def _choose_attention(run: Run, device: torch.device) -> Choice:
         heads, window = run.start.num_attention_heads, run.start.local_attention // 2
         check_attention(choice, device, dtype, heads, width, window)
     return choice
+
+
+def make_ready(run: Run, device: torch.device) -> tuple[ModernBertForMaskedLM, Choice]:
+    """The model as an engine takes it: on the device, its attention chosen and tried out."""
+    model = make_model(run.config, run.start).to(device)
+    attention = model.attention = _choose_attention(run, device)
+    return model, attention
 
 
 def _dtype(run: Run) -> torch.dtype:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,39 @@ class Run:
         return epochs
 
 
-def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
-    """Work out a run; raises ConfigError or DataError for whatever does not fit together."""
+def open_folders(config: Train) -> dict[Path, DataSet]:
+    """The data sets of all phases by their `dir`, which must have one tokenizer."""
+    opened: dict[Path, DataSet] = {}
+    for name, phase in config.phases.items():
+        if phase.data.dir in opened:
+            continue
+        data = DataSet(phase.data.dir)
+        data.check_tokenizer(tokenizer_folder(data))
+        for other in opened.values():
+            if data.tokenizer["sha256"] != other.tokenizer["sha256"]:
+                raise ConfigError(
+                    f"phases.{name}.data.dir = {data.folder} was made with another tokenizer than "
+                    f"{other.folder}; a model has one: make both with it (data_prep's max_lengths "
+                    "makes data sets of several lengths at once)"
+                )
+        opened[phase.data.dir] = data
+    return opened
+
+
+def resolve(
+    config: Train,
+    ranks: int,
+    on_gpu: bool,
+    open_data: Callable[[Train], dict[Path, DataSet]] = open_folders,
+) -> Run:
+    """Work out a run; raises ConfigError or DataError for whatever does not fit together.
+
+    open_data: gives the data sets of all phases by their `dir`.
+    """
     precision = _precision(config.precision, on_gpu)
     choose_dtypes(config, precision)
     steps = {name: micro_steps(name, part.batch, ranks) for name, part in config.phases.items()}
-    opened = _open_data(config)
+    opened = open_data(config)
     max_length = max(data.max_length for data in opened.values())
     start = starting_geometry(config, next(iter(opened.values())), max_length)
     phases: dict[str, RunPhase] = {}
@@ -237,25 +264,6 @@ def _check_ramps(name: str, phase: Phase, tokens: int) -> None:
             f"phases.{name}: batch.warmup.tokens is {phase.batch.warmup.tokens:,}, more than the "
             f"phase's {tokens:,} tokens"
         )
-
-
-def _open_data(config: Train) -> dict[Path, DataSet]:
-    """The data sets of all phases by their `dir`, which must have one tokenizer."""
-    opened: dict[Path, DataSet] = {}
-    for name, phase in config.phases.items():
-        if phase.data.dir in opened:
-            continue
-        data = DataSet(phase.data.dir)
-        data.check_tokenizer(tokenizer_folder(data))
-        for other in opened.values():
-            if data.tokenizer["sha256"] != other.tokenizer["sha256"]:
-                raise ConfigError(
-                    f"phases.{name}.data.dir = {data.folder} was made with another tokenizer than "
-                    f"{other.folder}; a model has one: make both with it (data_prep's max_lengths "
-                    "makes data sets of several lengths at once)"
-                )
-        opened[phase.data.dir] = data
-    return opened
 
 
 def _precision(asked: str, on_gpu: bool) -> str:

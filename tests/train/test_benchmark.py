@@ -1,0 +1,464 @@
+"""The benchmark of training: its layouts, its arithmetic, its categories, and whole small runs."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import ModernBertConfig
+from train.benchmark import __main__ as command
+from train.benchmark import cases, measure, parts, peers, plain, results
+from train.benchmark.measure import Measurement
+from train.benchmark.parts import Kernel
+from train.flops import training_flops
+from train.loader import StepMaker
+from train.ranks import Ranks
+from train.resolve import Run
+from train.schedule import Progress
+
+SMALL = [
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+]
+CPU = torch.device("cpu")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """What a command sets in the environment, taken back."""
+    before = dict(os.environ)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def tiny_run(*words: str) -> Run:
+    return cases.resolve_case(cases.TINY, None, [*SMALL, *words], 1, on_gpu=False)
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize("case", cases.GPU_CASES, ids=lambda case: case.name)
+def test_rows_hold_the_documents_of_the_layout(case: cases.Case) -> None:
+    assert isinstance(case.layout, cases.Layout)
+    layout = dataclasses.replace(case.layout, rows=32)
+    data = cases.SyntheticData(layout)
+    tokens, documents = data.counts("train", "synthetic")
+    lengths = []
+    for number in range(data.sources("train")["synthetic"]):
+        row = data.read("train", "synthetic", number)
+        data._check(row.input_ids, row.cu_seqlens, row.documents, record(tokens, documents, number))
+        bounds = row.cu_seqlens[: len(row.documents) + 1]
+        lengths.append(np.diff(bounds))
+        special = data.tokenizer["special_ids"]
+        assert (row.input_ids[bounds[:-1]] == special["cls"]).all()
+        assert (row.input_ids[bounds[1:] - 1] == special["sep"]).all()
+        assert (row.input_ids[bounds[-1] :] == special["pad"]).all()
+    everything = np.concatenate(lengths)
+    assert everything.sum() == tokens.sum()
+    assert len(everything) == documents.sum()
+    assert everything.max() <= layout.max_length
+    assert tokens.sum() > 0.95 * len(tokens) * layout.row_tokens
+    if layout.median is None:
+        assert (everything == layout.max_length).all()
+    else:
+        assert np.median(everything) == pytest.approx(layout.median, rel=0.15)
+
+
+def record(tokens: np.ndarray, documents: np.ndarray, row: int) -> Any:
+    """What an index says of a row."""
+    return {"tokens": tokens[row], "documents": documents[row]}
+
+
+def test_lengths_are_log_normal_and_cut() -> None:
+    layout = cases.Layout(median=250, max_length=1024, rows=512)
+    lengths = layout.lengths(np.random.default_rng(0))
+    slots = layout.rows * layout.row_tokens
+    assert slots - 1024 <= lengths.sum() <= slots
+    # Quartiles of a normal variable lie 0.6745 standard deviations from its mean.
+    logarithms = np.log(np.quantile(lengths, [0.25, 0.5, 0.75]))
+    expected = np.log(250) + 0.7 * 0.6745 * np.array([-1, 0, 1])
+    np.testing.assert_allclose(logarithms, expected, atol=0.03)
+    assert (lengths == 1024).mean() == pytest.approx(0.022, abs=0.005)
+
+
+def test_packing_keeps_every_document_but_those_of_the_last_row() -> None:
+    lengths = np.random.default_rng(1).integers(3, 200, 500)
+    rows = cases.pack_rows(lengths, 512)
+    assert all(sum(row) <= 512 for row in rows)
+    packed = sorted(itertools.chain(*rows))
+    left = list(lengths)
+    for length in packed:
+        left.remove(length)
+    assert sum(left) <= 512
+    assert cases.pack_rows(np.array([5, 6]), 512) == [[5, 6]]
+
+
+def test_a_step_of_a_case_has_its_micro_batch_and_its_sums() -> None:
+    run = cases.resolve_case(cases.GPU_CASES[-1], None, [], 2, on_gpu=True)
+    phase = run.phases["main"]
+    assert phase.shape.tokens == 65_536
+    assert phase.micro_steps == 8
+    assert run.precision == "bf16"
+    plan = next(run.plans(Progress()))
+    assert plan.rows == 2 * 8 * 8
+    lengths = measure.document_lengths(phase, plan)
+    assert lengths.sum() == StepMaker(run, 0).counts(plan).tokens
+
+
+# Arithmetic.
+
+
+def test_speed_and_mfu_are_medians_over_steps_for_a_gpu() -> None:
+    run = tiny_run()
+    flops = training_flops(ModernBertConfig(), [1024] * 64, 19_648)
+    found = Measurement(
+        seconds=[0.25, 0.5, 0.125],
+        tokens=[65_536] * 3,
+        flops=[flops] * 3,
+        memory_gib=21.456,
+        data_wait_share=0.001,
+        parts=None,
+        note="",
+    )
+    machine = results.Machine("NVIDIA H200", 800e12, 989.4e12)
+    one = results.make_record(cases.TINY, "ours", 2, run, machine, found)
+    assert one["tok_per_s_per_gpu"] == 65_536 / 0.25 / 2
+    assert one["spread"] == [65_536 / 0.5 / 2, 65_536 / 0.125 / 2]
+    assert one["mfu"] == pytest.approx(flops / 0.25 / 2 / 800e12, abs=1e-4)
+    assert one["mfu_datasheet"] == pytest.approx(flops / 0.25 / 2 / 989.4e12, abs=1e-4)
+    # By hand: 0.82 GFLOP a token at 1,024 with the head on 30 %, 131,072 tokens a second.
+    assert one["mfu"] == pytest.approx(0.82e9 * 131_072 / 800e12, rel=0.02)
+    assert "800 TFLOP/s" in one["peak_source"]
+    assert "MFU" in results.line(one)
+    unknown = results.Machine("NVIDIA A30", 150e12, None)
+    assert results.make_record(cases.TINY, "ours", 1, run, unknown, found)["mfu_datasheet"] is None
+
+
+# Where the time goes.
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "expected"),
+    [
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "model", "gemm"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "model", "gemm"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "model", "gemm"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "model", "gemm"),
+        ("triton_tem_fused_mm_12", "model", "gemm"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_fwdFlashAttentionSm90", "model", "attention"),
+        ("void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>", "model", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "model", "attention"),
+        ("_local_attention_forward_kernel", "model", "attention"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_clone_3", "model", "memory_bound"),
+        ("triton_red_fused_native_layer_norm_backward_7", "model", "memory_bound"),
+        ("_apart_kernel", "model", "memory_bound"),
+        ("void at::native::vectorized_elementwise_kernel<4, GeluCUDA>", "model", "memory_bound"),
+        ("void at::native::multi_tensor_apply_kernel<>", "optimizer", "optimizer"),
+        ("sm90_xmma_gemm_f32f32", "optimizer", "optimizer"),
+        ("void at::native::vectorized_elementwise_kernel<4, Add>", "engine", "engine"),
+        ("Memcpy DtoD (Device -> Device)", "engine", "engine"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage)", "model", "engine"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "optimizer", "engine"),
+    ],
+)
+def test_a_kernel_has_its_part(name: str, where: str, expected: str) -> None:
+    assert parts.category(Kernel(name, 0, 1, where)) == expected
+
+
+def test_our_kernels_are_called_what_the_parts_are_told_by() -> None:
+    from kernels import local_attention
+
+    names = [name for name in vars(local_attention) if name.endswith("_kernel")]
+    assert len(names) == 2
+    for name in names:
+        assert parts.category(Kernel(name, 0, 1)) == "attention"
+
+
+def test_time_counts_once_and_the_rest_is_idle() -> None:
+    kernels = [
+        Kernel("nvjet_one", 0, 4000),
+        # Hidden behind a product but for its last millisecond.
+        Kernel("ncclDevKernel_ReduceScatter", 1000, 5000),
+        Kernel("_local_attention_forward_kernel", 6000, 8000),
+        # Two at once.
+        Kernel("triton_poi_fused_add_1", 8000, 9000),
+        Kernel("triton_poi_fused_add_2", 8500, 9500),
+        Kernel("_apply_kernel", 9500, 10_000, "optimizer"),
+    ]
+    found = parts.split(kernels, step_seconds=0.012)
+    assert found == pytest.approx(
+        {
+            "gemm": 4,
+            "attention": 2,
+            "memory_bound": 1.5,
+            "optimizer": 0.5,
+            "engine": 1,
+            "idle": 12 - 9,
+        }
+    )
+    # A step as timed may be a little shorter than its kernels under the profiler.
+    assert parts.split(kernels, step_seconds=0.008)["idle"] == 0
+
+
+def test_a_trace_says_where_a_kernel_was_launched() -> None:
+    """Two threads: the main one, 1, and autograd's, 2."""
+
+    def event(kind: str, name: str, thread: int, ts: float, dur: float, **more: Any) -> dict:
+        return {"ph": "X", "cat": kind, "name": name, "tid": thread, "ts": ts, "dur": dur} | {
+            "args": more
+        }
+
+    evaluate = "autograd::engine::evaluate_function: "
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "args": {"name": "python"}},
+        event("user_annotation", "benchmark: backward", 1, 100, 100),
+        event("cpu_op", evaluate + "MmBackward0", 2, 110, 10),
+        event("cpu_op", evaluate + "torch::autograd::AccumulateGrad", 2, 130, 10),
+        event("user_annotation", "benchmark: whole step", 1, 300, 100),
+        event("user_annotation", "benchmark: step", 1, 320, 70),
+        event("user_annotation", "Optimizer.step#StableAdamW.step", 1, 330, 20),
+        event("gpu_user_annotation", "benchmark: step", 7, 0, 10_000),
+    ]
+    launched = {  # where: thread and moment
+        "model": [(1, 50), (2, 115), (2, 150)],
+        "engine": [(2, 135), (1, 190), (1, 325), (1, 360)],
+        "optimizer": [(1, 310), (1, 340)],
+    }
+    number = itertools.count(1)
+    for where, places in launched.items():
+        for thread, moment in places:
+            link = next(number)
+            kind = "cuda_driver" if link % 2 else "cuda_runtime"
+            events.append(event(kind, "cuLaunchKernelEx", thread, moment, 1, correlation=link))
+            events.append(event("kernel", where, 7, 1000 + link, 0.5, correlation=link))
+    events.append(event("gpu_memset", "model", 7, 2000, 1, correlation=999))
+    events.append(event("cuda_runtime", "cudaDeviceSynchronize", 1, 330, 1))
+    found = parts.read_kernels(events)
+    assert len(found) == 10
+    for kernel in found:
+        assert kernel.where == kernel.name
+    assert found[0].end - found[0].start == pytest.approx(0.5)
+
+
+# Records.
+
+
+def made(case: str, who: str, gpus: int, speed: float | None) -> dict[str, Any]:
+    figures = {"device": "cpu", "tok_per_s_per_gpu": speed, "mfu": None, "error": None}
+    return {"case": case, "who": who, "gpus": gpus, **figures, "versions": {"torch": "2.11.0"}}
+
+
+def test_new_records_replace_old_ones_of_the_same_case_who_and_gpus() -> None:
+    old = [made("shards-1024", "ours", 1, 1.0), made("notes-8192", "ours", 1, 1.0)]
+    new = [made("notes-8192", "ours", 1, 2.0), made("notes-8192", "ours", 2, 3.0)]
+    new += [made("abstracts-1024", "A peer", 1, 4.0), made("abstracts-1024", "ours", 1, 5.0)]
+    merged = results.merge(old, new)
+    assert [(r["case"], r["who"], r["gpus"], r["tok_per_s_per_gpu"]) for r in merged] == [
+        ("abstracts-1024", "ours", 1, 5.0),
+        ("abstracts-1024", "A peer", 1, 4.0),
+        ("notes-8192", "ours", 1, 2.0),
+        ("notes-8192", "ours", 2, 3.0),
+        ("shards-1024", "ours", 1, 1.0),
+    ]
+
+
+def test_comparisons_with_and_without_engine_and_of_several_gpus() -> None:
+    lines = results.comparisons(
+        [
+            made("accumulate-8", results.OURS, 1, 980.0),
+            made("accumulate-8", results.PLAIN, 1, 1000.0),
+            made("accumulate-8", results.OURS, 2, 931.0),
+            made("notes-8192", results.OURS, 1, 600.0),
+            made("notes-8192", "A peer", 1, 200.0),
+            made("notes-8192", "A slow peer", 1, 100.0),
+            made("full-8192", "A peer", 1, None),
+        ]
+    )
+    assert lines == [
+        "accumulate-8: 98.0% of the step without the engine (aim 97%)",
+        "accumulate-8: a GPU of 2 does 95.0% of one alone (aim 97%)",
+        "notes-8192: 3.00 × A peer",
+    ]
+
+
+# Peers.
+
+
+def test_a_peer_gets_our_documents_masks_and_labels() -> None:
+    run = tiny_run()
+    documents = peers.run_documents(run)
+    batch = next(StepMaker(run, 0).micro_batches(next(run.plans(Progress()))))
+    ids = torch.cat([torch.from_numpy(document.input_ids) for document in documents])
+    labels = torch.cat([torch.from_numpy(document.labels) for document in documents])
+    real = batch.input_ids[batch.input_ids != run.start.pad_token_id]
+    assert torch.equal(ids[: len(real)], real)
+    assert int((labels[: len(real)] != -100).sum()) == batch.masked_tokens
+
+    padded = peers.padded_batches(documents, 2, 128, run.start.pad_token_id, CPU)
+    packed = peers.packed_batches(documents, 256, CPU)
+    for found in (padded, packed):
+        taken = sum(len(one.lengths) for one in found)
+        wanted = documents[:taken]
+        lengths = [length for one in found for length in one.lengths]
+        assert lengths == [len(d.input_ids) for d in wanted]
+        assert sum(one.masked for one in found) == sum((d.labels >= 0).sum() for d in wanted)
+    for one in padded:
+        mask = one.inputs["attention_mask"]
+        assert mask.shape[1] % 32 == 0
+        assert mask.sum(1).tolist() == one.lengths
+        assert one.slots == mask.numel()
+        assert (one.inputs["input_ids"][mask == 0] == run.start.pad_token_id).all()
+    for one in packed:
+        assert one.slots == sum(one.lengths) <= 256
+        assert one.inputs["cu_seq_lens_q"].diff().tolist() == one.lengths
+        assert one.inputs["max_length_k"] == max(one.lengths)
+
+
+# Whole runs, all in one process, see benchmarked.py.
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> dict[str, Any]:
+    """What benchmarked.py found."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    stale = made("tiny", "ours", 1, 1.0)
+    (folder / "first.json").write_text(json.dumps([stale, {**stale, "gpus": 3}]))
+    environment = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "benchmarked.py"), str(folder), str(data_folder), *SMALL],
+        env=environment | {"PYTHONPATH": str(HERE.parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    files = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert (folder / "first.png").stat().st_size > 1000
+    return found | files | {"out": done.stdout}
+
+
+def test_a_whole_run_on_a_cpu(measured: dict[str, Any]) -> None:
+    assert measured["first_code"] == 0
+    records = {results.key_of(one): one for one in measured["first"]}
+    assert records.pop(("tiny", "ours", 3))["tok_per_s_per_gpu"] == 1.0
+    expected = {("tiny", name, 1) for name in (results.OURS, results.PLAIN, "Hugging Face sdpa")}
+    expected |= {("shards-32", "ours", 1), ("shards-32", "Hugging Face sdpa", 1)}
+    assert set(records) == expected
+    for (_, name, _), one in records.items():
+        assert one["device"] == "cpu"
+        assert one["error"] is None
+        assert one["mfu"] is None
+        assert one["parts"] is None
+        assert one["memory_gib"] is None
+        assert 1 < one["spread"][0] <= one["tok_per_s_per_gpu"] <= one["spread"][1]
+        assert one["versions"]["torch"] == torch.__version__
+        if name.startswith("ours"):
+            assert 0 <= one["data_wait_share"] < 1
+        else:
+            assert one["data_wait_share"] is None
+        assert results.line(one) in measured["out"]
+
+
+def test_what_cannot_be_measured_is_recorded_and_the_rest_goes_on(measured: dict[str, Any]) -> None:
+    assert measured["second_code"] == 1
+    bad, good = measured["second"]
+    assert bad["error"] == "OutOfMemoryError: no room"
+    assert bad["tok_per_s_per_gpu"] is None
+    assert good["error"] is None
+    assert good["tok_per_s_per_gpu"] > 1
+    assert "not measured: OutOfMemoryError: no room" in measured["out"]
+
+
+def test_a_peer_that_runs_out_of_memory_gets_smaller_batches(measured: dict[str, Any]) -> None:
+    # Two documents of at most 128 fill a micro-batch of 256.
+    assert measured["asked_for"] == [2, 1]
+
+
+@pytest.mark.parametrize("rule", ["stable_adamw", "adamw in bf16"])
+def test_the_step_without_engine_is_the_engines_step(measured: dict[str, Any], rule: str) -> None:
+    figures = measured["weights"][rule]
+    assert figures["moved"] > 1e-4
+    assert figures["apart"] < 1e-3 * figures["moved"]
+
+
+def test_a_measured_model_leaves_the_memory(measured: dict[str, Any]) -> None:
+    assert measured["steps"] == 2
+    assert measured["freed"]
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--case", "shards"], "give --data DIR"),
+        (["--case", "note-8192"], "there is no such case; one of"),
+        (["--case", "tiny", "zero_stag=1"], "did you mean 'zero_stage'"),
+        (["--case", "--plot", "new.png"], "nothing to draw"),
+    ],
+    ids=["shards", "case", "key", "plot"],
+)
+def test_what_the_user_can_put_right(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_file_of_something_else_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "other.json"
+    file.write_text('[{"op": "rope"}]')
+    assert command.main(["--json", str(file)]) == 2
+    assert "not a list of records" in capsys.readouterr().err
+    assert file.read_text() == '[{"op": "rope"}]'
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_case(launcher: Any, tmp_path: Path) -> None:
+    script = tmp_path / "start.py"
+    root = str(Path(command.__file__).parents[2])
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {root!r})\n"
+        "from train.benchmark.__main__ import main\nsys.exit(main())\n"
+    )
+    file = tmp_path / "new.json"
+    words = ["--case", "tiny", "--repeats", "2", "--json", str(file), *SMALL]
+    done = launcher.run(2, *words, script=script)
+    assert done.code == 0, done.out + done.err
+    (one,) = json.loads(file.read_text())
+    assert results.key_of(one) == ("tiny", "ours", 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("joined")
+def test_parts_of_a_step_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda", 0)
+    run = cases.resolve_case(cases.TINY, None, [], 1, on_gpu=True)
+    starts: list[Callable[..., Any]] = [measure.with_engine, plain.without_engine]
+    for start in starts:
+        found = measure.measure(run, Ranks(), device, start, repeats=3)
+        assert found.parts is not None
+        assert set(found.parts) == set(parts.PARTS)
+        for name in ("gemm", "attention", "memory_bound", "optimizer", "engine"):
+            assert found.parts[name] > 0, name
+        assert found.memory_gib is not None
+        assert found.memory_gib > 0

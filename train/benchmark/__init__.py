@@ -1,0 +1,1 @@
+"""The speed of training; see `python -m train.benchmark --help`."""

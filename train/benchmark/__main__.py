@@ -1,0 +1,190 @@
+"""Measure the speed of training: whole steps, as `train/main.py` takes them, and Hugging Face's.
+
+    python -m train.benchmark --json FILE --plot FILE                   # every case, one GPU
+    python -m train.benchmark --case notes-8192 --who ours --label varlen attention=varlen
+    python -m train.benchmark --case shards --data data/base/rows-1024
+    deepspeed --num_gpus 2 --module train.benchmark --case accumulate-8 --json FILE
+    python -m train.benchmark --case --json FILE --plot FILE            # only draw
+
+Words `key=value` are keys of the `train:` section and go over what a case sets. Records replace
+those of the same case, who and number of GPUs in FILE. Without a GPU only the case tiny is
+measured, which shows that it runs. The exit code is 1 if something could not be measured, with the
+reason in its record, and 2 for what the user can put right. docs/training.md says what the figures
+mean.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from common.config import ConfigError
+from common.files import write_json
+from common.process import run_and_exit
+from data_prep.shards import DataError
+from train.benchmark import results
+from train.benchmark.cases import GPU_CASES, TINY, Case, resolve_case, shard_case
+from train.benchmark.measure import (
+    Measurement,
+    StartEngine,
+    measure,
+    product_rate,
+    with_engine,
+)
+from train.benchmark.peers import measure_peer, peers
+from train.benchmark.plain import without_engine
+from train.flops import peak_flops
+from train.ranks import Ranks, choose_device, find_ranks, join
+from train.resolve import Run
+
+Measure = Callable[[Run], Measurement]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = ", ".join(case.name for case in (*GPU_CASES, TINY))
+    parser.add_argument(
+        "--case",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {names}, and shards with --data; by default all that the machine can do; "
+        "without a name nothing is measured",
+    )
+    parser.add_argument("--who", nargs="+", metavar="NAME", help="only who bears these names")
+    parser.add_argument(
+        "--label", help="ours is called `ours, LABEL` in the records: ours with these key=value"
+    )
+    parser.add_argument("--config", type=Path, help="a run's file: its model, optimizer, engine, …")
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="real data sets")
+    parser.add_argument("--json", type=Path, help="write the records here, over older ones")
+    parser.add_argument("--plot", type=Path, help="draw the records of --json here")
+    parser.add_argument("--repeats", type=int, help="steps to time, by default 20, or 8 long ones")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    asked = parser.parse_intermixed_args(arguments)
+    # Options that take several names take the words behind them, too.
+    for taken in (asked.case or [], asked.who or []):
+        asked.overrides += [word for word in taken if "=" in word]
+        taken[:] = [word for word in taken if "=" not in word]
+    try:
+        ranks = find_ranks()
+        device = choose_device(ranks)
+        # All that may be wrong with the words, before anything is measured.
+        records = [] if asked.json is None else results.read(asked.json)
+        on_gpu = device.type == "cuda"
+        runs = [
+            (case, resolve_case(case, asked.config, asked.overrides, ranks.size, on_gpu))
+            for case in chosen_cases(asked.case, asked.data, on_gpu)
+        ]
+    except (ConfigError, DataError) as error:
+        return _fail(str(error))
+    join(ranks, device)
+    new: list[results.Record] = []
+    try:
+        _measure_all(asked, runs, ranks, device, records, new)
+        if ranks.is_first:
+            everything = results.merge(records, new)
+            print("\n".join(results.comparisons(everything)), flush=True)
+            if asked.plot is not None:
+                results.plot(asked.plot, everything)
+    except ConfigError as error:
+        return _fail(str(error))
+    finally:
+        torch.distributed.destroy_process_group()
+    return int(any(record["error"] is not None for record in new))
+
+
+def chosen_cases(names: Sequence[str] | None, data: Sequence[Path], on_gpu: bool) -> list[Case]:
+    """The cases to measure; ConfigError for a name there is none of, DataError for bad data."""
+    shards = [shard_case(folder) for folder in data]
+    if names is None:
+        return [*GPU_CASES, *shards] if on_gpu else [TINY, *shards]
+    known = {case.name: [case] for case in (*GPU_CASES, TINY, *shards)} | {"shards": shards}
+    for name in names:
+        if not known.get(name):
+            advice = "give --data DIR" if name.startswith("shards") else f"one of {sorted(known)}"
+            raise ConfigError(f"--case {name}: there is no such case; {advice}")
+    return [case for name in names for case in known[name]]
+
+
+def _measure_all(
+    asked: argparse.Namespace,
+    runs: Sequence[tuple[Case, Run]],
+    ranks: Ranks,
+    device: torch.device,
+    records: list[results.Record],
+    new: list[results.Record],
+) -> None:
+    """Measure case after case into `new`, the file written after each."""
+    machine: results.Machine | None = None
+    for case, run in runs:
+        if machine is None:
+            machine = _machine(run, device)
+            if ranks.is_first:
+                print(
+                    f"{machine.device}; {machine.peak_source or 'no peak, so no MFU'}", flush=True
+                )
+        repeats = asked.repeats or max(8, 20 // run.phases["main"].micro_steps)
+        for who, measure_it in _everybody(case, ranks, device, repeats).items():
+            if asked.who is not None and who not in asked.who:
+                continue
+            name = f"{who}, {asked.label}" if asked.label and who == results.OURS else who
+            try:
+                found = measure_it(run)
+                record = results.make_record(case, name, ranks.size, run, machine, found)
+            except Exception as error:
+                # Among several ranks one that fails leaves the others waiting for it.
+                if ranks.size > 1 and not ranks.is_first:
+                    raise
+                record = results.failed(case, name, ranks.size, machine, error)
+            new.append(record | {"words": asked.overrides})
+            if ranks.is_first:
+                print(results.line(record), flush=True)
+                if asked.json is not None:
+                    write_json(asked.json, results.merge(records, new))
+            if ranks.size > 1 and record["error"] is not None:
+                raise ConfigError("with several processes nothing goes on after a failure")
+
+
+def _everybody(case: Case, ranks: Ranks, device: torch.device, repeats: int) -> dict[str, Measure]:
+    """Who is measured on a case: several GPUs are for our engine alone."""
+
+    def ours(start: StartEngine, run: Run) -> Measurement:
+        return measure(run, ranks, device, start, repeats)
+
+    found: dict[str, Measure] = {results.OURS: partial(ours, with_engine)}
+    if ranks.size > 1:
+        return found
+    if case.without_engine:
+        found[results.PLAIN] = partial(ours, without_engine)
+    if case.with_peers:
+        for name, peer in peers(device.type == "cuda").items():
+            found[name] = partial(measure_peer, peer, device=device, repeats=repeats)
+    return found
+
+
+def _machine(run: Run, device: torch.device) -> results.Machine:
+    if device.type != "cuda":
+        return results.Machine("cpu", None, None)
+    name = torch.cuda.get_device_name(device)
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    datasheet = peak_flops(name) if run.precision == "bf16" else None
+    return results.Machine(name, product_rate(device, dtype), datasheet)
+
+
+def _fail(problem: str) -> int:
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    run_and_exit(main)

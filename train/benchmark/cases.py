@@ -1,0 +1,226 @@
+"""What is measured: document lengths, data sets made of them, and the run of each case.
+
+Lengths are log-normal like those of the real sources: medians of 250 tokens for abstracts and 2,200
+for discharge notes, a standard deviation of the logarithm of 0.7 for both, cut at `max_length`.
+Documents are packed whole, in random order but for a row's last places, so that rows are mixtures
+that end in a little padding, as real ones do; padding counts in no throughput. Token ids are
+log-uniform, which is Zipf's law.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import load_config
+from data_prep.shards import DataSet, Row, row_key
+from model.config import BASE
+from train.config import Train
+from train.resolve import Run, open_folders, resolve
+
+ROW_TOKENS = 8192
+_SOURCE = "synthetic"
+_NEVER = 10**15
+_LOOK_AHEAD = 512
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Documents of a kind, and the rows they are packed into.
+
+    median: of their length in tokens; None: every document has `max_length`.
+    """
+
+    median: int | None
+    max_length: int
+    row_tokens: int = ROW_TOKENS
+    rows: int = 256
+    spread: float = 0.7
+    vocabulary: int = BASE.vocab_size
+
+    def lengths(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """Lengths of as many documents as fill about `rows` rows."""
+        slots = self.rows * self.row_tokens
+        if self.median is None:
+            return np.full(slots // self.max_length, self.max_length, np.int64)
+        drawn = np.exp(random.standard_normal(3 * slots // self.median + 64) * self.spread)
+        lengths = np.clip(np.rint(drawn * self.median), 3, self.max_length).astype(np.int64)
+        return lengths[np.cumsum(lengths) <= slots]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to measure.
+
+    layout: its documents, or the folder of a data set. model: keys of `model:`; None leaves the
+    configuration's. reach, stretch: tokens a second and GPU that are aimed at on an H200.
+    """
+
+    name: str
+    layout: Layout | Path
+    model: dict[str, Any] | None
+    micro_rows: int = 8
+    micro_steps: int = 1
+    with_peers: bool = True
+    without_engine: bool = False
+    reach: int | None = None
+    stretch: int | None = None
+
+
+_ABSTRACTS = Layout(median=250, max_length=1024)
+_NOTES = Layout(median=2200, max_length=8192)
+_BASE, _LARGE = {"geometry": "base"}, {"geometry": "large"}
+_TINY = {
+    "geometry": "base",
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}
+
+GPU_CASES = (
+    Case("abstracts-1024", _ABSTRACTS, _BASE, reach=510_000, stretch=560_000),
+    Case("notes-8192", _NOTES, _BASE, reach=420_000, stretch=460_000),
+    Case("full-8192", Layout(None, 8192), _BASE, reach=325_000, stretch=345_000),
+    Case("large-1024", _ABSTRACTS, _LARGE, with_peers=False, reach=200_000, stretch=240_000),
+    Case("large-8192", _NOTES, _LARGE, with_peers=False, reach=160_000, stretch=190_000),
+    Case("accumulate-8", _ABSTRACTS, _BASE, micro_steps=8, with_peers=False, without_engine=True),
+)
+TINY = Case(
+    "tiny",
+    Layout(median=40, max_length=128, row_tokens=256, rows=16, vocabulary=512),
+    _TINY,
+    micro_rows=1,
+    micro_steps=2,
+    without_engine=True,
+)
+"""small enough for any machine; its speed says nothing"""
+
+
+def shard_case(folder: Path) -> Case:
+    """The case of a real data set, named after the length of its documents.
+
+    Raises DataError where `folder` is none.
+    """
+    length = DataSet(folder).max_length
+    return Case(f"shards-{length}", folder, None)
+
+
+def resolve_case(
+    case: Case, config: Path | None, words: Sequence[str], ranks: int, on_gpu: bool
+) -> Run:
+    """The run of a case: what the case says over `config`, and `words` (key=value) over both."""
+    layout = case.layout
+    folder = Path(_SOURCE) if isinstance(layout, Layout) else layout
+    phase = {
+        "data": {"dir": str(folder)},
+        "tokens": _NEVER,
+        "batch": {
+            "rows": case.micro_rows * case.micro_steps * ranks,
+            "micro_rows": case.micro_rows,
+        },
+        "lr": {"peak": 1e-4},
+        "masking": {"rate": 0.3},
+    }
+    said: dict[str, Any] = {"phases": {"main": phase}, "init_from": None, "init_optimizer": "fresh"}
+    if case.model is not None:
+        said["model"] = case.model
+    own = [f"{key}={json.dumps(value)}" for key, value in said.items()]
+    train = load_config(Train, "train", config, [*own, *words])
+    if not isinstance(layout, Layout):
+        return resolve(train, ranks, on_gpu, open_folders)
+    data = SyntheticData(layout)
+    return resolve(train, ranks, on_gpu, lambda _: {train.phases["main"].data.dir: data})
+
+
+class SyntheticData(DataSet):
+    """A data set in memory, made of a layout; the same layout gives the same rows."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.folder = Path(_SOURCE)
+        self.manifest, self.manifest_sha256 = {}, _SOURCE
+        self.row_tokens, self.max_length = layout.row_tokens, layout.max_length
+        self.max_documents = layout.row_tokens
+        self.tokenizer = _tokenizer(layout.vocabulary)
+        random = np.random.default_rng(3)
+        packed = pack_rows(layout.lengths(random), layout.row_tokens)
+        random.shuffle(packed)
+        self._rows = [
+            _make_row(random, lengths, layout.row_tokens, number, self.tokenizer)
+            for number, lengths in enumerate(packed)
+        ]
+
+    def sources(self, split: str) -> dict[str, int]:
+        """One source; validation, which is not measured, has its first row."""
+        return {_SOURCE: len(self._rows) if split == "train" else 1}
+
+    def read(self, split: str, source: str, row: int) -> Row:
+        """A row of either split."""
+        return replace(self._rows[row], key=row_key(source, split, row))
+
+    def counts(self, split: str, source: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Real tokens and documents of every row."""
+        rows = self._rows[: self.sources(split)[source]]
+        documents = np.array([len(row.documents) for row in rows])
+        tokens = np.array([int(row.cu_seqlens[len(row.documents)]) for row in rows])
+        return tokens, documents
+
+
+def pack_rows(lengths: NDArray[np.int64], row_tokens: int) -> list[list[int]]:
+    """Lengths put into rows of `row_tokens`, in their order until one does not fit.
+
+    What is then left of the row goes to the longest that fits among the next `_LOOK_AHEAD`. The
+    last row, which runs out of documents, is left out unless it is the only one.
+    """
+    rows: list[list[int]] = []
+    waiting = np.asarray(lengths)
+    while waiting.size:
+        first = max(1, int(np.searchsorted(np.cumsum(waiting), row_tokens, side="right")))
+        row, waiting = waiting[:first].tolist(), waiting[first:]
+        while True:
+            near = waiting[:_LOOK_AHEAD]
+            fitting = np.where(near <= row_tokens - sum(row), near, 0)
+            if not fitting.any():
+                break
+            row.append(int(fitting.max()))
+            waiting = np.delete(waiting, fitting.argmax())
+        rows.append(row)
+    return rows[:-1] or rows
+
+
+def _tokenizer(vocabulary: int) -> dict[str, Any]:
+    """A manifest's description of a tokenizer; with 50,368 tokens, ids are those of ModernBERT."""
+    real = vocabulary - 83
+    special = {name: real - 5 + i for i, name in enumerate(("unk", "cls", "sep", "pad", "mask"))}
+    return {
+        "sha256": _SOURCE,
+        "file_sha256": _SOURCE,
+        "vocab_size": vocabulary,
+        "real_vocab_size": real,
+        "special_ids": special,
+        "excluded_ids": [],
+    }
+
+
+def _make_row(
+    random: np.random.Generator,
+    lengths: list[int],
+    row_tokens: int,
+    number: int,
+    tokenizer: dict[str, Any],
+) -> Row:
+    special = tokenizer["special_ids"]
+    ordinary = special["unk"]
+    ids = (np.exp(random.random(row_tokens) * np.log(ordinary)) % ordinary).astype(np.uint16)
+    ends = np.cumsum(random.permutation(lengths))
+    starts = np.concatenate([[0], ends[:-1]])
+    ids[starts], ids[ends - 1] = special["cls"], special["sep"]
+    ids[ends[-1] :] = special["pad"]
+    padding = [row_tokens] if ends[-1] < row_tokens else []
+    bounds = np.array([0, *ends.tolist(), *padding], np.int32)
+    documents = [f"{_SOURCE}-{number}-{place}" for place in range(len(lengths))]
+    return Row(ids, bounds, documents, _SOURCE, row_key(_SOURCE, "train", number))
