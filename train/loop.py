@@ -18,6 +18,7 @@ from train.describe import describe_phase, parameter_count
 from train.engine import Engine, Norms, backward, start_engine, step
 from train.loader import LoadedStep, Loader, StepMaker
 from train.metrics import Interval, Metrics, counters
+from train.prepare_model import prepare_model
 from train.ranks import Ranks, only_run_in
 from train.resolve import Run, RunPhase
 from train.schedule import StepPlan
@@ -46,6 +47,7 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
     found = checkpoint.find(run, ranks)
     model = make_model(config, run.start).to(device)
     attention = model.attention = _choose_attention(run, device)
+    prepare_model(model, config, device)
     engine = start_engine(model, config, run.deepspeed)
     if found.path is not None:
         checkpoint.load(engine, found.path)

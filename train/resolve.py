@@ -17,6 +17,7 @@ from train.engine import choose_dtypes, deepspeed_config
 from train.mask_order import make_order
 from train.masking import Masker, Vocabulary
 from train.phase_config import Data, Phase, micro_steps
+from train.prepare_model import check_preparation
 from train.row_order import RowOrder
 from train.schedule import PhaseSchedule, Progress, StepPlan, current_phase, last_step, plan_steps
 from train.start import starting_geometry, tokenizer_folder
@@ -94,6 +95,7 @@ def resolve(config: Train, ranks: int, on_gpu: bool) -> Run:
     """Work out a run; raises ConfigError or DataError for whatever does not fit together."""
     precision = _precision(config.precision, on_gpu)
     choose_dtypes(config, precision)
+    check_preparation(config, precision, on_gpu)
     steps = {name: micro_steps(name, part.batch, ranks) for name, part in config.phases.items()}
     opened = _open_data(config)
     max_length = max(data.max_length for data in opened.values())

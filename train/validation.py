@@ -46,7 +46,8 @@ class Validation:
         # Rows: loss, correct, masked tokens; a column a source. One transfer at the end.
         sums = torch.zeros(3, len(self._sources), dtype=torch.float64, device=self._device)
         engine.eval()
-        with torch.no_grad():
+        # Not compiled: few batches, for which every graph would have to be compiled once more.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in self._batches():
                 self._add(engine.module, batch, sums)
         engine.train()

@@ -1,0 +1,258 @@
+"""Compiled layers, recomputation and 8-bit products: the same training, in few compilations."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from common.config import ConfigError
+from model.config import ModernBertConfig
+from model.modernbert import ModernBertForMaskedLM
+from train import prepare_model as prepare
+from train.batch import PackedBatch
+from train.ranks import Ranks
+from train.resolve import Run
+
+SMALL = ModernBertConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    cls_token_id=1,
+    sep_token_id=2,
+)
+CPU = torch.device("cpu")
+SCRIPT = Path(__file__).parent / "launched.py"
+KINDS = 4
+"""of graphs: the first layer, global layers, local layers, the head"""
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Graphs are traced with their backward and counted, but no code is generated."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(prepare, "BACKEND", counter)
+    yield counter
+    torch._dynamo.reset()
+
+
+def make_model(seed: int = 0) -> ModernBertForMaskedLM:
+    model = ModernBertForMaskedLM(SMALL, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 4 if "Wqkv" in name else 2
+    return model
+
+
+def make_batch(lengths: list[int], max_seqlen: int, documents: int) -> PackedBatch:
+    """A batch as the loader makes them: bounds filled up to `documents`, masked list too."""
+    draw = torch.Generator().manual_seed(len(lengths))
+    tokens = sum(lengths)
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    masked = torch.arange(0, tokens, 4)
+    labels = torch.randint(3, 64, masked.shape, generator=draw)
+    labels[-len(lengths) :] = -100
+    return PackedBatch(
+        input_ids=torch.randint(3, 64, (tokens,), generator=draw),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.cat([bounds, bounds[-1:].expand(documents - len(lengths))]),
+        max_seqlen=max_seqlen,
+        masked_indices=masked,
+        labels=labels,
+        sources=["notes"],
+        masked_tokens=len(masked) - len(lengths),
+    ).to(CPU)
+
+
+def loss_and_gradients(
+    model: ModernBertForMaskedLM, batch: PackedBatch
+) -> tuple[Tensor, list[Tensor]]:
+    loss = model(
+        batch.input_ids,
+        batch.position_ids,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        batch.masked_indices,
+        batch.labels,
+        batch.masked_tokens,
+    )
+    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def saved_bytes(model: ModernBertForMaskedLM, batch: PackedBatch) -> int:
+    """What the forward keeps for the backward, parameters and tables left out."""
+    tensors = [*model.parameters(), *model.buffers()]
+    owned = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_and_gradients(model, batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def assert_alike(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() <= tolerance * other.norm()
+
+
+def test_twenty_layouts_in_few_compilations(counter: CompileCounterWithBackend) -> None:
+    """Any number of documents in one graph; compiled and eager agree throughout."""
+    model, eager = make_model(), make_model()
+    prepare.compile_layers(model)
+    draw = np.random.default_rng(0)
+    expected = KINDS
+    for layout in range(20):
+        cuts = np.sort(draw.choice(np.arange(1, 256), draw.integers(1, 40), replace=False))
+        lengths = np.diff([0, *cuts, 256]).tolist()
+        batch = make_batch(lengths, 256, 64 if layout % 3 else 256)
+        loss, ours = loss_and_gradients(model, batch)
+        expected_loss, theirs = loss_and_gradients(eager, batch)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+        assert_alike(ours, theirs, 1e-5)
+    assert counter.frame_count == expected
+    # A new phase: another base of the rotary positions, then another length.
+    for one in (model, eager):
+        one.set_global_rope_theta(500.0)
+    batch = make_batch([200, 56], 256, 64)
+    before = loss
+    loss, ours = loss_and_gradients(model, batch)
+    assert counter.frame_count == expected
+    assert loss != before
+    assert_alike(ours, loss_and_gradients(eager, batch)[1], 1e-5)
+    loss_and_gradients(model, make_batch([300, 212], 512, 64))
+    assert counter.frame_count == 2 * expected
+    assert list(model.state_dict()) == list(eager.state_dict())
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recomputation_changes_memory_alone(
+    compiled: bool, counter: CompileCounterWithBackend
+) -> None:
+    """Each level keeps less; what is kept of a layer under `layer` is what goes into it."""
+    batch = make_batch([100, 28], 128, 64)
+    kept, gradients = {}, {}
+    levels = ("none", "activation", "mlp", "layer")
+    for level in levels:
+        if compiled and level == "activation":
+            continue
+        torch._dynamo.reset()
+        model = make_model()
+        for layer in model.model.layers:
+            layer.recompute = level
+        if compiled:
+            prepare.compile_layers(model)
+        gradients[level] = loss_and_gradients(model, batch)[1]
+        kept[level] = saved_bytes(model, batch)
+        for ours, theirs in zip(gradients[level], gradients["none"], strict=True):
+            assert torch.equal(ours, theirs)
+    found = [kept[level] for level in levels if level in kept]
+    assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
+    tokens, hidden, inner, layers = 128, 32, 48, 4
+    if not compiled:
+        assert kept["none"] - kept["activation"] >= tokens * inner * 4 * layers
+    # Two tensors of the hidden size go into a layer, of which the first layer's are one.
+    assert kept["layer"] <= 1.5 * tokens * hidden * 4 * 2 * layers + 10 * tokens * hidden * 4
+
+
+def run_losses(run: Run) -> list[float]:
+    path = run.config.run_dir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def test_a_compiled_run_follows_the_eager_one_and_goes_on_bit_for_bit(
+    resolved: Callable[..., Run],
+    phases: Callable[..., Any],
+    tmp_path: Path,
+    joined: None,
+    counter: CompileCounterWithBackend,
+) -> None:
+    """Two phases: another length, another base, growing batches; validated in between."""
+    from train.loop import train
+
+    def start(name: str, compile: str) -> Run:
+        run = resolved(
+            1,
+            phases=phases(),
+            compile=compile,
+            recompute="mlp",
+            run_dir=str(tmp_path / name),
+        )
+        train(run, Ranks(), CPU)
+        return run
+
+    eager = start("eager", "none")
+    assert counter.frame_count == 0
+    whole = start("whole", "layers")
+    # Both lengths, two buckets of max_seqlen at most; three kinds: two layers and the head.
+    assert 0 < counter.frame_count <= 3 * 2 * 2
+    np.testing.assert_allclose(run_losses(whole), run_losses(eager), rtol=1e-5)
+    start("broken", "layers")
+    (tmp_path / "broken" / "checkpoints" / "step_00000012").rename(tmp_path / "away")
+    broken = start("broken", "layers")
+    assert run_losses(broken) == run_losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_code_is_generated_and_two_ranks_go_on_bit_for_bit(
+    stage: int, launcher: Any, data_folder: Path
+) -> None:
+    """By the compiler's C++, under the stages that take compiled layers."""
+    changes = {"zero_stage": stage, "compile": "layers", "precision": "bf16" if stage else "fp32"}
+    whole = launcher.write("whole", data_folder, **changes)
+    eager = launcher.write("eager", data_folder, **changes | {"compile": "none"})
+    done = launcher.run(2, f"train:{whole}", f"train:{eager}", script=SCRIPT)
+    assert done.code == 0, done.out + done.err
+    tolerance = 1e-5 if stage == 0 else 2e-3
+    np.testing.assert_allclose(launcher.losses("whole"), launcher.losses("eager"), rtol=tolerance)
+    before = launcher.losses("whole")
+    (launcher.folder / "whole" / "checkpoints" / "step_00000012").rename(launcher.folder / "away")
+    assert launcher.run(2, "--config", str(whole)).code == 0
+    assert launcher.losses("whole") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_gpu", "message"),
+    [
+        ({"compile": "layers", "zero_stage": 3}, True, "zero_stage 3 fetches.*set compile=none"),
+        ({"fp8": "tensorwise"}, False, "needs a GPU; set fp8=none"),
+        ({"fp8": "rowwise", "precision": "fp32"}, True, "weights are fp32; set precision=bf16"),
+        ({"fp8": "rowwise", "compile": "none"}, True, "not compiled.*set compile=layers"),
+        ({"fp8": "rowwise", "zero_stage": 3}, True, "not compiled.*zero_stage below 3"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    changes: dict[str, Any], on_gpu: bool, message: str, resolved: Callable[..., Run]
+) -> None:
+    config = resolved(1).config
+    for key, value in changes.items():
+        object.__setattr__(config, key, value)
+    precision = "fp32" if config.precision == "fp32" else "bf16"
+    with pytest.raises(ConfigError, match=message):
+        prepare.check_preparation(config, precision, on_gpu)
+
+
+def test_auto_compiles_on_a_gpu_but_not_with_zero_3(resolved: Callable[..., Run]) -> None:
+    config = resolved(1).config
+    assert config.compile == "auto"
+    assert prepare.compiles(config, on_gpu=True)
+    assert not prepare.compiles(config, on_gpu=False)
+    object.__setattr__(config, "zero_stage", 3)
+    assert not prepare.compiles(config, on_gpu=True)
