@@ -17,6 +17,7 @@ A backend is a function `(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window) -
 out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document reaches another.
 """
 
+import itertools
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
@@ -212,7 +213,7 @@ def _opaque_backward(
     grads = [torch.zeros_like(tensor) for tensor in (q_HTD, k_HTD, v_HTD)]
     along_out_HT1 = (grad_HTD * out_HTD).sum(-1, keepdim=True)
     scale, bounds = q.shape[-1] ** -0.5, cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         for first in range(start, stop, 8 * _TILE):
             last = min(first + 8 * _TILE, stop)
             low = start if window < 0 else max(start, first - window)

@@ -267,6 +267,16 @@ class ModernBertForMaskedLM(nn.Module):
         """Hidden states (T, D) after the last norm."""
         return self.model(input_ids_T, position_ids_T, cu_seqlens, max_seqlen, self.attention)
 
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Say what of every layer the backward computes again.
+
+        none: nothing; activation: the result of GeGLU; mlp: all of the second half of a layer;
+        layer: all of it. Gradients stay the same, to the bit.
+        """
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            layer.recompute = recompute
+
     def set_global_rope_theta(self, theta: float) -> None:
         """Turn positions in global attention by another base, as training does for long texts."""
         self.config = self.model.config = replace(self.config, global_rope_theta=theta)

@@ -24,7 +24,7 @@ MOST_COMPILATIONS = 64
 """of layers, in a run; some four for each length of row and each bucket of max_seqlen"""
 BACKEND = "inductor"
 
-# What the library's 8-bit products take: multiples of this along every axis, on a GPU that has them.
+# What 8-bit products take: multiples of this along every axis, on a GPU that has them.
 _FP8_MULTIPLE = 16
 _FP8_CAPABILITY = (8, 9)
 
@@ -40,7 +40,7 @@ def check_preparation(config: Train, precision: str, on_gpu: bool) -> None:
     """Raise ConfigError for keys that do not fit together, before anything is built."""
     if config.compile == "layers" and config.zero_stage == 3:
         raise ConfigError(
-            "compile is layers, but zero_stage 3 fetches the weights of a layer from other ranks as "
+            "compile is layers, but zero_stage 3 fetches a layer's weights from other ranks as "
             "it runs, which cannot be part of a graph; set compile=none, or zero_stage=2"
         )
     if config.fp8 == "none":
@@ -66,8 +66,7 @@ def prepare_model(model: ModernBertForMaskedLM, config: Train, device: torch.dev
     if config.fp8 != "none":
         _check_fp8(model, device)
         use_fp8(model, config.fp8)
-    for layer in model.model.layers:
-        layer.recompute = config.recompute
+    model.set_recompute(config.recompute)
     if compiles(config, device.type == "cuda"):
         compile_layers(model)
 

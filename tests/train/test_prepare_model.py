@@ -1,5 +1,6 @@
 """Compiled layers, recomputation and 8-bit products: the same training, in few compilations."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,8 +154,7 @@ def test_recomputation_changes_memory_alone(
             continue
         torch._dynamo.reset()
         model = make_model()
-        for layer in model.model.layers:
-            layer.recompute = level
+        model.set_recompute(level)
         if compiled:
             prepare.compile_layers(model)
         gradients[level] = loss_and_gradients(model, batch)[1]
@@ -162,7 +162,8 @@ def test_recomputation_changes_memory_alone(
         for ours, theirs in zip(gradients[level], gradients["none"], strict=True):
             assert torch.equal(ours, theirs)
     found = [kept[level] for level in levels if level in kept]
-    assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
+    assert found == sorted(found, reverse=True)
+    assert len(set(found)) == len(found)
     tokens, hidden, inner, layers = 128, 32, 48, 4
     if not compiled:
         assert kept["none"] - kept["activation"] >= tokens * inner * 4 * layers
@@ -256,3 +257,71 @@ def test_auto_compiles_on_a_gpu_but_not_with_zero_3(resolved: Callable[..., Run]
     assert not prepare.compiles(config, on_gpu=False)
     object.__setattr__(config, "zero_stage", 3)
     assert not prepare.compiles(config, on_gpu=True)
+
+
+def scaled(values: Tensor, dtype: torch.dtype, dim: int | None, by_powers: bool) -> Tensor:
+    """Values as 8 bits hold them: scaled so that the largest of all (of each along `dim`) fits.
+
+    by_powers: the scale is the power of two below.
+    """
+    wide = values.double()
+    largest = wide.abs().amax() if dim is None else wide.abs().amax(dim, keepdim=True)
+    scale = torch.finfo(dtype).max / largest.clamp(min=1e-12)
+    if by_powers:
+        scale = scale.log2().floor().exp2()
+    return (wide * scale).float().to(dtype).double() / scale
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_products_in_8_bits(recipe: str) -> None:
+    """The three products of a linear map, against the recipe written out; only layers are changed,
+    and the weights stay who they are."""
+    pytest.importorskip("torchao", reason="pip install -r requirements-gpu.txt")
+    model, plain = make_model().bfloat16(), make_model().bfloat16()
+    weights = dict(model.named_parameters())
+    prepare.use_fp8(model, recipe, emulate=True)
+    assert dict(model.named_parameters()).keys() == weights.keys()
+    assert all(weights[name] is p for name, p in model.named_parameters())
+    kinds = {type(module).__name__ for module in model.head.modules()}
+    assert "Float8Linear" not in kinds
+    assert type(model.decoder) is type(plain.decoder)
+
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    linear = model.model.layers[0].mlp.Wi
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 32, generator=draw).bfloat16().requires_grad_()
+    grad = torch.randn(64, 96, generator=draw).bfloat16()
+    out = linear(x)
+    by_x, by_weight = torch.autograd.grad(out, [x, linear.weight], grad)
+    w = linear.weight.detach()
+    rows, whole = (None, None) if recipe == "tensorwise" else (1, 0)
+    of_grad = e5m2 if recipe == "tensorwise" else e4m3
+    of_weight = None if recipe == "rowwise_with_gw_hp" else whole
+    cast = functools.partial(scaled, by_powers=recipe != "tensorwise")
+    expected = cast(x.detach(), e4m3, rows) @ cast(w, e4m3, rows).T
+    expected_by_x = cast(grad, of_grad, rows) @ cast(w, e4m3, of_weight)
+    if recipe == "rowwise_with_gw_hp":
+        expected_by_weight = grad.double().T @ x.detach().double()
+    else:
+        expected_by_weight = cast(grad, of_grad, whole).T @ cast(x.detach(), e4m3, whole)
+    for ours, theirs in (
+        (out, expected),
+        (by_x, expected_by_x),
+        (by_weight, expected_by_weight),
+    ):
+        assert (ours.double() - theirs).norm() <= 5e-3 * theirs.norm()
+
+    batch = make_batch([100, 28], 128, 64)
+    ours, theirs = loss_and_gradients(model, batch), loss_and_gradients(plain, batch)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2e-2, atol=0)
+
+
+def test_8_bits_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match=r"8\.9 or later, this one has 8\.0; set fp8=none"):
+        prepare._check_fp8(model, CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model.model.layers[0].mlp.Wi = torch.nn.Linear(32, 90, bias=False)
+    with pytest.raises(ConfigError, match=r"sizes that 16 divides, the model has \[90\]"):
+        prepare._check_fp8(model, CPU)
