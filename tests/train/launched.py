@@ -1,5 +1,5 @@
 """What the tests start under a launcher, tasks one after another: `train:CONFIG`,
-`gradients:CONFIG:OUT.npz`, `steps:KIND:FOLDER` (stepped.py).
+`gradients:CONFIG:OUT.npz`, `steps:KIND:FOLDER` (stepped.py), `waits:CONFIG`.
 
 Runs share a start, for starting takes longer than training them.
 """
@@ -37,6 +37,8 @@ def main() -> None:
         run = resolve(load_config(Train, "train", Path(config)), ranks.size, device.type == "cuda")
         if kind == "train":
             train(run, ranks, device)
+        elif kind == "waits":
+            refuse_to_wait(run, ranks, device)
         else:
             save_gradients(run, ranks, device, out[0])
 
@@ -59,6 +61,30 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
         gradients = {name: p.grad.numpy() for name, p in engine.module.named_parameters()}
         counts = [batch.masked_tokens for batch in maker.micro_batches(loaded.plan)]
         np.savez(out, loss=loss, mine=mine, counts=counts, **gradients)
+
+
+def refuse_to_wait(run: Run, ranks: Ranks, device: torch.device) -> None:
+    """Steps that are not logged, as the loop takes them, where torch raises if one waits.
+
+    The first few are free to: they compile, and put tables on the device.
+    """
+    from train.engine import start_engine, step
+    from train.loader import Loader, StepMaker
+    from train.loop import accumulate
+    from train.prepare_model import prepare_model
+    from train.start import make_model
+
+    model = make_model(run.config, run.start).to(device)
+    prepare_model(model, run.config, device)
+    engine = start_engine(model, run.config, run.deepspeed)
+    maker = StepMaker(run, ranks.rank)
+    with Loader(maker, run.plans(Progress()), pin=True) as loader:
+        for number, loaded in enumerate(loader):
+            torch.cuda.set_sync_debug_mode("error" if number >= 6 else "default")
+            accumulate(engine, loaded, ranks, device)
+            step(engine, loaded.plan.rates, want_norms=False)
+    torch.cuda.set_sync_debug_mode("default")
+    print("no step waited")
 
 
 run_and_exit(main)
