@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from model.config import ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
 from train import prepare_model as prepare
 from train.batch import PackedBatch
-from train.ranks import Ranks
 from train.resolve import Run
 
 SMALL = ModernBertConfig(
@@ -172,37 +170,29 @@ def test_recomputation_changes_memory_alone(
     assert kept["layer"] <= 1.5 * tokens * hidden * 4 * 2 * layers + 10 * tokens * hidden * 4
 
 
-def test_a_compiled_run_follows_the_eager_one_and_goes_on_bit_for_bit(
-    resolved: Callable[..., Run],
-    phases: Callable[..., Any],
-    tmp_path: Path,
-    joined: None,
-    counter: CompileCounterWithBackend,
+def test_compiled_runs_follow_the_eager_one_and_go_on_bit_for_bit(
+    launcher: Any, data_folder: Path, phases: Callable[..., Any]
 ) -> None:
     """Two phases: another length, another base, growing batches; validated in between."""
-    from train.loop import train
-
-    def losses(name: str, compile: str, stage: int) -> list[float]:
-        run_dir = tmp_path / name
-        changes = {"zero_stage": stage, "compile": compile, "recompute": "mlp"}
-        run = resolved(1, phases=phases(), run_dir=str(run_dir), **changes)
-        train(run, Ranks(), CPU)
-        records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-        return [record["loss"] for record in records if record["kind"] == "train"]
-
-    eager = losses("eager", "none", stage=1)
-    assert counter.frame_count == 0
-    whole = losses("whole", "layers", stage=1)
-    # Both lengths, two buckets of max_seqlen at most; three kinds: two layers and the head.
-    assert 0 < counter.frame_count <= 3 * 2 * 2
-    np.testing.assert_allclose(whole, eager, rtol=1e-5)
-    # As if it had been killed after step 8; what it goes on with is compiled anew.
-    (tmp_path / "whole" / "checkpoints" / "step_00000012").rename(tmp_path / "away")
-    torch._dynamo.reset()
-    assert losses("whole", "layers", stage=1) == whole
-    for stage in (0, 2):
-        found = losses(f"zero{stage}", "layers", stage)
-        np.testing.assert_allclose(found, eager, rtol=1e-5)
+    both, eager = phases(), {"compile": "none"}
+    changes = {"compile": "layers", "recompute": "mlp", "phases": both}
+    begun = {"phases": {"short": both["short"]}}
+    # A phase is added to a run that has ended, which so goes on from its checkpoint.
+    later = {"run_dir": str(launcher.folder / "begun")}
+    kinds = {"eager": eager, "whole": {}, "begun": begun, "later": later}
+    kinds |= {f"zero{stage}": {"zero_stage": stage} for stage in (0, 2)}
+    configs = [launcher.write(name, data_folder, **changes | kinds[name]) for name in kinds]
+    waits = launcher.write("waits", data_folder)
+    tasks = [*(f"traced:{config}" for config in configs), f"waits:{waits}"]
+    done = launcher.run(1, *tasks, script=SCRIPT)
+    assert done.code == 0, done.out + done.err
+    assert "continues from" in done.out
+    whole = launcher.losses("whole")
+    assert len(whole) == 12
+    assert launcher.losses("begun") == whole
+    for name in ("eager", "zero0", "zero2"):
+        np.testing.assert_allclose(launcher.losses(name), whole, rtol=1e-5)
+    assert "waited: []" in done.out
 
 
 @pytest.mark.slow
@@ -373,4 +363,4 @@ def test_on_a_gpu_a_step_that_is_not_logged_waits_for_nothing(
     config = launcher.write("run", data_folder, zero_stage=stage, model=sizes)
     done = launcher.run(1, f"waits:{config}", script=SCRIPT)
     assert done.code == 0, done.out + done.err
-    assert "no step waited" in done.out
+    assert "waited: []" in done.out
