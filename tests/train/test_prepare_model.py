@@ -197,6 +197,21 @@ def test_compiled_runs_follow_the_eager_one_and_go_on_bit_for_bit(
 
 
 @pytest.mark.slow
+def test_zero_3_recomputes_what_it_has_to_fetch_again(launcher: Any, data_folder: Path) -> None:
+    """A layer's weights are on two ranks, and gathered for the second forward too."""
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    levels = ("none", "activation", "mlp", "layer")
+    configs = [
+        launcher.write(level, data_folder, zero_stage=3, deepspeed=settings, recompute=level)
+        for level in levels
+    ]
+    done = launcher.run(2, *(f"train:{config}" for config in configs), script=SCRIPT)
+    assert done.code == 0, done.out + done.err
+    for level in levels:
+        assert launcher.losses(level) == launcher.losses("none")
+
+
+@pytest.mark.slow
 def test_code_is_generated_and_two_ranks_go_on_bit_for_bit(
     launcher: Any, data_folder: Path
 ) -> None:
