@@ -17,6 +17,7 @@ A backend is a function `(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window) -
 out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document reaches another.
 """
 
+import itertools
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.documents import document_bounds
 from kernels.local_attention import local_attention
-from model.attention_backends import fa2_attention, fa4_attention, varlen_attention
+from model.attention_backends import fa2_attention, fa4_attention, register, varlen_attention
 from model.config import Backend, Local
 from model.rotary import RotaryTables
 
@@ -106,8 +107,10 @@ def reference_attention(
 
     Documents of one length are computed together and no document is padded, so what a document
     gets depends on its own tokens alone, to the last bit, wherever in the row it lies.
-    Reads `cu_seqlens` on the host.
+    Reads `cu_seqlens` on the host, which no compiler can look into: to one it is an operation.
     """
+    if torch.compiler.is_compiling():
+        return _opaque_reference(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window)
     qkv_T3HD = torch.stack([q_THD, k_THD, v_THD], dim=1)
     lengths = cu_seqlens.diff().tolist()
     behind = qkv_T3HD.shape[0] - sum(lengths)
@@ -178,6 +181,61 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v, mask)
 
+
+def _opaque_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+) -> tuple[Tensor, Tensor]:
+    out = reference_attention(q, k, v, cu_seqlens, max_seqlen, None if window < 0 else window)
+    # The backward makes its own softmax.
+    return out, q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _opaque_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula, a few queries of a document at a time, in fp32 or wider.
+
+    p = softmax(q kᵀ s), s = 1 / sqrt(D);  ∂v = pᵀ g,  ∂z = p (g vᵀ − g · o),  ∂q = ∂z k s,
+    ∂k = ∂zᵀ q s
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_HTD, k_HTD, v_HTD, out_HTD, grad_HTD = (
+        tensor.transpose(0, 1).to(wide) for tensor in (q, k, v, out, grad)
+    )
+    grads = [torch.zeros_like(tensor) for tensor in (q_HTD, k_HTD, v_HTD)]
+    along_out_HT1 = (grad_HTD * out_HTD).sum(-1, keepdim=True)
+    scale, bounds = q.shape[-1] ** -0.5, cu_seqlens.tolist()
+    for start, stop in itertools.pairwise(bounds):
+        for first in range(start, stop, 8 * _TILE):
+            last = min(first + 8 * _TILE, stop)
+            low = start if window < 0 else max(start, first - window)
+            high = stop if window < 0 else min(stop, last + window)
+            queries, keys = slice(first, last), slice(low, high)
+            scores = q_HTD[:, queries] @ k_HTD[:, keys].mT * scale
+            if window >= 0:
+                band = _band(high - low, window, wide, q.device)
+                scores += band[first - low : last - low]
+            p = scores.softmax(-1)
+            g = grad_HTD[:, queries]
+            slope = p * (g @ v_HTD[:, keys].mT - along_out_HT1[:, queries]) * scale
+            grads[0][:, queries] = slope @ k_HTD[:, keys]
+            grads[1][:, keys] += slope.mT @ q_HTD[:, queries]
+            grads[2][:, keys] += p.mT @ g
+    by_q, by_k, by_v = (one.transpose(0, 1).to(q.dtype).contiguous() for one in grads)
+    return by_q, by_k, by_v
+
+
+_opaque_reference = register(
+    "reference_attention", _opaque_forward, _opaque_backward, leaves_rows_unwritten=False
+)
 
 BACKENDS: dict[str, Attention] = {
     "fa4": fa4_attention,

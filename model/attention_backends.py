@@ -41,13 +41,15 @@ def _shapes_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def register(name: str, forward: Forward, backward: Backward) -> Callable[..., Tensor]:
+def register(
+    name: str, forward: Forward, backward: Backward, leaves_rows_unwritten: bool = True
+) -> Callable[..., Tensor]:
     """An operation `(q, k, v, cu_seqlens, max_seqlen, window) -> out` from a pair of functions.
 
     forward returns out and the (H, T) fp32 log-sum-exp; backward takes (grad, q, k, v, out,
     logsumexp, cu_seqlens, max_seqlen, window) and returns the gradients by q, k and v. Neither is
     called without tokens, nor where all documents are empty. They run with the tensors' GPU as the
-    current one.
+    current one. leaves_rows_unwritten: rows behind the last document have to be cleared.
     """
 
     @torch.library.custom_op(f"clinical_modernbert::{name}", mutates_args=())
@@ -58,7 +60,8 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., T
             return torch.zeros_like(q), q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
         with torch.cuda.device_of(q):
             out, logsumexp = forward(q, k, v, cu_seqlens, max_seqlen, window)
-        clear_behind_documents(out, cu_seqlens)
+        if leaves_rows_unwritten:
+            clear_behind_documents(out, cu_seqlens)
         return out, logsumexp
 
     @torch.library.custom_op(f"clinical_modernbert::{name}_backward", mutates_args=())
@@ -77,8 +80,9 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., T
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         with torch.cuda.device_of(q):
             grads = backward(grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, window)
-        for one in grads:
-            clear_behind_documents(one, cu_seqlens)
+        if leaves_rows_unwritten:
+            for one in grads:
+                clear_behind_documents(one, cu_seqlens)
         return grads
 
     attend.register_fake(_shapes)

@@ -10,11 +10,14 @@ Dimensions in the names of tensors: T packed tokens, D hidden size, H heads, M m
 V vocabulary, B rows, S columns of a padded batch, P positions of a rotary table, R pairs of a head.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kernels.geglu import geglu, geglu_reference
 from kernels.layer_norm import (
@@ -26,9 +29,17 @@ from kernels.layer_norm import (
 from kernels.linear_cross_entropy import linear_cross_entropies
 from kernels.unpad import pad, pad_reference, unpad, unpad_reference
 from model.attention import Choice, Documents, attend, choose_attention, describe_documents
-from model.config import ModernBertConfig
+from model.config import ModernBertConfig, Recompute
 from model.initialization import initialize
 from model.rotary import RotaryTables, runs_in_triton
+
+
+def _run(function: Callable[..., Any], again: bool, *inputs: Any) -> Any:
+    """`function(*inputs)`; with `again` only the inputs are kept, and the backward calls it too."""
+    if not (again and torch.is_grad_enabled()):
+        return function(*inputs)
+    # Nothing here draws random numbers.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Attention(nn.Module):
@@ -61,8 +72,11 @@ class GeGlu(nn.Module):
         self.Wi = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.Wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        product_TI2 = self.Wi(hidden_TD)
+    def forward(self, hidden_TD: Tensor, again: bool) -> Tensor:
+        """again: keep Wi(x) alone for the backward, not what the activation makes of it."""
+        return _run(self._finish, again, self.Wi(hidden_TD))
+
+    def _finish(self, product_TI2: Tensor) -> Tensor:
         activate = geglu if runs_in_triton(product_TI2) else geglu_reference
         return self.Wo(activate(product_TI2))
 
@@ -100,6 +114,7 @@ class Layer(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = AddNorm(config)
         self.mlp = GeGlu(config)
+        self.recompute: Recompute = "none"
 
     def forward(
         self,
@@ -109,12 +124,22 @@ class Layer(nn.Module):
         tables: RotaryTables,
         backends: Choice,
     ) -> tuple[Tensor, Tensor]:
-        normed_TD = hidden_TD
-        if branch_TD is not None:
-            normed_TD, hidden_TD = self.attn_norm(branch_TD, hidden_TD)
-        branch_TD = self.attn(normed_TD, documents, tables, backends)
+        def whole(hidden_TD: Tensor, branch_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+            normed_TD = hidden_TD
+            if branch_TD is not None:
+                normed_TD, hidden_TD = self.attn_norm(branch_TD, hidden_TD)
+            branch_TD = self.attn(normed_TD, documents, tables, backends)
+            result: tuple[Tensor, Tensor] = _run(
+                self._second_half, self.recompute == "mlp", branch_TD, hidden_TD
+            )
+            return result
+
+        result: tuple[Tensor, Tensor] = _run(whole, self.recompute == "layer", hidden_TD, branch_TD)
+        return result
+
+    def _second_half(self, branch_TD: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         normed_TD, hidden_TD = self.mlp_norm(branch_TD, hidden_TD)
-        return hidden_TD, self.mlp(normed_TD)
+        return hidden_TD, self.mlp(normed_TD, self.recompute == "activation")
 
 
 class Embeddings(nn.Module):
@@ -245,6 +270,16 @@ class ModernBertForMaskedLM(nn.Module):
     ) -> Tensor:
         """Hidden states (T, D) after the last norm."""
         return self.model(input_ids_T, position_ids_T, cu_seqlens, max_seqlen, self.attention)
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Say what of every layer the backward computes again.
+
+        none: nothing; activation: the result of GeGLU; mlp: all of the second half of a layer;
+        layer: all of it. Gradients stay the same, to the bit.
+        """
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            layer.recompute = recompute
 
     def set_global_rope_theta(self, theta: float) -> None:
         """Turn positions in global attention by another base, as training does for long texts."""

@@ -69,9 +69,12 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on `device`; from pinned memory the copies do not wait."""
-        if device.type == "cpu":
-            return self
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        batch = self
+        if device.type != "cpu":
+            batch = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        # The one length that changes from batch to batch: a compiled layer takes any.
+        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
+        return batch
 
     def pin(self) -> "PackedBatch":
         """The batch in page-locked memory, from which a GPU copies by itself."""

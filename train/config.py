@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.config import config
-from model.config import Backend, Local
+from model.config import Backend, Local, Recompute
 from train.phase_config import Phase, check_decay, require
 
 
@@ -116,6 +116,13 @@ class Train:
     """what computes attention; auto: the best that is installed and fits the GPU"""
     local_attention: Local = "auto"
     """layers with a window; auto: kernels.local_attention on a GPU; backend: as in `attention`"""
+    compile: Literal["auto", "layers", "none"] = "auto"
+    """layers: each layer is one compiled graph; auto: so on a GPU, but not with zero_stage 3"""
+    recompute: Recompute = "none"
+    """what the backward computes again to save memory: the activation of each layer, its second
+    half (mlp), or all of it (layer)"""
+    fp8: Literal["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = "none"
+    """matrix products of the layers in 8 bits, by torchao's recipes; for H100 and later"""
     zero_stage: Literal[0, 1, 2, 3] = 1
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest checkpoint that verifies; never: refuse a run_dir with checkpoints"""

@@ -86,8 +86,7 @@ def deepspeed_config(
     checks_itself = config.optimizer.name == "muon"
     if precision == "bf16":
         own["bf16"] = {"enabled": True, "check_grad_overflow": checks_itself}
-    steps_by_bf16_optimizer = stage == 1 and precision == "bf16" and accumulation == "fp32"
-    if stage in (1, 2) and not steps_by_bf16_optimizer:
+    if stage in (1, 2):
         own["zero_optimization"]["compute_grad_norm"] = checks_itself
     if checks_itself and stage == 3:
         # DeepSpeed's Muon refuses it.
@@ -102,7 +101,7 @@ def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> E
     """
     deepspeed = _import_deepspeed()
     optimizer = make_optimizer(model, config.optimizer)
-    with quiet():
+    with quiet(), _reduced_during_backward(config.zero_stage):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -113,6 +112,25 @@ def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> E
             state["step"] *= 0
     engine.optimizer_step = OptimizerStep(engine, optimizer, config.optimizer)
     return engine
+
+
+@contextlib.contextmanager
+def _reduced_during_backward(stage: int) -> Iterator[None]:
+    """Have ZeRO 1 and 2 step through DeepSpeedZeroOptimizer, whatever the dtypes.
+
+    For stage 1 with bf16 weights and fp32 sums DeepSpeed takes BF16_Optimizer, which reduces after
+    backward and adds all gradients up in passes of their own. The other class knows fp32 sums as
+    well (stage 2 uses them), and reduces while the last backward goes on. No key chooses.
+    """
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+
+    chosen_by_deepspeed = DeepSpeedEngine._do_optimizer_sanity_check
+    if stage in (1, 2):
+        DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = chosen_by_deepspeed
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from train.engine import choose_dtypes, deepspeed_config
 from train.mask_order import make_order
 from train.masking import Masker, Vocabulary
 from train.phase_config import Data, Phase, micro_steps
+from train.prepare_model import check_preparation
 from train.row_order import RowOrder
 from train.schedule import (
     PhaseSchedule,
@@ -133,6 +134,7 @@ def resolve(
     """
     precision = _precision(config.precision, on_gpu)
     choose_dtypes(config, precision)
+    check_preparation(config, precision, on_gpu)
     steps = {name: micro_steps(name, part.batch, ranks) for name, part in config.phases.items()}
     opened = open_data(config)
     max_length = max(data.max_length for data in opened.values())

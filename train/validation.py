@@ -47,7 +47,8 @@ class Validation:
         sources = self._shape.sources
         sums = torch.zeros(3, len(sources), dtype=torch.float64, device=self._device)
         engine.eval()
-        with torch.no_grad():
+        # Not compiled: few batches, for which every graph would have to be compiled once more.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in self._batches():
                 self._add(engine.module, batch, sums)
         engine.train()

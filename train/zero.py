@@ -1,17 +1,18 @@
 """What DeepSpeed's optimizer wrappers hold: fp32 weights, gradients, and which is whose.
 
-DeepSpeed 0.19.8 steps through one of five:
+DeepSpeed 0.19.8 steps through one of these:
 
 | wrapper | when | this rank's fp32 weights |
 |---|---|---|
 | none | ZeRO 0, fp32 | the parameters themselves |
 | FP16_UnfusedOptimizer | ZeRO 0, bf16 | a copy of each parameter |
-| BF16_Optimizer | ZeRO 1, bf16 with fp32 accumulation | a stretch of each flattened group |
-| DeepSpeedZeroOptimizer | ZeRO 1 otherwise, ZeRO 2 | a stretch of each flattened group |
+| DeepSpeedZeroOptimizer | ZeRO 1 and 2 | a stretch of each flattened group |
 | DeepSpeedZeroOptimizer_Stage3 | ZeRO 3 | the flattened pieces of a sub-group's parameters |
 
-Before a step some wait for the device, for they ask on the host whether the gradient's norm is
-finite. `without_waits` takes that out; train/optimizer_step.py asks on the device instead.
+Some wait for the device: before a step, to ask on the host whether the gradient's norm is finite,
+which train/optimizer_step.py asks on the device instead; or at the end of backward, for the stream
+that reduces. `without_waits` takes both out. (train/engine.py sees to it that BF16_Optimizer is not
+used.)
 """
 
 import types
@@ -63,13 +64,13 @@ def held(wrapper: Wrapper) -> Held:
 
 
 def without_waits(wrapper: Wrapper) -> None:
-    """Let the wrapper step unchecked and unclipped, so that its step does not wait for the device.
+    """Let the wrapper step unchecked and unclipped, so that the host does not wait for the device.
 
     DeepSpeedZeroOptimizer has keys for that (train/engine.py sets them), the others have not.
     """
     name = type(wrapper).__name__
-    if name == "BF16_Optimizer":
-        wrapper.step = types.MethodType(_step_bf16, wrapper)
+    if name == "DeepSpeedZeroOptimizer":
+        wrapper.independent_gradient_partition_epilogue = types.MethodType(_end_backward, wrapper)
     elif name == "FP16_UnfusedOptimizer":
         wrapper.step = types.MethodType(_step_unfused, wrapper)
     elif name == "DeepSpeedZeroOptimizer_Stage3":
@@ -79,19 +80,26 @@ def without_waits(wrapper: Wrapper) -> None:
         wrapper.unscale_and_clip_grads = lambda sub_group, norm: None
 
 
-@torch.no_grad()
-def _step_bf16(wrapper: Wrapper, closure: None = None) -> None:
-    """BF16_Optimizer.step without its norm."""
-    for weights, gradient in zip(
-        wrapper.fp32_groups_flat_partition,
-        wrapper.fp32_groups_gradient_flat_partition,
-        strict=True,
-    ):
-        weights.grad = gradient
-    wrapper.optimizer.step()
-    wrapper._lazy_init_hp_params_optimizer_state()
-    wrapper.update_lp_params()
-    wrapper.clear_hp_grads()
+def _end_backward(wrapper: Wrapper) -> None:
+    """The end of a backward, where the streams wait for each other, and the host for neither.
+
+    What follows (gradients handed to the step, their memory given back and written anew) comes
+    after the reductions either way, and later reductions after what is to be reduced.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+
+    def synchronize() -> None:
+        backward, reduction = accelerator.current_stream(), wrapper.reduction_stream
+        backward.wait_stream(reduction)
+        reduction.wait_stream(backward)
+
+    accelerator.synchronize = synchronize
+    try:
+        type(wrapper).independent_gradient_partition_epilogue(wrapper)
+    finally:
+        del accelerator.synchronize
 
 
 @torch.no_grad()
@@ -128,16 +136,6 @@ def _plain(optimizer: torch.optim.Optimizer) -> Held:
 def _unfused(wrapper: Wrapper) -> Held:
     pairs = _unfused_pairs(wrapper)
     return Held({w: whole(w) for w, _ in pairs}, lambda: [_gradient(p) for _, p in pairs], False)
-
-
-def _bf16(wrapper: Wrapper) -> Held:
-    layouts = {}
-    for index, weights in enumerate(wrapper.fp32_groups_flat_partition):
-        sizes = [p.numel() for p in wrapper.bf16_groups[index]]
-        offsets = [sum(sizes[:at]) for at in range(len(sizes))]
-        group = wrapper.real_dp_process_group[index]
-        layouts[weights] = _stretch(offsets, sizes, weights.numel(), group)
-    return Held(layouts, lambda: list(wrapper.fp32_groups_gradient_flat_partition), True)
 
 
 def _stage_1_and_2(wrapper: Wrapper) -> Held:
@@ -189,7 +187,6 @@ def _stretch(offsets: list[int], sizes: list[int], length: int, group: dist.Proc
 
 _HELD = {
     "FP16_UnfusedOptimizer": _unfused,
-    "BF16_Optimizer": _bf16,
     "DeepSpeedZeroOptimizer": _stage_1_and_2,
     "DeepSpeedZeroOptimizer_Stage3": _stage_3,
 }

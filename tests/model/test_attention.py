@@ -72,6 +72,24 @@ def test_reference_is_the_formula(layout: str, window: int | None, dtype: torch.
         assert difference <= 10 * torch.finfo(dtype).eps * truth.norm()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [None, 64, 0])
+def test_to_a_compiler_the_reference_is_one_operation(layout: str, window: int | None) -> None:
+    """The same result, and as gradients those that PyTorch derives."""
+    qkv, cu_seqlens = make_row(LAYOUTS[layout])
+    cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:]])
+    qkv = torch.cat([qkv, qkv[:3]])
+    results = []
+    for operation in (attention._opaque_reference, reference_attention):
+        leaf = qkv.clone().requires_grad_()
+        out = operation(*leaf.unbind(1), cu_seqlens, max(LAYOUTS[layout]), window)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results.append((out, torch.autograd.grad((out * weight).sum(), leaf)[0]))
+    (out, gradient), (expected, expected_gradient) = results
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [None, 64])
 def test_a_document_does_not_see_its_neighbours(window: int | None) -> None:
     lengths = LAYOUTS["skewed"]

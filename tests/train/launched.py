@@ -1,9 +1,11 @@
-"""What the tests start under a launcher, tasks one after another: `train:CONFIG`,
-`gradients:CONFIG:OUT.npz`, `steps:KIND:FOLDER` (stepped.py).
+"""What the tests start under a launcher, tasks one after another: `train:CONFIG`, `traced:CONFIG`
+(compiled but for the code), `gradients:CONFIG:OUT.npz`, `steps:KIND:FOLDER` (stepped.py),
+`waits:CONFIG`.
 
 Runs share a start, for starting takes longer than training them.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -25,6 +27,7 @@ def main() -> None:
     device = choose_device(ranks)
     join(ranks, device)
 
+    from train import prepare_model
     from train.loop import train
 
     for task in (word for word in sys.argv[1:] if not word.startswith("--local_rank")):
@@ -35,8 +38,11 @@ def main() -> None:
             stepped.main(ranks, Path(out[0]), config)
             continue
         run = resolve(load_config(Train, "train", Path(config)), ranks.size, device.type == "cuda")
-        if kind == "train":
+        prepare_model.BACKEND = "aot_eager" if kind == "traced" else "inductor"
+        if kind in ("train", "traced"):
             train(run, ranks, device)
+        elif kind == "waits":
+            refuse_to_wait(run, ranks, device)
         else:
             save_gradients(run, ranks, device, out[0])
 
@@ -59,6 +65,39 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
         gradients = {name: p.grad.numpy() for name, p in engine.module.named_parameters()}
         counts = [batch.masked_tokens for batch in maker.micro_batches(loaded.plan)]
         np.savez(out, loss=loss, mine=mine, counts=counts, **gradients)
+
+
+def refuse_to_wait(run: Run, ranks: Ranks, device: torch.device) -> None:
+    """Take steps that are not logged as the loop takes them, and say what waited in them.
+
+    On a GPU torch raises if anything does; on a CPU what would wait on a GPU is noted. The first
+    steps are free to wait: they compile, and put tables on the device.
+    """
+    import stepped
+
+    from train.engine import start_engine, step
+    from train.loader import Loader, StepMaker
+    from train.loop import accumulate
+    from train.prepare_model import prepare_model
+    from train.start import make_model
+
+    on_gpu, places = device.type == "cuda", set()
+    model = make_model(run.config, run.start).to(device)
+    prepare_model(model, run.config, device)
+    engine = start_engine(model, run.config, run.deepspeed)
+    with Loader(StepMaker(run, ranks.rank), run.plans(Progress()), pin=on_gpu) as loader:
+        for number, loaded in enumerate(loader):
+            if on_gpu:
+                torch.cuda.set_sync_debug_mode("error" if number >= 6 else "default")
+            # A mode that looks at operations keeps layers from being compiled.
+            with contextlib.nullcontext() if on_gpu else stepped.Watch() as watch:
+                accumulate(engine, loaded, ranks, device)
+                step(engine, loaded.plan.rates, want_norms=False)
+            if watch is not None and number >= 6:
+                places |= set(watch.places)
+    if on_gpu:
+        torch.cuda.set_sync_debug_mode("default")
+    print(f"waited: {sorted(places)}")
 
 
 run_and_exit(main)

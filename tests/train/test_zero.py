@@ -189,3 +189,37 @@ def test_on_a_gpu_the_rule_is_the_same_and_ours_waits_for_nothing(launcher: Any)
         for number, step in enumerate(facts(folder, name)[1:], start=1):
             waits = {place for place in step["places"] if place.split()[0] in ours}
             assert not waits, f"{name}, step {number}"
+
+
+def test_the_end_of_backward_does_not_hold_up_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where DeepSpeed waits for the device, the streams wait for each other instead."""
+    from deepspeed.accelerator import get_accelerator
+
+    from train.zero import without_waits
+
+    waits: list[tuple[str, str]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            waits.append((self.name, other.name))
+
+    class DeepSpeedZeroOptimizer:
+        reduction_stream = Stream("reduction")
+
+        def independent_gradient_partition_epilogue(self) -> None:
+            get_accelerator().synchronize()
+
+    accelerator = get_accelerator()
+    held_up: list[bool] = []
+    monkeypatch.setattr(type(accelerator), "synchronize", lambda self: held_up.append(True))
+    monkeypatch.setattr(type(accelerator), "current_stream", lambda self: Stream("backward"))
+    wrapper = DeepSpeedZeroOptimizer()
+    without_waits(wrapper)
+    wrapper.independent_gradient_partition_epilogue()
+    assert waits == [("backward", "reduction"), ("reduction", "backward")]
+    assert not held_up
+    accelerator.synchronize()
+    assert held_up, "elsewhere it is DeepSpeed's"
