@@ -28,7 +28,6 @@ from data_prep.document import Document, write_documents
 from data_prep.shard_writer import write_shard
 from data_prep.shards import DataSet, Row
 from data_prep.tokenizer import SENTENCEPIECE_FILE, encode, load_tokenizer, new_word_encoder
-from data_prep.tokenizer_export import is_word_by_word
 
 _BATCH_DOCUMENTS = 4096
 
@@ -161,7 +160,7 @@ def compare_tokenizers(
             encoder.encode(batch)
 
     rows = [row(OURS, ours)]
-    if is_word_by_word(tokenizer.backend_tokenizer):
+    if new_word_encoder(tokenizer) is not None:
         rows.append(row(f"{OURS}, new words", ours_afresh))
     name, path = f"SentencePiece, {threads} threads", folder / SENTENCEPIECE_FILE
     if not path.is_file():
