@@ -41,7 +41,9 @@ ESCAPES = ((_ESCAPE, f"{_ESCAPE}."), (SPACE, f"{_ESCAPE}_"))
 # A byte's piece is what an unknown character becomes: nothing is merged into one.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # A digit with a neighbour, or a letter of ASCII next to another character of ASCII.
-_JOINED_PARTS = re.compile(r"(?s).[0-9]|[0-9].|[A-Za-z][\x00-@\[-`{-\x7f]|[\x00-@\[-`{-\x7f][A-Za-z]")
+_JOINED_PARTS = re.compile(
+    r"(?s).[0-9]|[0-9].|[A-Za-z][\x00-@\[-`{-\x7f]|[\x00-@\[-`{-\x7f][A-Za-z]"
+)
 # Their ids are their positions.
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
@@ -114,9 +116,7 @@ def has_separate_parts(tokenizer: Tokenizer) -> bool:
     """
     names = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     pieces = tokenizer.get_vocab(with_added_tokens=False).keys() - names
-    return not any(
-        _JOINED_PARTS.search(piece) and not _BYTE.fullmatch(piece) for piece in pieces
-    )
+    return not any(_JOINED_PARTS.search(piece) and not _BYTE.fullmatch(piece) for piece in pieces)
 
 
 def _normalizer() -> normalizers.Normalizer:

@@ -22,7 +22,9 @@ load_once = cache(load_tokenizer)
 ODD = st.lists(
     st.one_of(
         st.sampled_from(" \n\t▁\x10é°_-.[]"),
-        st.sampled_from(["patient ", " of", "[MASK]", "   ", " 12.5 ", "[CLS]", "S72.001A:", "µg/5", "<0x41>"]),
+        st.sampled_from(
+            ["patient ", " of", "[MASK]", "   ", " 12.5 ", "[CLS]", "S72.001A:", "µg/5", "<0x41>"]
+        ),
         st.characters(exclude_categories=["Cs"]),
     ),
     max_size=40,
@@ -84,7 +86,9 @@ def test_a_vocabulary_whose_parts_are_not_separate_is_not_cut(trained: Path) -> 
     for left, right in (("1", "2"), ("a", "."), ("-", "b"), ("▁", "7")):
         changed = copy.deepcopy(content)
         joined = changed["model"]["vocab"]
-        joined |= {part: len(joined) + n for n, part in enumerate((left, right)) if part not in vocab}
+        joined |= {
+            part: len(joined) + n for n, part in enumerate((left, right)) if part not in vocab
+        }
         joined[left + right] = len(joined)
         changed["model"]["merges"].insert(0, [left, right])
         backend = Tokenizer.from_str(json.dumps(changed))

@@ -38,7 +38,7 @@ data_prep:
   raw_dir: {folder}/raw
   out_dir: {folder}/{out}
   sources: {{discharge: [canary.csv, mimic-iv-note/note/discharge.csv.gz]}}
-  part_characters: 12000
+  part_characters: 5000
   near_duplicates: {{bands: 2}}
   tokenizer: {{vocab_size: 448}}
   row_tokens: 512
