@@ -51,8 +51,7 @@ class WordEncoder:
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """The token ids of each text, (tokens,) of the dtype."""
         if max(len(self._words), len(self._parts)) > _MOST_WORDS:
-            self._words.clear()
-            self._parts.clear()
+            self.forget()
         words = [_WORD.findall(text) for text in texts]
         new = set().union(*words).difference(self._words)
         self._learn(list(new))
@@ -62,6 +61,11 @@ class WordEncoder:
             if len(word) > _LONGEST_WORD:
                 del self._words[word]
         return encoded
+
+    def forget(self) -> None:
+        """From here on no word has been met."""
+        self._words.clear()
+        self._parts.clear()
 
     def _learn(self, words: list[str]) -> None:
         parts = [(_ASCII_PART if word.isascii() else _PART).findall(word) for word in words]
@@ -86,7 +90,7 @@ class WordEncoder:
         for group, ids in zip(groups, encoded, strict=True):
             found = np.array(ids, self._dtype)
             content, size = found.tobytes(), self._dtype.itemsize
-            marks = np.flatnonzero(found == self._mark) if len(group) > 1 else []
+            marks = np.flatnonzero(found == self._mark).tolist() if len(group) > 1 else []
             begin = 0
             for part, end in zip(group, [*marks, len(found)], strict=True):
                 yield part, content[begin * size : end * size]

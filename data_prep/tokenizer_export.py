@@ -41,9 +41,8 @@ ESCAPES = ((_ESCAPE, f"{_ESCAPE}."), (SPACE, f"{_ESCAPE}_"))
 # A byte's piece is what an unknown character becomes: nothing is merged into one.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # A digit with a neighbour, or a letter of ASCII next to another character of ASCII.
-_JOINED_PARTS = re.compile(
-    r"(?s).[0-9]|[0-9].|[A-Za-z][\x00-@\[-`{-\x7f]|[\x00-@\[-`{-\x7f][A-Za-z]"
-)
+_MARKS = r"[\x00-@\[-`{-\x7f]"
+_JOINED_PARTS = re.compile(rf"(?s).[0-9]|[0-9].|[A-Za-z]{_MARKS}|{_MARKS}[A-Za-z]")
 # Their ids are their positions.
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 

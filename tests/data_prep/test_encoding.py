@@ -22,9 +22,8 @@ load_once = cache(load_tokenizer)
 ODD = st.lists(
     st.one_of(
         st.sampled_from(" \n\t▁\x10é°_-.[]"),
-        st.sampled_from(
-            ["patient ", " of", "[MASK]", "   ", " 12.5 ", "[CLS]", "S72.001A:", "µg/5", "<0x41>"]
-        ),
+        st.sampled_from(["patient ", " of", "[MASK]", "   ", " 12.5 ", "[CLS]"]),
+        st.sampled_from(["S72.001A:", "µg/5", "<0x41>"]),
         st.characters(exclude_categories=["Cs"]),
     ),
     max_size=40,
@@ -82,14 +81,11 @@ def test_each_different_part_of_a_word_is_asked_for_once() -> None:
 def test_a_vocabulary_whose_parts_are_not_separate_is_not_cut(trained: Path) -> None:
     """A piece of a digit and another, or of a letter and a mark: the words are cut no further."""
     content = json.loads((trained / "tokenizer.json").read_text())
-    vocab = content["model"]["vocab"]
     for left, right in (("1", "2"), ("a", "."), ("-", "b"), ("▁", "7")):
         changed = copy.deepcopy(content)
         joined = changed["model"]["vocab"]
-        joined |= {
-            part: len(joined) + n for n, part in enumerate((left, right)) if part not in vocab
-        }
-        joined[left + right] = len(joined)
+        for piece in (left, right, left + right):
+            joined.setdefault(piece, len(joined))
         changed["model"]["merges"].insert(0, [left, right])
         backend = Tokenizer.from_str(json.dumps(changed))
         assert is_word_by_word(backend)
