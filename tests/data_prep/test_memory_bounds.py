@@ -1,7 +1,7 @@
 """The bytes that docs/data.md says a stage's memory grows by, for each document, note, code, link.
 
-Each is measured at two sizes, so that what does not grow is not counted, and printed. What is mapped
-from files is no memory of the process and not seen.
+Each is measured at two sizes, so that what does not grow is not counted, and printed. What is
+mapped from files is no memory of the process and not seen.
 """
 
 import tracemalloc
