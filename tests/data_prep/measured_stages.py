@@ -2,7 +2,7 @@
 
     python measured_stages.py RUN.YAML
 
-`baseline` is a process that does nothing: what Python, the imports and the list of inputs take.
+`baseline` is a process that does nothing: what Python and the imports take.
 """
 
 import json
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.config import load_config
-from data_prep import components, copy_forward, dedup, near_duplicates, tasks
 from data_prep.config import DataPrep
 from data_prep.pipeline import Pipeline, find_run
 from data_prep.stages import Stage
@@ -43,15 +42,7 @@ def do(make: Callable[[], Stage]) -> None:
         stage.finish()
 
 
-def divide_finely() -> None:
-    """Make tasks so small that those of the smaller corpus have their full size already."""
-    components.SHARD_MEMBERS = 1000
-    near_duplicates.PART_PAIRS = 1000
-    dedup.PART_DIGESTS = copy_forward.PART_RECORDS = tasks.FOLD_RECORDS = 1000
-
-
 def main() -> None:
-    divide_finely()
     config = load_config(DataPrep, "data_prep", Path(sys.argv[1]))
     config.out_dir.mkdir()
     run, _ = find_run(config)
