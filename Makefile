@@ -20,8 +20,9 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 8 --dist 
 install: .venv/installed
 
 .venv/installed: requirements.txt pyproject.toml
+	@echo "== installing requirements.txt into .venv"
 	$(PYTHON) -m venv .venv
-	pip install --quiet --disable-pip-version-check -r requirements.txt
+	pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 demo: install

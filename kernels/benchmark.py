@@ -1,6 +1,6 @@
 """Time the kernels against memory, against PyTorch and against whatever else is installed.
 
-    python -m kernels.benchmark [--op NAME] [--tokens N ...] [--csv FILE] [--plot DIR]
+    python -m kernels.benchmark [--op NAME ...] [--tokens N ...] [--csv FILE] [--plot DIR]
     python -m kernels.benchmark --tune [--csv FILE]
 
 Base sizes in bf16. A figure is the median of replays of a CUDA graph, so that launch time stays
@@ -13,6 +13,9 @@ measured in the same run, over the time taken.
 it waits for the GPU, is timed by events and marked "launched". --tune times the ways in which
 `kernels.local_attention` can be cut up (its `Tuning`) instead of everybody's kernels: block, step,
 warps, stages and registers of the forward, of the queries' and of the keys' half of the backward.
+
+A CSV file that is there keeps the operations that were not measured now, each under the line that
+says where it was: a run may be cut into pieces by --op. --plot draws what the file then holds.
 """
 
 import argparse
@@ -192,21 +195,52 @@ def run_case(case: Case, table: Table) -> None:
                     table.add(case, direction, f"{who}, launched", event_time(calls[0]), peak)
                 else:
                     table.add(case, direction, who, graph_time(calls), peak)
-        except (RuntimeError, ImportError, TypeError, ValueError) as error:
+        except Exception as error:  # vendors' compilers raise classes of their own
             print(f"{case.op} {case.layout} {who}: not measured: {type(error).__name__}: {error}")
         torch.cuda.empty_cache()
 
 
-def write_csv(path: Path, rows: list[dict[str, str]], header: str) -> None:
+def read_csv(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Rows of an earlier run, and for each operation where it was measured; none without a file."""
+    if not path.exists():
+        return [], {}
+    lines = path.read_text().splitlines()
+    notes = [line.removeprefix("# ") for line in lines if line.startswith("#")]
+    headers = {
+        op: header
+        for operations, _, header in (note.partition(": ") for note in notes)
+        for op in operations.split(", ")
+    }
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    unknown = {row["op"] for row in rows} - headers.keys()
+    if unknown:
+        raise ValueError(f"{path} does not say where {sorted(unknown)} were measured: move it away")
+    return rows, headers
+
+
+def write_csv(path: Path, rows: list[dict[str, str]], headers: dict[str, str]) -> None:
+    """Rows in the order of `headers`, which come first: a line for the operations of each run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.write(f"# {header}\n")
+        for header in dict.fromkeys(headers.values()):
+            operations = ", ".join(op for op, found in headers.items() if found == header)
+            file.write(f"# {operations}: {header}\n")
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        for op in headers:
+            writer.writerows(row for row in rows if row["op"] == op)
 
 
-def plot(folder: Path, rows: list[dict[str, str]], header: str) -> None:
+def merge(
+    old: tuple[list[dict[str, str]], dict[str, str]], rows: list[dict[str, str]], header: str
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Old rows and headers with all of each operation that was measured anew replaced."""
+    fresh = dict.fromkeys(row["op"] for row in rows)
+    kept = [row for row in old[0] if row["op"] not in fresh]
+    return [*kept, *rows], {**old[1], **dict.fromkeys(fresh, header)}
+
+
+def plot(folder: Path, rows: list[dict[str, str]], headers: dict[str, str]) -> None:
     """One picture an operation: share of the roofline of each direction and layout, by who."""
     import matplotlib
 
@@ -231,14 +265,14 @@ def plot(folder: Path, rows: list[dict[str, str]], header: str) -> None:
         axes.set_xlabel("share of the roofline measured in the same run")
         axes.set_title(op)
         axes.legend(fontsize="small")
-        figure.text(0.01, 0.002, header, fontsize=6)
+        figure.text(0.01, 0.002, headers[op], fontsize=6)
         figure.savefig(folder / f"{op}.png", dpi=110, bbox_inches="tight")
         pyplot.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m kernels.benchmark")
-    parser.add_argument("--op", choices=cases.OPERATIONS, help="this operation alone")
+    parser.add_argument("--op", choices=cases.OPERATIONS, nargs="+", help="these alone")
     parser.add_argument("--tokens", type=int, nargs="+", default=[65_536], help="of a micro-batch")
     parser.add_argument("--tune", action="store_true", help="ways to cut up local_attention")
     parser.add_argument("--csv", type=Path, help="write the results here")
@@ -249,21 +283,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "kernels.benchmark needs a CUDA GPU: on a CPU the kernels run in Triton's interpreter, "
             "which shows whether they are right (pytest tests/kernels) and nothing of their speed"
         )
+    old = results = read_csv(options.csv) if options.csv else ([], {})
     # Backward is measured by itself, on one forward's result, again and again.
     torch._functorch.config.donated_buffer = False
     # One stream for everything: backward runs where forward ran, and a graph captures one stream.
     with torch.cuda.stream(torch.cuda.Stream()):
-        chosen = ["local_attention"] if options.tune else [options.op]
-        operations = chosen if options.op or options.tune else cases.OPERATIONS
-        table, header = measure(operations, options.tokens, options.tune)
-    if options.csv:
-        write_csv(options.csv, table.rows, header)
+        operations = ["local_attention"] if options.tune else options.op or cases.OPERATIONS
+        for rows, header in measure(operations, options.tokens, options.tune):
+            results = merge(old, rows, header)
+            if options.csv:  # each time, so that a run that is cut off loses one operation
+                write_csv(options.csv, *results)
     if options.plot:
-        plot(options.plot, table.rows, header)
+        plot(options.plot, *results)
 
 
-def measure(operations: Sequence[str], tokens: Sequence[int], tune: bool) -> tuple[Table, str]:
-    """Everybody's results on these operations, and one line on where they were measured."""
+def measure(
+    operations: Sequence[str], tokens: Sequence[int], tune: bool
+) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """After each operation, everybody's results so far and one line on where they were measured."""
     roofline = measure_roofline()
     found = {name: version_of(name) for name in _PEERS}
     peers = "".join(f"{name} {number}, " for name, number in found.items() if number)
@@ -284,7 +321,7 @@ def measure(operations: Sequence[str], tokens: Sequence[int], tune: bool) -> tup
                 if len(tokens) > 1:
                     case.layout = f"{case.layout}, {count} tokens"
                 run_case(case, table)
-    return table, header
+            yield table.rows, header
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What `kernels.benchmark` measures: inputs, contestants, and the least that must be done."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from kernels.benchmark_attention import make_global, make_local, version_of
 from kernels.benchmark_layouts import (
@@ -22,6 +24,13 @@ from kernels.geglu import geglu, geglu_reference
 from kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.rope import rope, rope_in_place, rope_reference, rope_tables
+from kernels.stable_adamw import (
+    Pieces,
+    apply_update,
+    apply_update_reference,
+    update_moments,
+    update_moments_reference,
+)
 from kernels.unpad import Packing, pad, pad_reference, unpad, unpad_reference
 
 OPERATIONS = (
@@ -31,10 +40,11 @@ OPERATIONS = (
     "layer_norm",
     "geglu",
     "linear_cross_entropy",
+    "stable_adamw",
     "local_attention",
     "global_attention",
 )
-INTERMEDIATE, VOCABULARY = 1152, 50_368
+INTERMEDIATE, VOCABULARY, LAYERS = 1152, 50_368, 22
 MASKED_SHARE = 0.3
 
 
@@ -47,6 +57,7 @@ def make(name: str, tokens: int) -> Iterator[Case]:
         "layer_norm": _layer_norm,
         "geglu": _geglu,
         "linear_cross_entropy": _linear_cross_entropy,
+        "stable_adamw": _stable_adamw,
         "local_attention": make_local,
         "global_attention": make_global,
     }[name](tokens)
@@ -258,3 +269,77 @@ def _liger_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) ->
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(hidden, weight, labels, bias, reduction="sum")
+
+
+def _stable_adamw(tokens: int) -> Iterator[Case]:
+    """A step of the whole base model on one GPU, whatever the tokens; AdamW's, which needs neither
+    sums nor a second pass, for comparison."""
+    sizes = base_parameters()
+    ends = [0, *itertools.accumulate(sizes)]
+    pieces = tuple(itertools.pairwise(ends))
+    state = [torch.randn(4, ends[-1], device="cuda").abs_().unbind() for _ in range(2)]
+    shares = torch.full((2,), 0.02, device="cuda")
+    rates = torch.full((len(sizes),), 1e-4, device="cuda")
+    scale, skip = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
+    steps = torch.full((len(sizes),), 10.0, device="cuda").unbind()
+    who: dict[str, Callable[..., Outputs]] = {
+        "ours": partial(_both_passes, update_moments, apply_update, pieces),
+        "reference": partial(
+            _both_passes, update_moments_reference, apply_update_reference, pieces
+        ),
+    }
+    layout = f"{ends[-1]} parameters"
+    inputs = [[*flat, shares, rates, scale, skip] for flat in state]
+    # fp32: gradient, moments in, moments out; weights and moments in, weights out.
+    yield Case("stable_adamw", layout, inputs, who, {"forward": 9 * 4 * ends[-1]})
+    theirs: dict[str, Callable[..., Outputs]] = {
+        "torch AdamW, fused": partial(_adamw, True),
+        "torch AdamW, foreach": partial(_adamw, False),
+    }
+    apart = [[*(part for one in flat for part in one.split(sizes)), *steps] for flat in state]
+    yield Case("stable_adamw", f"{layout}, AdamW", apart, theirs, {"forward": 7 * 4 * ends[-1]})
+
+
+def base_parameters() -> list[int]:
+    """Elements of the base model's parameters, layer by layer."""
+    layer = [HIDDEN, 3 * HIDDEN**2, HIDDEN**2, HIDDEN, 2 * HIDDEN * INTERMEDIATE]
+    layer.append(HIDDEN * INTERMEDIATE)
+    # The first layer has no norm before its attention.
+    layers = (LAYERS * layer)[1:]
+    head = [HIDDEN, HIDDEN**2, HIDDEN, VOCABULARY]
+    return [VOCABULARY * HIDDEN, HIDDEN, *layers, *head]
+
+
+def _both_passes(
+    moments: Callable[..., Tensor], update: Callable[..., None], pieces: Pieces, *values: Tensor
+) -> Outputs:
+    gradient, mean, square, weights, shares, rates, scale, skip = values
+    sums = moments(gradient, mean, square, shares, scale, skip, 1e-6, pieces)
+    update(weights, mean, square, rates, 1e-5, 1e-6, pieces)
+    return sums
+
+
+def _adamw(fused: bool, *values: Tensor) -> Outputs:
+    count = len(values) // 5
+    gradients, means, squares, weights, steps = (
+        list(values[start : start + count]) for start in range(0, len(values), count)
+    )
+    adamw(
+        weights,
+        gradients,
+        means,
+        squares,
+        [],
+        steps,
+        fused=fused,
+        foreach=not fused,
+        capturable=steps[0].is_cuda,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.98,
+        lr=1e-4,
+        weight_decay=1e-5,
+        eps=1e-6,
+        maximize=False,
+    )
+    return ()

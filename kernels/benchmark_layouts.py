@@ -45,6 +45,17 @@ def layouts(tokens: int) -> dict[str, list[int]]:
     }
 
 
+def bucketed(lengths: list[int]) -> tuple[list[int], int]:
+    """Lengths and their bound as training gives them: both in steps of four, the one filled up with
+    empty documents. A grid over documents and the longest of them pays for both."""
+    documents, longest = 64, 128
+    while documents < len(lengths):
+        documents *= 4
+    while longest < max(lengths):
+        longest *= 4
+    return lengths + [0] * (documents - len(lengths)), longest
+
+
 def _lognormal(tokens: int, median: int, spread: float, longest: int) -> list[int]:
     generator = torch.Generator().manual_seed(3)
     lengths: list[int] = []

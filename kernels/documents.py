@@ -61,9 +61,16 @@ def clear_behind_documents(rows: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError("clear_behind_documents needs a contiguous tensor")
     width = rows.numel() // rows.shape[0]
     block, warps = _CLEARED
-    _clear_kernel[(triton.cdiv(rows.numel(), block),)](
-        rows, cu_seqlens, cu_seqlens.shape[0] - 1, rows.numel(), width, BLOCK=block, num_warps=warps
-    )
+    with torch.cuda.device_of(rows):
+        _clear_kernel[(triton.cdiv(rows.numel(), block),)](
+            rows,
+            cu_seqlens,
+            cu_seqlens.shape[0] - 1,
+            rows.numel(),
+            width,
+            BLOCK=block,
+            num_warps=warps,
+        )
 
 
 @triton.jit
@@ -97,9 +104,10 @@ def _clear_kernel(rows, cu_seqlens, documents, elements, width, BLOCK: tl.conste
 def _document_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
     bounds = torch.empty((2, tokens), dtype=torch.int32, device=cu_seqlens.device)
     if tokens > 0:
-        wrap_triton(_bounds_kernel)[(triton.cdiv(tokens, _TOKENS_A_PROGRAM),)](
-            cu_seqlens, bounds, cu_seqlens.shape[0] - 1, tokens, BLOCK=_TOKENS_A_PROGRAM
-        )
+        with torch.cuda.device_of(cu_seqlens):
+            wrap_triton(_bounds_kernel)[(triton.cdiv(tokens, _TOKENS_A_PROGRAM),)](
+                cu_seqlens, bounds, cu_seqlens.shape[0] - 1, tokens, BLOCK=_TOKENS_A_PROGRAM
+            )
     return bounds
 
 

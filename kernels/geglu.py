@@ -119,7 +119,8 @@ def _geglu(x: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     grid, sizes = _grid(rows, width)
-    wrap_triton(_forward_kernel)[grid](x, out, rows, **sizes)
+    with torch.cuda.device_of(x):
+        wrap_triton(_forward_kernel)[grid](x, out, rows, **sizes)
     return out
 
 
@@ -135,7 +136,8 @@ def _geglu_backward(x: Tensor, grad: Tensor) -> Tensor:
     if grad.numel() == 0:
         return grad_x
     grid, sizes = _grid(rows, width)
-    wrap_triton(_backward_kernel)[grid](x, grad, grad_x, rows, **sizes)
+    with torch.cuda.device_of(x):
+        wrap_triton(_backward_kernel)[grid](x, grad, grad_x, rows, **sizes)
     return grad_x
 
 

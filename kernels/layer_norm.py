@@ -184,22 +184,23 @@ def _forward(
     rstd = torch.empty_like(mean)
     if x.numel() > 0:
         block_r, warps = _FORWARD_TILE
-        wrap_triton(_forward_kernel)[(triton.cdiv(rows, block_r),)](
-            x,
-            residual,
-            weight.contiguous(),
-            normed,
-            None if residual is None else total,
-            mean,
-            rstd,
-            rows,
-            eps,
-            WIDTH=width,
-            ADD=residual is not None,
-            BLOCK_R=block_r,
-            BLOCK_W=triton.next_power_of_2(width),
-            num_warps=warps,
-        )
+        with torch.cuda.device_of(x):
+            wrap_triton(_forward_kernel)[(triton.cdiv(rows, block_r),)](
+                x,
+                residual,
+                weight.contiguous(),
+                normed,
+                None if residual is None else total,
+                mean,
+                rstd,
+                rows,
+                eps,
+                WIDTH=width,
+                ADD=residual is not None,
+                BLOCK_R=block_r,
+                BLOCK_W=triton.next_power_of_2(width),
+                num_warps=warps,
+            )
     return normed, total, mean, rstd
 
 
@@ -233,22 +234,23 @@ def _layer_norm_backward(
     block_r, warps = _BACKWARD_TILE
     programs = min(_programs(total.device), triton.cdiv(rows, block_r))
     partial = total.new_empty((programs, width), dtype=torch.float32)
-    wrap_triton(_backward_kernel)[(programs,)](
-        total,
-        weight.contiguous(),
-        mean,
-        rstd,
-        grad_normed,
-        grad_total,
-        grad_x,
-        partial,
-        rows,
-        WIDTH=width,
-        ADD=grad_total is not None,
-        BLOCK_R=block_r,
-        BLOCK_W=triton.next_power_of_2(width),
-        num_warps=warps,
-    )
+    with torch.cuda.device_of(total):
+        wrap_triton(_backward_kernel)[(programs,)](
+            total,
+            weight.contiguous(),
+            mean,
+            rstd,
+            grad_normed,
+            grad_total,
+            grad_x,
+            partial,
+            rows,
+            WIDTH=width,
+            ADD=grad_total is not None,
+            BLOCK_R=block_r,
+            BLOCK_W=triton.next_power_of_2(width),
+            num_warps=warps,
+        )
     return grad_x, partial.sum(0)
 
 

@@ -38,6 +38,8 @@ _ELEMENTS_A_PLAIN_CHUNK = 64 * 2**20
 _FIRST_PASS = (256, 4)
 _SECOND_PASS = (1, 1024, 4)
 _ROWS_A_PROGRAM = 64
+# A grid's second dimension ends here, which a small vocabulary's chunk could exceed.
+_MOST_ROWS = 65_535 * _ROWS_A_PROGRAM
 
 
 def linear_cross_entropy_reference(
@@ -169,27 +171,29 @@ def _turn(logits: Tensor, labels: Tensor, with_gradients: bool) -> tuple[Tensor,
     top, total, loss = torch.empty(3, rows, dtype=torch.float32, device=logits.device).unbind()
     lanes, warps = _FIRST_PASS
     lanes = min(lanes, triton.next_power_of_2(triton.cdiv(vocabulary, 8)))
-    _first_pass_kernel[(rows,)](
-        logits, labels, top, total, loss, VOCABULARY=vocabulary, LANES=lanes, num_warps=warps
-    )
+    with torch.cuda.device_of(logits):
+        _first_pass_kernel[(rows,)](
+            logits, labels, top, total, loss, VOCABULARY=vocabulary, LANES=lanes, num_warps=warps
+        )
     if not with_gradients:
         return loss, None
     block_r, block_v, warps = _SECOND_PASS
     groups = triton.cdiv(rows, _ROWS_A_PROGRAM)
     partial = torch.empty(groups, vocabulary, dtype=torch.float32, device=logits.device)
-    _second_pass_kernel[(triton.cdiv(vocabulary, block_v), groups)](
-        logits,
-        labels,
-        top,
-        total,
-        partial,
-        rows,
-        VOCABULARY=vocabulary,
-        GROUP=_ROWS_A_PROGRAM,
-        BLOCK_R=block_r,
-        BLOCK_V=block_v,
-        num_warps=warps,
-    )
+    with torch.cuda.device_of(logits):
+        _second_pass_kernel[(triton.cdiv(vocabulary, block_v), groups)](
+            logits,
+            labels,
+            top,
+            total,
+            partial,
+            rows,
+            VOCABULARY=vocabulary,
+            GROUP=_ROWS_A_PROGRAM,
+            BLOCK_R=block_r,
+            BLOCK_V=block_v,
+            num_warps=warps,
+        )
     return loss, partial.sum(0)
 
 
@@ -229,7 +233,8 @@ def _linear_cross_entropy(
     grad_weight.zero_()
     grad_bias.zero_()
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    most = max(1, (_ELEMENTS_A_CHUNK if in_triton else _ELEMENTS_A_PLAIN_CHUNK) // vocabulary)
+    elements = _ELEMENTS_A_CHUNK if in_triton else _ELEMENTS_A_PLAIN_CHUNK
+    most = min(max(1, elements // vocabulary), _MOST_ROWS)
     buffer = hidden.new_empty((min(rows, most), vocabulary))
     rows = min(rows, -(-counted // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
     grad_hidden[rows:] = 0

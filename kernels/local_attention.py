@@ -394,16 +394,17 @@ def _local_attention(
     if qkv.numel() > 0:
         turn_queries_and_keys(qkv, turned, cos, sin, position_ids)
         tiles = tuning(qkv.element_size(), head_dim).forward
-        _forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
-            qkv,
-            turned,
-            bounds,
-            out,
-            logsumexp,
-            tokens,
-            _LOG2_E * head_dim**-0.5,
-            **launch_options(tiles, heads, head_dim, window),
-        )
+        with torch.cuda.device_of(qkv):
+            _forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
+                qkv,
+                turned,
+                bounds,
+                out,
+                logsumexp,
+                tokens,
+                _LOG2_E * head_dim**-0.5,
+                **launch_options(tiles, heads, head_dim, window),
+            )
     return out, turned, logsumexp
 
 
@@ -442,25 +443,26 @@ def _local_attention_backward(
     if not cut.together:
         halves = [(cut.queries, True, False), (cut.keys, False, True)]
     for tiles, queries, keys in halves:
-        _backward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
-            qkv,
-            turned,
-            bounds,
-            out,
-            logsumexp,
-            grad,
-            cos,
-            sin,
-            position_ids,
-            grad_qkv,
-            pairs,
-            tokens,
-            head_dim**-0.5,
-            _LOG2_E * head_dim**-0.5,
-            **launch_options(tiles, heads, head_dim, window),
-            QUERIES=queries,
-            KEYS=keys,
-        )
+        with torch.cuda.device_of(qkv):
+            _backward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
+                qkv,
+                turned,
+                bounds,
+                out,
+                logsumexp,
+                grad,
+                cos,
+                sin,
+                position_ids,
+                grad_qkv,
+                pairs,
+                tokens,
+                head_dim**-0.5,
+                _LOG2_E * head_dim**-0.5,
+                **launch_options(tiles, heads, head_dim, window),
+                QUERIES=queries,
+                KEYS=keys,
+            )
     return grad_qkv
 
 

@@ -230,9 +230,10 @@ def turn_queries_and_keys(
     All contiguous, and T at least 1.
     """
     tokens, _, heads, head_dim = qkv.shape
-    _queries_and_keys_kernel[(triton.cdiv(tokens, _TILE[0]),)](
-        qkv, out, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
-    )
+    with torch.cuda.device_of(qkv):
+        _queries_and_keys_kernel[(triton.cdiv(tokens, _TILE[0]),)](
+            qkv, out, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
+        )
 
 
 def _sizes(heads: int, head_dim: int) -> dict[str, int]:
@@ -254,9 +255,10 @@ def _rope(
     tokens, _, heads, head_dim = qkv.shape
     q, k, v = (qkv.new_empty((tokens, heads, head_dim)) for _ in range(3))
     if qkv.numel() > 0:
-        wrap_triton(_apart_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
-            qkv, q, k, v, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
-        )
+        with torch.cuda.device_of(qkv):
+            wrap_triton(_apart_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
+                qkv, q, k, v, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
+            )
     return q, k, v
 
 
@@ -276,17 +278,18 @@ def _rope_backward(
     tokens, heads, head_dim = grad_q.shape
     out = grad_q.new_empty((tokens, 3, heads, head_dim))
     if out.numel() > 0:
-        wrap_triton(_together_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
-            grad_q,
-            grad_k,
-            grad_v,
-            out,
-            cos,
-            sin,
-            position_ids,
-            tokens,
-            **_sizes(heads, head_dim),
-        )
+        with torch.cuda.device_of(grad_q):
+            wrap_triton(_together_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
+                grad_q,
+                grad_k,
+                grad_v,
+                out,
+                cos,
+                sin,
+                position_ids,
+                tokens,
+                **_sizes(heads, head_dim),
+            )
     return out
 
 
@@ -302,9 +305,10 @@ def _rope_backward_fake(
 def _rope_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
     tokens, _, heads, head_dim = qkv.shape
     if qkv.numel() > 0:
-        wrap_triton(_in_place_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
-            qkv, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
-        )
+        with torch.cuda.device_of(qkv):
+            wrap_triton(_in_place_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
+                qkv, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
+            )
 
 
 @_rope_in_place.register_fake

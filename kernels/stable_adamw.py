@@ -18,6 +18,7 @@ left alone. Sums are made in a fixed order, so two runs on one kind of GPU give 
 """
 
 import functools
+import math
 
 import torch
 import triton
@@ -83,14 +84,27 @@ def update_moments(
     device, which is not waited for. Raises TypeError or ValueError otherwise.
     """
     _check(gradient, mean, square)
-    begin, length, _, first = _cut(pieces, mean.device)
+    begin, length, _, first, aligned = _cut(pieces, mean.device)
     partial = torch.empty(len(begin), dtype=torch.float32, device=mean.device)
     sums = torch.empty(len(pieces), dtype=torch.float32, device=mean.device)
     if len(begin):
-        _moments_kernel[(len(begin),)](
-            gradient, mean, square, shares, scale, skip, begin, length, partial, eps * eps, _block()
-        )
-    _sum_kernel[(len(pieces),)](partial, first, sums, _PARTIAL_SUMS)
+        with torch.cuda.device_of(mean):
+            _moments_kernel[(len(begin),)](
+                gradient,
+                mean,
+                square,
+                shares,
+                scale,
+                skip,
+                begin,
+                length,
+                partial,
+                eps * eps,
+                aligned,
+                _block(mean.device),
+            )
+    with torch.cuda.device_of(sums):
+        _sum_kernel[(len(pieces),)](partial, first, sums, _PARTIAL_SUMS)
     return sums
 
 
@@ -105,11 +119,22 @@ def apply_update(
 ) -> None:
     """The second pass; `weights` in place. rates: (pieces,) fp32, the rest as `update_moments`."""
     _check(weights, mean, square)
-    begin, length, piece, _ = _cut(pieces, weights.device)
+    begin, length, piece, _, aligned = _cut(pieces, weights.device)
     if len(begin):
-        _update_kernel[(len(begin),)](
-            weights, mean, square, rates, begin, length, piece, decay, eps, _block()
-        )
+        with torch.cuda.device_of(weights):
+            _update_kernel[(len(begin),)](
+                weights,
+                mean,
+                square,
+                rates,
+                begin,
+                length,
+                piece,
+                decay,
+                eps,
+                aligned,
+                _block(weights.device),
+            )
 
 
 def _check(*tensors: Tensor) -> None:
@@ -122,24 +147,26 @@ def _check(*tensors: Tensor) -> None:
         raise ValueError("needs contiguous tensors")
 
 
-def _block() -> int:
-    return _CHUNK if torch.cuda.is_available() else _CHUNK_INTERPRETED
+def _block(device: torch.device) -> int:
+    return _CHUNK_INTERPRETED if device.type == "cpu" else _CHUNK
 
 
 @functools.cache
-def _cut(pieces: Pieces, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cut(pieces: Pieces, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Chunks of the pieces: begin, length and piece of each; and each piece's first chunk.
 
-    On the device, put there once, for that waits for it.
+    On the device, put there once, for that waits for it. Last, the elements, up to four, that every
+    begin and length is a multiple of: as many are loaded at once.
     """
-    chunks, first = [], [0]
+    chunks, first, block = [], [0], _block(device)
     for index, (start, stop) in enumerate(pieces):
-        for at in range(start, stop, _block()):
-            chunks.append((at, min(_block(), stop - at), index))
+        for at in range(start, stop, block):
+            chunks.append((at, min(block, stop - at), index))
         first.append(len(chunks))
     table = torch.tensor(chunks, dtype=torch.int64).view(-1, 3).t().contiguous().to(device)
     begin, length, piece = table.unbind()
-    return begin, length, piece, torch.tensor(first, dtype=torch.int64, device=device)
+    aligned = math.gcd(4, *(edge for piece in pieces if piece[0] < piece[1] for edge in piece))
+    return begin, length, piece, torch.tensor(first, dtype=torch.int64, device=device), aligned
 
 
 @triton.jit
@@ -154,12 +181,13 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     length,
     partial,
     least,  # ε²
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     at = tl.arange(0, BLOCK)
-    inside = at < tl.load(length + chunk)
-    offset = tl.load(begin + chunk) + at
+    inside = at < tl.multiple_of(tl.load(length + chunk), ALIGNED)
+    offset = tl.multiple_of(tl.load(begin + chunk), ALIGNED) + at
     g = tl.div_rn(tl.load(gradient + offset, mask=inside, other=0.0), tl.load(scale))
     g = tl.where(tl.load(skip) != 0, 0.0, g)
     m = tl.load(mean + offset, mask=inside, other=0.0)
@@ -195,12 +223,13 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     piece,
     decay,
     eps,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     at = tl.arange(0, BLOCK)
-    inside = at < tl.load(length + chunk)
-    offset = tl.load(begin + chunk) + at
+    inside = at < tl.multiple_of(tl.load(length + chunk), ALIGNED)
+    offset = tl.multiple_of(tl.load(begin + chunk), ALIGNED) + at
     rate = tl.load(rates + tl.load(piece + chunk))
     p = tl.load(weights + offset, mask=inside, other=0.0)
     m = tl.load(mean + offset, mask=inside, other=0.0)

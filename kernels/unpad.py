@@ -57,9 +57,15 @@ def unpad(
     mask: (B, S), nonzero at real tokens (in any place). tensors: (B, S, …), any dtype.
     capacity: number of packed places T; must hold all real tokens (checked on the device, without
     waiting for it). None means exactly as many as there are, which waits for the device.
-    Returns the packing and, for each tensor, (T, …) with zeros as filler.
+    Returns the packing and, for each tensor, (T, …) with zeros as filler. Raises ValueError where
+    places in the batch, or filler behind it, would not be int32 numbers.
     """
     mask_BS = mask_BS.contiguous()
+    if mask_BS.numel() + (capacity or 0) + mask_BS.shape[1] >= 2**31:
+        raise ValueError(
+            f"unpad numbers places with int32: a batch of {tuple(mask_BS.shape)} and a capacity "
+            f"of {capacity} are too large; take fewer rows at once"
+        )
     lengths_B = _row_lengths(mask_BS)
     capacity, max_seqlen, fillers = _bounds(mask_BS.shape[1], lengths_B, capacity)
     index_T, slot_BS, cu_seqlens, fits = _maps(mask_BS, lengths_B, capacity, fillers)
@@ -179,7 +185,8 @@ def _maps_kernel(  # type: ignore[no-untyped-def]
     for filler in range(row, fillers, rows):
         end = tl.minimum(total + (filler + 1) * columns, capacity)
         tl.store(cu_seqlens + rows + 1 + filler, end)
-    for start in range(total + row * BLOCK, capacity, rows * BLOCK):
+    # In 64 bits: with columns a little above half a block, rows · BLOCK exceeds what is there.
+    for start in range(total + row.to(tl.int64) * BLOCK, capacity, tl.cast(rows, tl.int64) * BLOCK):
         place = start + tl.arange(0, BLOCK)
         tl.store(index + place, tl.full((BLOCK,), -1, tl.int32), mask=place < capacity)
     base = row.to(tl.int64) * columns
@@ -236,7 +243,8 @@ def _row_lengths(mask: Tensor) -> Tensor:
     rows, columns = mask.shape
     lengths = torch.empty(rows, dtype=torch.int32, device=mask.device)
     if rows > 0:
-        wrap_triton(_row_lengths_kernel)[(rows,)](mask, lengths, columns, **_scan(columns))
+        with torch.cuda.device_of(mask):
+            wrap_triton(_row_lengths_kernel)[(rows,)](mask, lengths, columns, **_scan(columns))
     return lengths
 
 
@@ -264,20 +272,21 @@ def _maps(
     index = torch.empty(capacity, dtype=torch.int32, device=mask.device)
     cu_seqlens = torch.empty(rows + 1 + fillers, dtype=torch.int32, device=mask.device)
     fits = torch.empty((), dtype=torch.bool, device=mask.device)
-    wrap_triton(_maps_kernel)[(rows,)](
-        mask,
-        lengths,
-        index,
-        slot,
-        cu_seqlens,
-        fits,
-        rows,
-        columns,
-        capacity,
-        fillers,
-        BLOCK_B=1024,
-        **_scan(columns),
-    )
+    with torch.cuda.device_of(mask):
+        wrap_triton(_maps_kernel)[(rows,)](
+            mask,
+            lengths,
+            index,
+            slot,
+            cu_seqlens,
+            fits,
+            rows,
+            columns,
+            capacity,
+            fillers,
+            BLOCK_B=1024,
+            **_scan(columns),
+        )
     return index, slot, cu_seqlens, fits
 
 
@@ -310,9 +319,10 @@ def _gather_rows(
         width = 0 if out is None else out.numel() // rows
         arguments |= {f"source_{i}": source, f"out_{i}": out, f"WIDTH_{i}": width}
         arguments[f"BLOCK_{i}"] = min(triton.next_power_of_2(max(width, 1)), most)
-    wrap_triton(_gather_rows_kernel)[(triton.cdiv(rows, block_r),)](
-        which, rows, float(fill), **arguments, BLOCK_R=block_r, num_warps=warps
-    )
+    with torch.cuda.device_of(which):
+        wrap_triton(_gather_rows_kernel)[(triton.cdiv(rows, block_r),)](
+            which, rows, float(fill), **arguments, BLOCK_R=block_r, num_warps=warps
+        )
     return outs
 
 

@@ -46,16 +46,18 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., T
 
     forward returns out and the (H, T) fp32 log-sum-exp; backward takes (grad, q, k, v, out,
     logsumexp, cu_seqlens, max_seqlen, window) and returns the gradients by q, k and v. Neither is
-    called without tokens.
+    called without tokens, nor where all documents are empty. They run with the tensors' GPU as the
+    current one.
     """
 
     @torch.library.custom_op(f"clinical_modernbert::{name}", mutates_args=())
     def attend(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
     ) -> tuple[Tensor, Tensor]:
-        if q.shape[0] == 0:
-            return _shapes(q, k, v, cu_seqlens, max_seqlen, window)
-        out, logsumexp = forward(q, k, v, cu_seqlens, max_seqlen, window)
+        if 0 in (q.shape[0], max_seqlen):
+            return torch.zeros_like(q), q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
+        with torch.cuda.device_of(q):
+            out, logsumexp = forward(q, k, v, cu_seqlens, max_seqlen, window)
         clear_behind_documents(out, cu_seqlens)
         return out, logsumexp
 
@@ -71,10 +73,10 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., T
         max_seqlen: int,
         window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = (grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, window)
-        if q.shape[0] == 0:
-            return _shapes_backward(*inputs)
-        grads = backward(*inputs)
+        if 0 in (q.shape[0], max_seqlen):
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        with torch.cuda.device_of(q):
+            grads = backward(grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, window)
         for one in grads:
             clear_behind_documents(one, cu_seqlens)
         return grads

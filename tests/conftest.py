@@ -1,18 +1,22 @@
 """Fixtures that several test folders share."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
-# Examples may take any time: on a busy machine the time of one says nothing about the code. All
-# else stays as it is, above all that CI, where hypothesis sees $CI, draws the same ones every time.
-settings.register_profile(
-    "any_load", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("any_load")
+# Tests on a GPU need none of it, and a machine with one may have little more than torch.
+if find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # Examples may take any time: on a busy machine the time of one says nothing about the code. All
+    # else stays as it is, above all that CI, where hypothesis sees $CI, draws the same ones always.
+    settings.register_profile(
+        "any_load", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("any_load")
 
 # Without a GPU the Triton kernels run in Triton's interpreter. A kernel is bound to it or not when
 # its module is imported, so this comes before any test module.

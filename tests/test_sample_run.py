@@ -25,7 +25,7 @@ def cpu_seconds() -> float:
 
 @pytest.mark.slow
 def test_a_small_model_learns_from_the_real_sample(shared_data: Path, tmp_path: Path) -> None:
-    """1 nat below the unigram entropy of the validation tokens, in 20 minutes of two cores."""
+    """2 nats below the unigram entropy of the validation tokens, in 20 minutes of two cores."""
     data, run_dir = tmp_path / "data", tmp_path / "run"
     config = ["--config", "configs/sample.yaml"]
     environment = os.environ | {
@@ -47,7 +47,7 @@ def test_a_small_model_learns_from_the_real_sample(shared_data: Path, tmp_path: 
     loss = [record["loss"] for record in records if record["kind"] == "validation"][-1]
     manifest = json.loads((data / "rows-1024" / "manifest.json").read_text())
     entropy = manifest["splits"]["validation"]["unigram_entropy"]
-    assert loss < entropy - 1
+    assert loss < entropy - 2
     page = (run_dir / "report.html").read_text()
     for figure in (loss, entropy, entropy - loss):
         assert f"{figure:.4f}" in page

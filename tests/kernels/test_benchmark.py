@@ -7,8 +7,10 @@ import torch
 
 from kernels import benchmark
 from kernels.benchmark_attention import candidates, seen_pairs
-from kernels.benchmark_layouts import Case, layouts
+from kernels.benchmark_cases import _adamw, _both_passes, base_parameters
+from kernels.benchmark_layouts import Case, bucketed, layouts
 from kernels.local_attention import NARROW
+from kernels.stable_adamw import apply_update_reference, update_moments_reference
 
 
 @pytest.mark.parametrize("tokens", [65_536, 16_384, 1000])
@@ -35,13 +37,46 @@ def test_share_of_the_roofline_and_files(tmp_path: Path) -> None:
     first, second = table.rows
     assert (first["tb_per_s"], first["share_of_roofline"], first["gib"]) == ("2.00", "0.50", "0.50")
     assert (second["tflop_per_s"], second["share_of_roofline"]) == ("400", "0.50")
-    benchmark.write_csv(tmp_path / "new" / "results.csv", table.rows, "one GPU")
-    lines = (tmp_path / "new" / "results.csv").read_text().splitlines()
-    assert lines[0] == "# one GPU"
+    path = tmp_path / "new" / "results.csv"
+    results = benchmark.merge(benchmark.read_csv(path), table.rows, "one GPU")
+    benchmark.write_csv(path, *results)
+    lines = path.read_text().splitlines()
+    assert lines[0] == "# geglu: one GPU"
     assert lines[1] == ",".join(benchmark.COLUMNS)
     assert len(lines) == 4
-    benchmark.plot(tmp_path, table.rows, "one GPU")
+    benchmark.plot(tmp_path, *results)
     assert (tmp_path / "geglu.png").stat().st_size > 1000
+
+
+def test_a_run_in_pieces_keeps_what_it_did_not_measure(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+
+    def measured(op: str, us: str) -> dict[str, str]:
+        return dict.fromkeys(benchmark.COLUMNS, "") | {"op": op, "us": us}
+
+    pieces = [
+        ([measured("rope", "1"), measured("unpad", "2"), measured("pad", "3")], "one GPU: A"),
+        ([measured("geglu", "4")], "another"),
+        ([measured("unpad", "5"), measured("unpad", "6"), measured("pad", "7")], "another"),
+    ]
+    for rows, header in pieces:
+        benchmark.write_csv(path, *benchmark.merge(benchmark.read_csv(path), rows, header))
+    rows, headers = benchmark.read_csv(path)
+    found = [(row["op"], row["us"]) for row in rows]
+    assert found == [("rope", "1"), ("unpad", "5"), ("unpad", "6"), ("pad", "7"), ("geglu", "4")]
+    assert headers == {
+        "rope": "one GPU: A", "unpad": "another", "pad": "another", "geglu": "another"
+    }  # fmt: skip
+    path.write_text(path.read_text().replace("# rope: one", "# one"))
+    with pytest.raises(ValueError, match=r"does not say where \['rope'\] were measured"):
+        benchmark.read_csv(path)
+
+
+def test_results_that_are_kept_can_be_added_to() -> None:
+    path = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "kernels_h200.csv"
+    rows, headers = benchmark.read_csv(path)
+    assert {row["op"] for row in rows} == headers.keys()
+    assert set(rows[0]) == set(benchmark.COLUMNS)
 
 
 def test_a_cpu_is_told_what_it_cannot_do() -> None:
@@ -61,3 +96,28 @@ def test_tuning_compares_with_what_is_in_use() -> None:
     tunings = list(candidates())
     assert tunings[0] == NARROW
     assert {tuning.together for tuning in tunings} == {False, True}
+
+
+def test_buckets_are_those_of_training() -> None:
+    titles = layouts(65_536)["code titles"]
+    lengths, longest = bucketed(titles)
+    batch = pytest.importorskip("train.batch")
+    assert len(lengths) == batch.bucket(len(titles), batch.SMALLEST_DOCUMENTS) == 4096
+    assert longest == batch.bucket(max(titles), batch.SMALLEST_SEQLEN)
+    assert lengths[: len(titles)] == titles
+    assert sum(lengths) == 65_536
+
+
+def test_the_optimizers_compared_take_a_step() -> None:
+    assert sum(base_parameters()) == 149_655_232
+    state = [torch.ones(8) for _ in range(4)]
+    ones = [torch.ones(2), torch.ones(2), torch.ones(()), torch.zeros(())]
+    passes = update_moments_reference, apply_update_reference
+    sums = _both_passes(*passes, ((0, 5), (5, 8)), *state, *ones)
+    assert isinstance(sums, torch.Tensor)
+    assert sums.tolist() == [5, 3]
+    assert bool((state[3] < 1).all())
+    for fused in (True, False):
+        apart = [torch.ones(n) for _ in range(4) for n in (5, 3)]
+        _adamw(fused, *apart, torch.ones(()), torch.ones(()))
+        assert all(bool((weights < 1).all()) for weights in apart[6:])

@@ -83,6 +83,20 @@ def test_triton_is_as_exact_as_pytorch(
         assert_close(f"linear_cross_entropy {rows} {vocabulary} {name}", *results)
 
 
+def test_a_chunk_has_no_more_rows_than_a_grid(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    leaves, labels = make_case(20, torch.float32, device)
+    expected = run(in_triton, leaves, labels)
+    rows = []
+    turn = module._turn
+    monkeypatch.setattr(module, "_MOST_ROWS", 7)
+    monkeypatch.setattr(module, "_turn", lambda *a: rows.append(len(a[0])) or turn(*a))
+    for one, two in zip(run(in_triton, leaves, labels), expected, strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
+    assert rows == [7, 7, 6]
+
+
 @pytest.mark.parametrize("function", [linear_cross_entropy, in_triton])
 def test_large_logits_do_not_overflow(function: Callable, device: torch.device) -> None:
     hidden = torch.full((1, 1), 1e4, device=device)

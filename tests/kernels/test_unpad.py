@@ -123,6 +123,35 @@ def test_too_small_a_capacity_is_refused() -> None:
             function(mask, [mask], 35)
 
 
+def test_more_places_than_int32_numbers_are_refused() -> None:
+    mask = torch.empty(2**19, 4097, dtype=torch.bool, device="meta")
+    with pytest.raises(ValueError, match=r"batch of \(524288, 4097\).* take fewer rows"):
+        unpad(mask, [])
+    with pytest.raises(ValueError, match="capacity of 2147483000"):
+        unpad(MASKS["skewed"].expand(5, 200), [], 2147483000)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_31_bits() -> None:
+    """More than 2³¹ elements on both sides, and rows whose share of the filler lies far behind."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rows, columns, width = 1100, 4097, 500
+    mask = torch.ones(rows, columns, dtype=torch.bool, device="cuda")
+    mask[:-1, -1] = False
+    real = rows * columns - (rows - 1)
+    states = torch.zeros(rows, columns, width, dtype=torch.int8, device="cuda")
+    states[-1] = torch.randint(1, 100, (columns, width), device="cuda")
+    packing, (packed,) = unpad(mask, [states], real + 10_000)
+    assert packed.numel() > 2**31
+    assert torch.equal(packed[real - columns : real], states[-1])
+    assert not bool(packed[: real - columns].any())
+    assert not bool(packed[real:].any())
+    assert bool((packing.index_T[real:] == -1).all())
+    (back,) = pad(packing, [packed])
+    assert torch.equal(back, states)
+
+
 def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
     mask = MASKS["holes"].to(device)
     packing, _ = unpad(mask, [], 6)

@@ -102,6 +102,20 @@ def test_no_token() -> None:
     assert torch.autograd.grad(out, leaves, grad)[0].shape == (0, 2, 8)
 
 
+def test_documents_without_a_token_before_some_without_a_document() -> None:
+    """Others' kernels are not asked: a grid over nothing cannot be launched."""
+    leaves, cu_seqlens, grad = make_row([0, 0], 5)
+    refused = register("refused", _refuse, _refuse)
+    out = refused(*leaves, cu_seqlens, 0, None)
+    for value in (out, *torch.autograd.grad(out, leaves, grad)):
+        assert value.shape == (5, 2, 8)
+        assert not bool(value.any())
+
+
+def _refuse(*_: object) -> tuple[Tensor, ...]:
+    raise AssertionError("called without a token in any document")
+
+
 def test_one_graph_whatever_the_documents() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
