@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 # Text between spaces is one word, line breaks included; only the first may stand without a space.
 _WORD = re.compile(" +[^ ]*|[^ ]+")
-# The parts of a word: a digit is alone, and letters and other characters of ASCII are cut apart.
+# The parts of a word: digits, which are known from the start, and apart from each other letters and
+# other characters of ASCII.
 # What is beyond ASCII may be a letter's neighbour or a mark's, so there only digits are cut off.
-_ASCII_PART = re.compile(r" *[A-Za-z]+|[0-9]|[^A-Za-z0-9]+")
-_PART = re.compile(r"[0-9]|[^0-9]+")
+_ASCII_PART = re.compile(r" *[A-Za-z]+|[0-9]+|[^A-Za-z0-9]+")
+_PART = re.compile(r"[0-9]+|[^0-9]+")
 # Stands between parts that share a text: a digit is a token of its own wherever it stands.
 _MARK = "0"
+_DIGITS = "0123456789"
 # Words remembered, at some 150 bytes each, and parts; longer ones hardly come again.
 _MOST_WORDS = 1 << 20
 _LONGEST_WORD = 64
@@ -46,7 +48,11 @@ class WordEncoder:
         self._dtype = dtype
         self._words: dict[str, bytes] = {}
         self._parts: dict[str, bytes] = {}
-        [[self._mark]] = encode_whole([_MARK])
+        digits = encode_whole(list(_DIGITS))
+        self._digits = {
+            d: np.array(i, dtype).tobytes() for d, i in zip(_DIGITS, digits, strict=True)
+        }
+        [self._mark] = digits[_DIGITS.index(_MARK)]
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """The token ids of each text, (tokens,) of the dtype."""
@@ -80,9 +86,13 @@ class WordEncoder:
 
     def _encode_parts(self, parts: set[str]) -> Iterator[tuple[str, bytes]]:
         """The parts, in some order, with their ids."""
-        joinable = [part for part in parts if part != _MARK]
-        groups = [[part] for part in parts.intersection([_MARK])]
-        groups += [
+        joinable = []
+        for part in parts:
+            if part[0] in self._digits:
+                yield part, b"".join(map(self._digits.__getitem__, part))
+            else:
+                joinable.append(part)
+        groups = [
             joinable[begin : begin + _JOINED_PARTS]
             for begin in range(0, len(joinable), _JOINED_PARTS)
         ]
@@ -90,7 +100,7 @@ class WordEncoder:
         for group, ids in zip(groups, encoded, strict=True):
             found = np.array(ids, self._dtype)
             content, size = found.tobytes(), self._dtype.itemsize
-            marks = np.flatnonzero(found == self._mark).tolist() if len(group) > 1 else []
+            marks = np.flatnonzero(found == self._mark).tolist()
             begin = 0
             for part, end in zip(group, [*marks, len(found)], strict=True):
                 yield part, content[begin * size : end * size]

@@ -68,14 +68,15 @@ def test_each_different_part_of_a_word_is_asked_for_once() -> None:
         return found
 
     encoder = WordEncoder(encode_whole, np.dtype(np.uint32))
-    assert asked.pop() == "0"
+    assert asked == list("0123456789")
+    asked.clear()
     found = encoder.encode(["a a  bb\na", "", " a", "(S72.0é", "S70"])
     expected = [[1, 2, 4, 1, 1], [], [2], [2, 1, 1, 1, 99, 1], [1, 1, 99]]
     assert [ids.tolist() for ids in found] == expected
-    assert sorted(asked) == sorted(["\n", "  bb", " a", "(S", *"072.", "S", "a", "é"])
+    assert sorted(asked) == sorted(["\n", "  bb", " a", "(S", ".", "S", "a", "é"])
     encoder.encode(["a a", "x" * 65])
     encoder.encode(["x" * 65])
-    assert asked[11:] == ["x" * 65] * 2
+    assert asked[8:] == ["x" * 65] * 2
 
 
 def test_a_vocabulary_whose_parts_are_not_separate_is_not_cut(trained: Path) -> None:
