@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 from common.config import ConfigError, config, config_to_dict
-from data_prep.codes import SOURCE_OF_KIND, TEMPLATES
+from data_prep.codes import HEADINGS, KINDS_UNDER_HEADINGS, SOURCE_OF_KIND, TEMPLATES
+
+
+def _key_of(kind: str) -> str:
+    return kind.replace("-", "_")
+
 
 # The source of the documents of each key of `sources` that is a kind of code table.
-CODE_SOURCES = {kind.replace("-", "_"): source for kind, source in SOURCE_OF_KIND.items()}
+CODE_SOURCES = {_key_of(kind): source for kind, source in SOURCE_OF_KIND.items()}
 
 
 def source_of(key: str) -> str:
@@ -36,6 +41,9 @@ class Sources:
     """MIMIC-IV-Note's radiology.csv.gz"""
     icd10cm: list[str] = field(default_factory=list)
     """CMS's ICD-10-CM order file, or the zip with it"""
+    icd10cm_tabular: list[str] = field(default_factory=list)
+    """CMS's tabular list of ICD-10-CM, or the zip with it: chapters and blocks for the codes of
+    icd10cm and d_icd_diagnoses; it is one file and makes no documents"""
     icd9cm_dx: list[str] = field(default_factory=list)
     """CMS's long titles of ICD-9-CM diagnoses, or the zip with them"""
     icd9cm_sg: list[str] = field(default_factory=list)
@@ -102,6 +110,7 @@ class Download:
     codes: list[str] = field(
         default_factory=lambda: [
             "https://www.cms.gov/files/zip/2026-code-descriptions-tabular-order.zip",
+            "https://www.cms.gov/files/zip/2026-code-tables-tabular-and-index.zip",
             "https://www.cms.gov/files/zip/"
             "2026-icd-10-pcs-order-file-long-and-abbreviated-titles.zip",
             "https://www.cms.gov/medicare/coding/icd9providerdiagnosticcodes/downloads/"
@@ -339,6 +348,12 @@ def check(run: DataPrep) -> None:
         bool(run.sources.rxnorm or not run.sources.ndc),
         "sources.ndc needs sources.rxnorm: the names of the drugs are in RXNCONSO.RRF",
     )
+    under = [_key_of(kind) for kind in KINDS_UNDER_HEADINGS]
+    _require(
+        not run.sources.icd10cm_tabular or any(map(run.sources.patterns().get, under)),
+        "sources.icd10cm_tabular names chapters and blocks for the codes of another table; name "
+        f"that too: {' or '.join(under)}",
+    )
     _check_tokenizer(run)
     _require(
         any(run.sources.patterns().values()),
@@ -378,7 +393,8 @@ def _check_tokenizer(run: DataPrep) -> None:
         f"tokenizer.vocab_size is {size}; it must be a multiple of 64, such as "
         f"{max(1, -(-size // 64)) * 64}",
     )
-    sources = {source_of(key) for key, found in run.sources.patterns().items() if found}
+    named = {key for key, found in run.sources.patterns().items() if found}
+    sources = {source_of(key) for key in named - {_key_of(HEADINGS)}}
     for source, share in shares.items():
         _require(
             source in sources,

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.config import ConfigError
 from data_prep.checksums import md5s
+from data_prep.codes import HEADINGS
 from data_prep.codes.rxnorm import companion
 from data_prep.config import DataPrep, source_of
 from data_prep.document import InputError
@@ -21,7 +22,8 @@ MD5_MEMORY = "md5.json"
 class Input:
     """One raw file, read as one kind.
 
-    kind: `pubmed`, `discharge`, `radiology` or a kind of code table, such as `icd9cm-dx`.
+    kind: `pubmed`, `discharge`, `radiology`, a kind of code table, such as `icd9cm-dx`, or
+    `icd10cm-tabular`, of which no documents are made.
     number: its place among the inputs of its source; files made from it are named after it.
     name: its path relative to raw_dir.
     """
@@ -113,6 +115,7 @@ def find_inputs(config: DataPrep) -> list[Input]:
         inputs.append(Input(kind, source, numbers[source], path, name, md5, size))
         numbers[source] += 1
     _check_companions(inputs)
+    _check_headings(inputs)
     return inputs
 
 
@@ -125,6 +128,16 @@ def _check_companions(inputs: list[Input]) -> None:
                 f"sources.ndc has {found.name}, and sources.rxnorm not the "
                 f"{companion(found.path).name} beside it; name both files of one release"
             )
+
+
+def _check_headings(inputs: list[Input]) -> None:
+    """A code that two editions have is one text, so its headings are those of one list."""
+    names = [found.name for found in inputs if found.kind == HEADINGS]
+    if len(names) > 1:
+        raise ConfigError(
+            f"sources.icd10cm_tabular has {len(names)} files ({', '.join(names[:3])}, …); name the "
+            "newest one only"
+        )
 
 
 def _files(raw_dir: Path, where: str, patterns: list[str]) -> list[Path]:

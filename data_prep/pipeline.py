@@ -28,7 +28,7 @@ import numpy as np
 
 from common.counter_random import derive_key
 from common.files import file_hash, only_user_of, remove_leftovers, wait_for_workers
-from data_prep import mimic, tasks
+from data_prep import codes, mimic, tasks
 from data_prep.card.statistics import write_statistics
 from data_prep.cleaning import Cleaning
 from data_prep.config import DataPrep, check
@@ -150,7 +150,9 @@ class Pipeline:
     def __init__(self, run: Run) -> None:
         self.config = run.config
         self.out = run.config.out_dir
-        self.inputs = run.inputs
+        self._all_inputs = run.inputs
+        # Those that documents are made of.
+        self.inputs = [source for source in run.inputs if source.kind != codes.HEADINGS]
         self.evaluation_inputs = run.evaluation_inputs
         self.keys = run.keys
         self.cleaning = Cleaning(
@@ -225,7 +227,8 @@ class Pipeline:
             # Several tables of one kind are several editions: the same codes again.
             several = tables[source.kind] > 1
             folded = self._folded if source.kind == "pubmed" else []
-            write = partial(tasks.documents, source, folded, self.config, several, out)
+            above = self._headings if source.kind in codes.KINDS_UNDER_HEADINGS else None
+            write = partial(tasks.documents, source, folded, self.config, several, above, out)
             parts = "-*" if source.kind in mimic.SOURCES else ""
             todo.append(Task(source.source, (f"{source.stem}{parts}.parquet",), write))
         return self._stage("documents", todo)
@@ -343,7 +346,7 @@ class Pipeline:
         for task, entry in zip(stage.tasks, shards, strict=True):
             split, source = task.group.split("/")
             entries[split, source].append(entry)
-        inputs = [source.description() for source in self.inputs]
+        inputs = [source.description() for source in self._all_inputs]
         inputs += [file.description() for file in self.evaluation_inputs]
         file_sha256 = file_hash(self.tokenizer_folder / TOKENIZER_FILE)
         tokenizer = self._description | {"file_sha256": file_sha256}
@@ -362,6 +365,12 @@ class Pipeline:
     @property
     def _pubmed(self) -> list[Input]:
         return [source for source in self.inputs if source.source == "pubmed"]
+
+    @property
+    def _headings(self) -> Path | None:
+        """The file with ICD-10-CM's chapters and blocks, if there is one."""
+        paths = (source.path for source in self._all_inputs if source.kind == codes.HEADINGS)
+        return next(paths, None)
 
     @property
     def _scans(self) -> list[Path]:

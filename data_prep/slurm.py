@@ -1,5 +1,8 @@
 """datatrove's executor for SLURM: each stage is a job array, and its tasks are the array's.
 
+A stage of more tasks than the cluster's arrays may have (MaxArraySize) is several arrays, one after
+another.
+
 The command that submits the arrays waits for each, because what tasks a stage has is known only
 once the stages before are done; a chain of jobs that depend on each other cannot be made in
 advance. So that it does not end with a login session, it is itself a job: `slurm/preprocess.sh`.
@@ -11,6 +14,7 @@ Jobs bear a name made of the out_dir, by which a later run finds what an earlier
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -80,6 +84,7 @@ class SlurmStageExecutor(StageExecutor, SlurmPipelineExecutor):
                 "machine of the cluster, or set executor = local",
                 "input",
             )
+        self.max_array_size = _largest_array()
         shutil.rmtree(self.failures, ignore_errors=True)
         self.failures.mkdir(parents=True)
         with _ending_jobs(self.job_name):
@@ -139,6 +144,24 @@ def end_leftover_jobs(out_dir: Path) -> None:
             print(f"data_prep: ending jobs of an earlier run: {', '.join(jobs)}", file=sys.stderr)
             subprocess.run(["scancel", *jobs], check=True)
             _wait_for_jobs(prefix)
+
+
+def _largest_array() -> int:
+    """How many tasks a job array of this cluster may have; a stage of more is several arrays.
+
+    Raises TaskFailed where SLURM does not say.
+    """
+    done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    found = re.search(r"(?m)^MaxArraySize\s*=\s*(\d+)", done.stdout)
+    # 0 switches arrays off.
+    if found is None or int(found[1]) == 0:
+        raise TaskFailed(
+            "`scontrol show config` names no MaxArraySize above 0, and each stage is a job array; "
+            "see whether SLURM's controller works (`scontrol ping`) and allows arrays: "
+            f"{done.stderr.strip() or 'MaxArraySize is 0 or missing'}",
+            "system",
+        )
+    return int(found[1])
 
 
 def _job_prefix(out_dir: Path) -> str:

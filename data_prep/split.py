@@ -57,7 +57,7 @@ class Split:
 def link_groups(pairs: NDArray[np.uint64], most_groups: int) -> Links:
     """Link the groups of every pair of keys (n, 2), in their order; never more than `most_groups`.
 
-    Union-find; memory is some 60 bytes for each pair.
+    Union-find; memory is some 100 bytes for each pair.
     """
     keys, places = np.unique(pairs.ravel(), return_inverse=True)
     flat = places.astype(np.int32).reshape(-1, 2)

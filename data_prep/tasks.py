@@ -85,11 +85,16 @@ def _winners(folded: Sequence[Path], number: int) -> NDArray[np.int64]:
 
 
 def documents(
-    source: Input, folded: Sequence[Path], config: DataPrep, edition_in_id: bool, out: Path
+    source: Input,
+    folded: Sequence[Path],
+    config: DataPrep,
+    edition_in_id: bool,
+    headings: Path | None,
+    out: Path,
 ) -> Counts:
     """Write the documents of an input: `out`.parquet, of notes `out`-NNNN.parquet.
 
-    folded: what the tasks of `fold` wrote.
+    folded: what the tasks of `fold` wrote; headings: the file with ICD-10-CM's, for its codes.
     """
     counts: Counter[str] = Counter()
     found: Iterator[Document]
@@ -110,6 +115,7 @@ def documents(
             counts,
             templates=config.code_templates,
             edition_in_id=edition_in_id,
+            headings=headings,
         )
         counts["documents"] = write_documents(path, found)
     else:

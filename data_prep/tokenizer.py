@@ -30,8 +30,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.files import whole_folder, write_json
 from data_prep.document import Document, InputError
-from data_prep.encoding import Encoded, WordEncoder
-from data_prep.tokenizer_export import ESCAPES, SPECIAL_TOKENS, fast_tokenizer, is_word_by_word
+from data_prep.encoding import WordEncoder
+from data_prep.tokenizer_export import (
+    ESCAPES,
+    SPECIAL_TOKENS,
+    fast_tokenizer,
+    has_separate_parts,
+    is_word_by_word,
+)
 from data_prep.tokenizer_sample import draw_sample
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
@@ -47,7 +53,7 @@ _LINE = re.compile(r"(?s).{1,1000}(?:\Z|(?<! )(?= ))|.{1,1000}")
 # SentencePiece's trainer writes this for an unknown character and drops a line that holds it, so it
 # is taken out, of what is trained on only.
 _TRAINER_UNKNOWN = "\u2585"
-_word_encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, WordEncoder]
+_word_encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, WordEncoder | None]
 _word_encoders = weakref.WeakKeyDictionary()
 _UNUSED = re.compile(r"[\[<]\|?unused[ _-]?\d+\|?[\]>]", re.IGNORECASE)
 
@@ -136,36 +142,42 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[NDA
     Each is (tokens,) uint16 where the vocabulary has at most 65,536 ids, else uint32. A literal
     `[MASK]` in a text is text here: no special id is ever returned for it (called directly, the
     tokenizer does match it, which filling a mask needs). Other added tokens are matched as always.
-    One that was trained here is asked for every different word once (`data_prep.encoding`).
+    One that was trained here is asked for every part of a word once (`data_prep.encoding`).
 
     Uses the tokenizers library's threads; not for two threads and one `tokenizer`.
     """
-    if is_word_by_word(tokenizer.backend_tokenizer):
-        return _word_encoder(tokenizer).encode(texts)
+    encoder = _word_encoder(tokenizer)
+    if encoder is not None:
+        return encoder.encode(texts)
     dtype = _id_dtype(tokenizer)
     with _plain_backend(tokenizer) as backend:
         found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, dtype) for encoding in found]
 
 
-def new_word_encoder(tokenizer: PreTrainedTokenizerFast) -> WordEncoder:
-    """An encoder that has met no word; for a tokenizer that was trained here.
+def new_word_encoder(tokenizer: PreTrainedTokenizerFast) -> WordEncoder | None:
+    """An encoder that has met no word; None for a tokenizer that was not trained here.
 
     It does not keep `tokenizer`.
     """
+    backend = tokenizer.backend_tokenizer
+    if not (is_word_by_word(backend) and has_separate_parts(backend)):
+        return None
     proxy = weakref.proxy(tokenizer)
 
-    def encode_joined(texts: list[str]) -> list[Encoded]:
+    def encode_whole(texts: list[str]) -> list[list[int]]:
         with _plain_backend(proxy) as backend:
-            # The fast variant does not say which word an id is of.
-            found = backend.encode_batch(texts, add_special_tokens=False)
-        return [(encoding.ids, np.array(encoding.word_ids, np.int64)) for encoding in found]
+            found = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
-    return WordEncoder(encode_joined, _id_dtype(tokenizer))
+    return WordEncoder(encode_whole, _id_dtype(tokenizer))
 
 
-def _word_encoder(tokenizer: PreTrainedTokenizerFast) -> WordEncoder:
+def _word_encoder(tokenizer: PreTrainedTokenizerFast) -> WordEncoder | None:
     """The encoder that remembers the words of `tokenizer`, as long as there is a tokenizer."""
+    # What comes after the vocabulary may have changed since the last call: tokens can be added.
+    if not is_word_by_word(tokenizer.backend_tokenizer):
+        return None
     if tokenizer not in _word_encoders:
         _word_encoders[tokenizer] = new_word_encoder(tokenizer)
     return _word_encoders[tokenizer]

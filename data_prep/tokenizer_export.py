@@ -19,8 +19,13 @@ the piece is encoded alone. One merge rule a piece, in the order of the scores, 
 that can ever be applied; a second rule (`aa`+`a` beside `a`+`aa`) would only give ties another
 order. And no piece holds a `▁` after another character, so that cutting the text before each run
 of `▁` (which makes a cache of words possible, hence speed) prevents no merge.
+
+Nor does a piece hold a digit beside anything (`split_digits`), or a letter of ASCII beside another
+character of ASCII but the spaces before it (SentencePiece makes no piece of two scripts, and
+punctuation is of none of the letters' scripts). So cutting a word there prevents no merge either.
 """
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +38,11 @@ SPACE = "\u2581"
 _ESCAPE = "\u0010"
 # In this order; the escape character itself first, so that no escape is escaped again.
 ESCAPES = ((_ESCAPE, f"{_ESCAPE}."), (SPACE, f"{_ESCAPE}_"))
+# A byte's piece is what an unknown character becomes: nothing is merged into one.
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# A digit with a neighbour, or a letter of ASCII next to another character of ASCII.
+_MARKS = r"[\x00-@\[-`{-\x7f]"
+_JOINED_PARTS = re.compile(rf"(?s).[0-9]|[0-9].|[A-Za-z]{_MARKS}|{_MARKS}[A-Za-z]")
 # Their ids are their positions.
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
@@ -96,6 +106,16 @@ def is_word_by_word(tokenizer: Tokenizer) -> bool:
         and tokenizer.model.dropout is None
         and all(token.special for token in added)
     )
+
+
+def has_separate_parts(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary of one of `fast_tokenizer`'s is as this module's text says.
+
+    Then the ids of a word are those of its parts (`data_prep.encoding`) put together.
+    """
+    names = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    pieces = tokenizer.get_vocab(with_added_tokens=False).keys() - names
+    return not any(_JOINED_PARTS.search(piece) and not _BYTE.fullmatch(piece) for piece in pieces)
 
 
 def _normalizer() -> normalizers.Normalizer:

@@ -25,10 +25,10 @@ from data_prep import mimic, pubmed
 from data_prep.benchmark.measure import Measured, measure
 from data_prep.benchmark.stages import OURS
 from data_prep.document import Document, write_documents
+from data_prep.encoding import WordEncoder
 from data_prep.shard_writer import write_shard
 from data_prep.shards import DataSet, Row
 from data_prep.tokenizer import SENTENCEPIECE_FILE, encode, load_tokenizer, new_word_encoder
-from data_prep.tokenizer_export import is_word_by_word
 
 _BATCH_DOCUMENTS = 4096
 
@@ -154,15 +154,16 @@ def compare_tokenizers(
         for batch in batches:
             encode(tokenizer, batch)
 
-    def ours_afresh() -> None:
+    def ours_afresh(encoder: WordEncoder) -> None:
         tokenizer.backend_tokenizer.model._clear_cache()
-        encoder = new_word_encoder(tokenizer)
+        encoder.forget()
         for batch in batches:
             encoder.encode(batch)
 
     rows = [row(OURS, ours)]
-    if is_word_by_word(tokenizer.backend_tokenizer):
-        rows.append(row(f"{OURS}, new words", ours_afresh))
+    encoder = new_word_encoder(tokenizer)
+    if encoder is not None:
+        rows.append(row(f"{OURS}, new words", partial(ours_afresh, encoder)))
     name, path = f"SentencePiece, {threads} threads", folder / SENTENCEPIECE_FILE
     if not path.is_file():
         return [*rows, _missing("encode", name, source, f"no {SENTENCEPIECE_FILE}")]

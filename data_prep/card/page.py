@@ -38,6 +38,13 @@ _LEFT_OUT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("exact duplicates", "clusters", ("exact_duplicates",)),
     ("near-duplicates", "clusters", ("near_duplicates",)),
 )
+# What a record of PubMed holds that is no article: (name, count of `documents`).
+_PARTS_OF_RECORDS = (
+    ("documents of other abstracts", "other_abstracts"),
+    ("documents of vernacular titles", "vernacular_titles"),
+    ("of either, left out for their language", "other_language_parts"),
+    ("books, which are not read", "books"),
+)
 _PACKAGES = ("numpy", "pyarrow", "lxml", "sentencepiece", "tokenizers", "transformers")
 
 
@@ -170,6 +177,7 @@ def _left_out(page: Page, facts: Facts) -> None:
         "A PubMed record may become several documents, a book none. The last step before those "
         "kept: validation documents whose cluster was on both sides, and notes copied whole."
     )
+    _parts_of_records(page, facts)
     deletions = sum(steps.get("scan", Counter())["deletions"] for steps in facts.steps.values())
     page.paragraph(f"Deletions listed in PubMed's files: {deletions:,}.")
     _quality(page, facts)
@@ -186,6 +194,19 @@ def _left_out(page: Page, facts: Facts) -> None:
             ]
             for source in names
         ],
+    )
+
+
+def _parts_of_records(page: Page, facts: Facts) -> None:
+    """What PubMed's records hold besides an article: made into documents, or left out."""
+    if "pubmed" not in facts.steps:
+        return
+    counts = facts.steps["pubmed"]["documents"]
+    rows = [[name, counts[count]] for name, count in _PARTS_OF_RECORDS]
+    page.table(["besides PubMed's articles", "number"], rows)
+    page.paragraph(
+        "Other abstracts and titles in the article's own language are documents where the "
+        "configuration asks for them (pubmed.other_abstracts, pubmed.vernacular_titles)."
     )
 
 

@@ -13,18 +13,21 @@ its system, its kind and its table's edition, and an id names them; the dot stan
     loinc              Loinc.csv (Regenstrief)                    loinc
     rxnorm, ndc        RXNCONSO.RRF; RXNSAT.RRF beside it (NLM)   rxnorm
 
+    icd10cm-tabular    icd10cm_tabular_2026.xml (CMS)             none: headings for ICD-10-CM
+
 Files are plain, gzip (`.gz`) or inside the zip that is published. A table is read as a whole: some
 100,000 codes, a few times as many for RxNorm, below a gigabyte of memory.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from data_prep.codes import hcpcs, icd, loinc, mimic_tables, rxnorm
 from data_prep.codes.code import Code, Table
 from data_prep.codes.files import problem, version_of
+from data_prep.codes.tabular import Headings, read_headings
 from data_prep.codes.wording import TEMPLATES, wording
 from data_prep.document import Document, InputError
 
@@ -34,7 +37,19 @@ _TABLES: dict[str, Table] = (
 KINDS = tuple(_TABLES)
 SOURCE_OF_KIND = {kind: table.source for kind, table in _TABLES.items()}
 
-__all__ = ["KINDS", "SOURCE_OF_KIND", "TEMPLATES", "documents"]
+# The file that has chapters and blocks, and no documents of its own.
+HEADINGS = "icd10cm-tabular"
+# The tables with codes that these stand above.
+KINDS_UNDER_HEADINGS = ("icd10cm", "d-icd-diagnoses")
+
+__all__ = [
+    "HEADINGS",
+    "KINDS",
+    "KINDS_UNDER_HEADINGS",
+    "SOURCE_OF_KIND",
+    "TEMPLATES",
+    "documents",
+]
 
 
 def documents(
@@ -44,10 +59,12 @@ def documents(
     *,
     templates: Sequence[str] = ("paper",),
     edition_in_id: bool = False,
+    headings: Path | None = None,
 ) -> Iterator[Document]:
     """A document for each code of the table of `kind` (one of KINDS) in `path`, in its order.
 
-    The text is the code in one of `templates` (of TEMPLATES), as `wording` chooses. id:
+    The text is the code in one of `templates` (of TEMPLATES), as `wording` chooses; chapter and
+    block are above an ICD-10-CM code with `headings`, CMS's tabular list. id:
     `icd10cm-S72001A`, `icd9cm-dx-0010`, `icd9cm-sg-0011`, `hcpcs-A0080`, `hcpcs-mod-RT`,
     `loinc-2345-7`, `rxnorm-36567`, `ndc-00006074061`, `mimic-icd10cm-S72001A`, `mimic-lab-50931`;
     with `edition_in_id` the edition stands before the code, `icd10cm-2026-S72001A`, so that those
@@ -74,6 +91,7 @@ def documents(
             f"{path} is one of several tables of {kind}, and its name does not say which edition; "
             "give it its published name, or give one table only"
         )
+    above = {} if headings is None else read_headings(headings)
     edition = f"{version}-".replace(".", "_") if edition_in_id else ""
     for code in codes.values():
         counts["documents"] += 1
@@ -81,7 +99,7 @@ def documents(
             id=f"{code.prefix}-{edition}{code.code}",
             source=table.source,
             group=code.group,
-            text=wording(replace(code, parents=_parents(code, codes)), templates),
+            text=wording(replace(code, parents=_parents(code, codes, above)), templates),
             meta={
                 "system": code.system,
                 "kind": code.kind,
@@ -112,10 +130,15 @@ def _distinct(
     return found
 
 
-def _parents(code: Code, codes: dict[tuple[str, str], Code]) -> tuple[tuple[str, str], ...]:
-    """What stands above a code: for ICD the codes of its table that it begins with."""
+def _parents(
+    code: Code, codes: dict[tuple[str, str], Code], above: Mapping[str, Headings]
+) -> tuple[tuple[str, str], ...]:
+    """What stands above a code: for ICD the codes of its table that it begins with, and for
+    ICD-10-CM what is `above` its category.
+    """
     if not code.system.startswith("icd"):
         return code.parents
     lengths = range(len(code.category), len(code.code))
-    above = (codes.get((code.prefix, code.code[:length])) for length in lengths)
-    return tuple((parent.shown, parent.title) for parent in above if parent is not None)
+    parents = (codes.get((code.prefix, code.code[:length])) for length in lengths)
+    found = tuple((parent.shown, parent.title) for parent in parents if parent is not None)
+    return (above.get(code.category, ()) if code.system == "icd10cm" else ()) + found

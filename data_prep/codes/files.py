@@ -46,7 +46,7 @@ def version_of(path: Path, name: Pattern[str], version: Pattern[str]) -> str | N
 
 def lines(path: Path, name: Pattern[str], encoding: str) -> Iterator[tuple[int, str]]:
     """(number from 1, text without line end) of each line of a table that is not blank."""
-    with _open(path, name) as stream:
+    with open_table(path, name) as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 text = line.decode(encoding).rstrip("\r\n")
@@ -65,7 +65,7 @@ def rows(
     fields: its values would stand in the wrong columns.
     """
     csv.field_size_limit(max(_LONGEST_FIELD, csv.field_size_limit()))
-    with _open(path, name) as stream:
+    with open_table(path, name) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         reader = csv.reader(text, strict=True)
         try:
@@ -103,8 +103,8 @@ def problem(path: Path, number: int, what: str) -> InputError:
 
 
 @contextlib.contextmanager
-def _open(path: Path, name: Pattern[str]) -> Iterator[IO[bytes]]:
-    """The bytes of the table called `name` in `path`, by lines."""
+def open_table(path: Path, name: Pattern[str]) -> Iterator[IO[bytes]]:
+    """The bytes of the table called `name` in `path`. Raises InputError where it is damaged."""
     try:
         with contextlib.ExitStack() as stack:
             with path.open("rb") as file:

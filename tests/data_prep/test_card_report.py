@@ -128,6 +128,20 @@ def test_numbers_are_those_of_the_data_set(made: Path, page: html.HtmlElement) -
         assert path["md5"] in page.text_content()
 
 
+def test_what_is_no_article_is_counted(made: Path, tmp_path: Path) -> None:
+    """Other abstracts and vernacular titles, those left out for their language too."""
+    out = Path(shutil.copytree(made, tmp_path / "out"))
+    summary = json.loads((out / "documents" / "summary.json").read_text())
+    counts = {"other_abstracts": 31, "vernacular_titles": 29, "other_language_parts": 1234}
+    summary["counts"]["pubmed"] |= counts
+    (out / "documents" / "summary.json").write_text(json.dumps(summary))
+    assert main(["report", str(out)]) == 0
+    page = html.parse(out / "rows-128" / "report.html").getroot()
+    (table,) = (t for t in tables_below(page, "Left out") if t[0][1] == "number")
+    assert [row[1] for row in table[1:]] == ["31", "29", "1,234", "0"]
+    assert "left out for their language" in table[3][0]
+
+
 def test_the_mixture_is_that_of_the_weights(made: Path, page: html.HtmlElement) -> None:
     rows = {row[0]: row[1:] for row in tables_below(page, "Mixture")[0][1:]}
     assert {source: row[2] for source, row in rows.items()} == {

@@ -1,11 +1,18 @@
 """SLURM's commands, as far as they can be had without a cluster (`tests/slurm` starts one)."""
 
+import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
+import datatrove.executor.slurm as datatrove_slurm
 import pytest
+from datatrove.utils.stats import PipelineStats
 
 from data_prep import slurm
+from data_prep.config import DataPrep
+from data_prep.executors import TaskFailed, Work
+from data_prep.stages import Stage, Task
 
 
 def test_a_controller_that_never_answers_is_an_error_that_says_what_to_do(
@@ -35,3 +42,74 @@ def test_a_controller_that_answers_again_is_believed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(subprocess, "run", some)
     monkeypatch.setattr("time.sleep", lambda _: None)
     assert slurm._jobs() == [("7", "data_prep.a"), ("8", "b c")]
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, stdout: str, stderr: str = "") -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command == ["scontrol", "show", "config"]
+        return subprocess.CompletedProcess(command, bool(stderr), stdout, stderr)
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_arrays_are_as_long_as_the_cluster_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, "MaxArrayTasks = 7\nMaxArraySize            = 1001\nMaxJobCount = 9\n")
+    assert slurm._largest_array() == 1001
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr"), [("MaxArraySize = 0\n", ""), ("", "Unable to contact controller\n")]
+)
+def test_a_cluster_without_arrays_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, stdout: str, stderr: str
+) -> None:
+    answering(monkeypatch, stdout, stderr)
+    with pytest.raises(TaskFailed, match=rf"MaxArraySize above 0.*{stderr.strip()}") as caught:
+        slurm._largest_array()
+    assert isinstance(caught.value.as_raised(), OSError)
+
+
+class Recording(slurm.SlurmStageExecutor):
+    """Whose rank does nothing but note itself."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        with (self.failures.parent / "done").open("a") as file:
+            file.write(f"{rank}\n")
+        return PipelineStats()
+
+
+def test_2500_tasks_are_three_arrays_that_do_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sbatch is given, and what each job of it does: the default limit of 1,001 a time."""
+    tasks = [Task("a", (f"{n}.txt",), dict) for n in range(2500)]
+    stage = Stage(tmp_path, "many", "0" * 64, tasks)
+    stage.prepare()
+    config = DataPrep(out_dir=tmp_path, executor="slurm", workers=None)
+    executor = Recording(stage, Work(tmp_path, "run", "many", stage.key), config)
+    arrays: list[tuple[int, int]] = []
+
+    def submit(script: str, retriever: object, *arguments: str) -> str:
+        (last,) = re.findall(r"#SBATCH --array=0-(\d+)$", script, re.MULTILINE)
+        offset = re.search(r"RUN_OFFSET=(\d+)", arguments[0])
+        assert offset is not None
+        arrays.append((int(last), int(offset[1])))
+        return str(len(arrays))
+
+    monkeypatch.setattr(datatrove_slurm, "launch_slurm_job", submit)
+    monkeypatch.setattr(slurm, "_largest_array", lambda: 1001)
+    monkeypatch.setattr(slurm, "_wait_for_jobs", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    monkeypatch.setattr(
+        Recording, "get_incomplete_ranks", lambda self, *_, **__: list(range(0 if arrays else 2500))
+    )
+    executor.run()
+    assert [offset for _, offset in arrays] == [0, 1, 2]
+    assert max(last for last, _ in arrays) == 1000
+    for last, offset in arrays:
+        monkeypatch.setenv("RUN_OFFSET", str(offset))
+        for index in range(last + 1):
+            monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index))
+            executor.run()
+    done = (executor.failures.parent / "done").read_text().split()
+    assert sorted(map(int, done)) == list(range(2500))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Starts a real two-node SLURM on this one machine, for tests; needs root, slurm-wlm and munge.
-# The nodes n1 and n2 have two CPUs and two GPUs each; the GPUs are stand-in devices.
+# The nodes n1 and n2 have two CPUs and two GPUs each; the GPUs are stand-in devices. Job arrays may
+# have four tasks, where SLURM's default is 1,001, so that stages of tests are several arrays.
 set -euo pipefail
 
 conf=/etc/slurm
@@ -21,6 +22,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 ReturnToService=2
 JobRequeue=1
+MaxArraySize=4
 MpiDefault=none
 StateSaveLocation=/var/spool/slurmctld
 SlurmdSpoolDir=/var/spool/slurmd-%n
