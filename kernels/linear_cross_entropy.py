@@ -67,9 +67,23 @@ def linear_cross_entropy(
     but the labels. On a GPU the two passes are Triton kernels, elsewhere and in fp64 PyTorch.
     Raises TypeError or ValueError for other dtypes and shapes.
     """
+    return linear_cross_entropies(hidden_MD, weight_VD, bias_V, labels_M, counted)[0]
+
+
+def linear_cross_entropies(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    labels_M: Tensor,
+    counted: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same sum and the cross-entropy (M,) fp32 of each label, 0 where it is −100.
+
+    The sum alone is differentiable: the gradients are made for it, and the others have none.
+    """
     _check(hidden_MD, weight_VD, bias_V, labels_M)
     in_triton = hidden_MD.is_cuda and hidden_MD.dtype != torch.float64
-    loss, *_ = _linear_cross_entropy(
+    loss, *_, losses_M = _linear_cross_entropy(
         hidden_MD,
         weight_VD,
         bias_V,
@@ -78,7 +92,7 @@ def linear_cross_entropy(
         torch.is_grad_enabled(),
         in_triton,
     )
-    return loss.float()
+    return loss.float(), losses_M.detach().float()
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> None:
@@ -223,12 +237,13 @@ def _linear_cross_entropy(
     counted: int,
     with_gradients: bool,
     in_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss and its gradients by hidden, weight and bias, all of them fp32 (or fp64).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its gradients by hidden, weight and bias, and the loss of each row.
 
-    Without gradients these are empty.
+    All of them are fp32 (or fp64). Without gradients these are empty.
     """
     gradients = _empty_gradients(hidden, weight, bias, with_gradients)
+    losses = gradients[0].new_zeros(labels.shape)
     grad_hidden, grad_weight, grad_bias = gradients
     grad_weight.zero_()
     grad_bias.zero_()
@@ -239,7 +254,6 @@ def _linear_cross_entropy(
     rows = min(rows, -(-counted // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
     grad_hidden[rows:] = 0
     chunk = -(-rows // max(1, -(-rows // most)))  # as even as can be
-    losses = torch.zeros(rows, dtype=grad_bias.dtype, device=hidden.device)
     for start in range(0, rows, max(1, chunk)):
         part = slice(start, min(start + chunk, rows))
         logits = buffer[: part.stop - part.start]
@@ -250,7 +264,7 @@ def _linear_cross_entropy(
             grad_bias += column_sums
             _product(grad_hidden[part], logits, weight, accumulate=False)
             _product(grad_weight, logits.T, hidden[part], accumulate=True)
-    return losses.sum(), *gradients
+    return losses[:rows].sum(), *gradients, losses
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
@@ -274,10 +288,10 @@ def _(
     counted: int,
     with_gradients: bool,
     in_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss = hidden.new_empty((), dtype=wide)
-    return loss, *_empty_gradients(hidden, weight, bias, with_gradients)
+    loss, losses = (hidden.new_empty(shape, dtype=wide) for shape in ((), labels.shape))
+    return loss, *_empty_gradients(hidden, weight, bias, with_gradients), losses
 
 
 def _empty_gradients(
@@ -293,7 +307,7 @@ def _empty_gradients(
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, *_ = inputs
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:4])
     ctx.dtype = hidden.dtype
 
 

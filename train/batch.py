@@ -24,12 +24,14 @@ BUCKET_RATIO = 4
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The constants of a run's micro-batches."""
+    """The constants of a phase's micro-batches."""
 
     rows: int
     row_tokens: int
     max_length: int
     highest_rate: float
+    sources: tuple[str, ...]
+    """those that rows may be of, numbered in this order"""
 
     @property
     def tokens(self) -> int:
@@ -50,7 +52,9 @@ class PackedBatch:
     cu_seqlens: (N + 1,) int32, document bounds, then T again for every empty document up to the
     bucket N. max_seqlen: at least the longest document.
     masked_indices, labels: (M,) int64; what is left of M points to position 0 with label -100.
-    sources: the source of each row. masked_tokens: how many labels count, known on the host.
+    masked_sources: (M,) int64, the number of the source that each of them is of; 0 for what is
+    left. masked_tokens: how many labels count; lengths: (documents,) tokens of each document,
+    padding not counted; both are known on the host.
     """
 
     input_ids: Tensor
@@ -59,8 +63,9 @@ class PackedBatch:
     max_seqlen: int
     masked_indices: Tensor
     labels: Tensor
-    sources: list[str]
+    masked_sources: Tensor
     masked_tokens: int
+    lengths: NDArray[np.int64]
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on `device`; from pinned memory the copies do not wait."""
@@ -83,6 +88,7 @@ class PackedBatch:
             cu_seqlens=function(self.cu_seqlens),
             masked_indices=function(self.masked_indices),
             labels=function(self.labels),
+            masked_sources=function(self.masked_sources),
         )
 
 
@@ -91,7 +97,8 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     masked_indices = np.zeros(shape.masked, np.int64)
     labels = np.full(shape.masked, IGNORED, np.int64)
-    bounds = [np.zeros(1, np.int64)]
+    masked_sources = np.zeros(shape.masked, np.int64)
+    bounds, documents_of = [np.zeros(1, np.int64)], []
     filled = 0
     for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
         offset = number * shape.row_tokens
@@ -99,8 +106,10 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
         input_ids[positions] = mask.replacements
         masked_indices[filled : filled + len(positions)] = positions
         labels[filled : filled + len(positions)] = mask.labels
+        masked_sources[filled : filled + len(positions)] = shape.sources.index(row.source)
         filled += len(positions)
         bounds.append(offset + _split_padding(row, shape.max_length))
+        documents_of.append(np.diff(row.cu_seqlens[: len(row.documents) + 1]).astype(np.int64))
     cu_seqlens = np.concatenate(bounds)
     lengths = np.diff(cu_seqlens)
     documents = bucket(len(lengths), SMALLEST_DOCUMENTS)
@@ -115,8 +124,9 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
         max_seqlen=min(bucket(int(lengths.max()), SMALLEST_SEQLEN), shape.max_length),
         masked_indices=torch.from_numpy(masked_indices),
         labels=torch.from_numpy(labels),
-        sources=[row.source for row in rows],
+        masked_sources=torch.from_numpy(masked_sources),
         masked_tokens=filled,
+        lengths=np.concatenate(documents_of),
     )
 
 

@@ -75,6 +75,24 @@ class Log:
 
 
 @config
+class Profile:
+    """A profiler's trace of a few steps, in RUN/profile; these steps take longer than others."""
+
+    first_step: int
+    """first step of the trace; the first steps of a process are not like the others"""
+    steps: int = 3
+    rank: int = 0
+    """which process writes one"""
+
+    def __post_init__(self) -> None:
+        for name in ("first_step", "steps"):
+            require(
+                getattr(self, name) > 0, f"profile.{name} is {getattr(self, name)}, not above 0"
+            )
+        require(self.rank >= 0, f"profile.rank is {self.rank}, it is negative")
+
+
+@config
 class Train:
     """A pretraining run."""
 
@@ -113,6 +131,8 @@ class Train:
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    profile: Profile | None = None
+    """by default no trace is made"""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """DeepSpeed's own keys (zero_optimization, comms_logger, …), over those the run sets itself"""
 

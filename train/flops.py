@@ -7,6 +7,7 @@ does what an implementation does twice: activation recomputation, products with 
 attention outside of a window. So a share of the peak says how well the time was used.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,9 +47,9 @@ def training_flops(
     layer = 4 * hidden * hidden + 3 * hidden * inner
     head = hidden * hidden + hidden * config.vocab_size
     multiply_adds = int(lengths.sum()) * layer * config.num_hidden_layers + masked_tokens * head
-    for number in range(config.num_hidden_layers):
+    for window, layers in Counter(map(config.window, range(config.num_hidden_layers))).items():
         # A pair costs a product with the key and one with the value, over all heads.
-        multiply_adds += 2 * hidden * attended_pairs(lengths, config.window(number))
+        multiply_adds += layers * 2 * hidden * attended_pairs(lengths, window)
     return 3.0 * 2.0 * multiply_adds
 
 

@@ -32,10 +32,15 @@ T = TypeVar("T")
 class StepCounts:
     """What a whole step holds over all ranks and micro-steps."""
 
-    masked_tokens: int
+    masked_by_source: BySource
     rows_by_source: BySource
     tokens_by_source: BySource
     """real tokens, padding not counted"""
+
+    @property
+    def masked_tokens(self) -> int:
+        """Masked tokens of all sources."""
+        return sum(self.masked_by_source.values())
 
     @property
     def tokens(self) -> int:
@@ -75,12 +80,13 @@ class StepMaker:
         counts = self._counts_of(phase)
         rows: Counter[str] = Counter()
         tokens: Counter[str] = Counter()
-        masked = 0
+        masked: Counter[str] = Counter()
         for at in _addresses(phase, plan):
             rows[at.source] += 1
             tokens[at.source] += counts.tokens(at.source, at.row)
-            masked += masked_count(plan.mask_rate, counts.maskable(at.source, at.row))
-        return StepCounts(masked, dict(rows), dict(tokens))
+            maskable = counts.maskable(at.source, at.row)
+            masked[at.source] += masked_count(plan.mask_rate, maskable)
+        return StepCounts(dict(masked), dict(rows), dict(tokens))
 
     def micro_batches(self, plan: StepPlan) -> Iterator[PackedBatch]:
         """The rank's micro-batches of a step, in order."""
@@ -93,6 +99,10 @@ class StepMaker:
     def micro_steps(self, plan: StepPlan) -> int:
         """How many micro-batches of a step a rank gets."""
         return plan.rows // (self._run.ranks * self._run.phases[plan.phase].shape.rows)
+
+    def sources(self, plan: StepPlan) -> tuple[str, ...]:
+        """Those of a step's phase, by their numbers."""
+        return self._run.phases[plan.phase].shape.sources
 
     def _counts_of(self, phase: RunPhase) -> RowCounts:
         """The row counts of a phase's data set, which other phases may share."""
@@ -131,6 +141,8 @@ class LoadedStep:
     plan: StepPlan
     counts: StepCounts
     micro_steps: int
+    sources: tuple[str, ...]
+    """those that the numbers of the micro-batches' sources are of"""
     micro_batches: Iterator[PackedBatch]
 
 
@@ -153,8 +165,8 @@ class Loader:
     def __iter__(self) -> Iterator[LoadedStep]:
         for item in self._ahead:
             assert isinstance(item, tuple)
-            plan, counts, micro_steps = item
-            yield LoadedStep(plan, counts, micro_steps, self._take(micro_steps))
+            plan, counts, micro_steps, sources = item
+            yield LoadedStep(plan, counts, micro_steps, sources, self._take(micro_steps))
 
     def __enter__(self) -> "Loader":
         self._ahead.start()
@@ -172,9 +184,9 @@ class Loader:
     @staticmethod
     def _make(
         maker: StepMaker, plans: Iterable[StepPlan], pin: bool
-    ) -> Iterator[tuple[StepPlan, StepCounts, int] | PackedBatch]:
+    ) -> Iterator[tuple[StepPlan, StepCounts, int, tuple[str, ...]] | PackedBatch]:
         for plan in plans:
-            yield plan, maker.counts(plan), maker.micro_steps(plan)
+            yield plan, maker.counts(plan), maker.micro_steps(plan), maker.sources(plan)
             for batch in maker.micro_batches(plan):
                 yield batch.pin() if pin else batch
 

@@ -6,6 +6,8 @@ at its newest checkpoint goes on as if nothing had happened.
 
 import contextlib
 import math
+from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +16,18 @@ from common.config import ConfigError, config_to_yaml
 from common.files import whole_file, write_json
 from model.attention import Choice, check_attention, choose_attention, what_to_install
 from train import checkpoint
+from train.console import Console
 from train.describe import describe_phase, parameter_count
 from train.engine import Engine, Norms, backward, start_engine, step
+from train.interval import Interval, peak_of
 from train.loader import LoadedStep, Loader, StepMaker
-from train.metrics import Interval, Metrics, counters
+from train.metrics import Metrics, counters
 from train.prepare_model import prepare_model
 from train.ranks import Ranks, only_run_in
 from train.resolve import Run, RunPhase
 from train.schedule import StepPlan
 from train.start import make_model
+from train.tracing import Tracer
 from train.validation import Validation
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -56,21 +61,29 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
         _begin(run, found, device, attention)
 
     with contextlib.ExitStack() as stack:
-        metrics = None
+        console, metrics = None, None
         if ranks.is_first:
+            last_step, last_slot = run.last_step(progress), run.last_slot(progress)
+            console = stack.enter_context(Console(last_step, last_slot))
             metrics = stack.enter_context(
-                Metrics(config.run_dir, progress.step, run.last_step(progress))
+                Metrics(config.run_dir, progress.step, last_slot, console)
             )
+            metrics.start(_circumstances(run, found, device, attention))
+        tracer = stack.enter_context(Tracer(config.profile, config.run_dir, ranks.rank))
         maker = StepMaker(run, ranks.rank)
         loader = stack.enter_context(Loader(maker, run.plans(progress), device.type == "cuda"))
-        interval = Interval(loader, device)
+        interval = Interval(loader, device, peak_of(device, run.precision))
         phase: RunPhase | None = None
         for loaded in loader:
             plan = loaded.plan
+            tracer.begin_step(plan.step)
             if phase is None or plan.phase != phase.name:
                 phase = run.phases[plan.phase]
-                validate = _enter(phase, run, ranks, engine, device)
-                interval.restart()
+                engine.module.set_global_rope_theta(phase.model_config.global_rope_theta)
+                validate = Validation(phase, config.validation.rate, ranks, device)
+                if console is not None:
+                    console.line("\n".join(describe_phase(phase, ranks.size)))
+                interval.restart(phase)
             saves = plan.step % config.checkpoint.every_steps == 0 or plan.ends_phase
             validates = plan.step % config.validation.every_steps == 0 or plan.ends_phase
             # An interval of the log ends with every checkpoint, so that the lines of a run that
@@ -78,11 +91,13 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
             # whose time is none of training's.
             logs = plan.step % config.log.every_steps == 0 or plan.step == 1 or saves or validates
 
-            loss_sum = accumulate(engine, loaded, ranks, device)
+            loss_sums = accumulate(engine, interval.watch(loaded), ranks, device)
             norms = step(engine, plan.rates, want_norms=logs)
+            interval.add(loaded, loss_sums)
             counts = loaded.counts
             progress = progress.after(plan, counts.rows_by_source, counts.tokens_by_source)
-            interval.add(loss_sum, counts)
+            if console is not None:
+                console.step(plan.step, plan.slots, progress.all_tokens)
             if norms is not None:
                 record = interval.close()
                 check_finite(plan, record["loss"], norms)
@@ -99,24 +114,10 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
                     metrics.validation({"step": plan.step, "phase": plan.phase, **figures})
             if saves:
                 path = checkpoint.save(engine, run, ranks, progress)
-                if ranks.is_first:
-                    print(f"checkpoint: {path}", flush=True)
+                if console is not None:
+                    console.line(f"checkpoint: {path}")
             if logs:
-                interval.restart()
-
-
-def _enter(
-    phase: RunPhase, run: Run, ranks: Ranks, engine: Engine, device: torch.device
-) -> Validation:
-    """Make ready for the steps of a phase, on every rank; its validation.
-
-    The engine goes on with its weights and its optimizer: what is new is the data, which the
-    loader knows, the base of the rotary positions, and what is validated on.
-    """
-    engine.module.set_global_rope_theta(phase.model_config.global_rope_theta)
-    if ranks.is_first:
-        print("\n".join(describe_phase(phase, ranks.size)), flush=True)
-    return Validation(phase, run.config.validation.rate, ranks, device)
+                interval.restart(phase)
 
 
 def check_finite(plan: StepPlan, loss: float, norms: Norms) -> None:
@@ -138,11 +139,14 @@ def check_finite(plan: StepPlan, loss: float, norms: Norms) -> None:
 
 
 def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:
-    """Forward and backward of every micro-batch; the rank's sum of cross-entropy, on the device."""
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    """Forward and backward of every micro-batch.
+
+    Returns this rank's sums of cross-entropy by source, (sources,) fp64, on the device.
+    """
+    loss_sums = torch.zeros(len(loaded.sources), dtype=torch.float64, device=device)
     for number, host_batch in enumerate(loaded.micro_batches, start=1):
         batch = host_batch.to(device)
-        loss = engine(
+        loss, losses_M = engine(
             batch.input_ids,
             batch.position_ids,
             batch.cu_seqlens,
@@ -150,11 +154,33 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
             batch.masked_indices,
             batch.labels,
             batch.masked_tokens,
+            each=True,
         )
         is_last = number == loaded.micro_steps
         backward(engine, loss, ranks.size, loaded.counts.masked_tokens, is_last)
-        loss_sum += loss.detach()
-    return loss_sum
+        loss_sums.index_add_(0, batch.masked_sources, losses_M.double())
+    return loss_sums
+
+
+def _circumstances(
+    run: Run, found: checkpoint.Found, device: torch.device, attention: Choice
+) -> dict[str, Any]:
+    """What a process trains on, and from where."""
+    progress = found.progress
+    return {
+        "step": progress.step,
+        "slots": sum(progress.rows_of(part.name) * part.row_tokens for part in run.schedules),
+        "ranks": run.ranks,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "peak_flops": peak_of(device, run.precision),
+        "precision": run.precision,
+        "zero_stage": run.config.zero_stage,
+        "attention": str(attention),
+        "parameters": parameter_count(run.start),
+        "last_step": run.last_step(progress),
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
+    }
 
 
 def _choose_attention(run: Run, device: torch.device) -> Choice:

@@ -1,7 +1,8 @@
-"""What a run shows: a line on the console, a line in metrics.jsonl, points in TensorBoard.
+"""What a run records: a line in metrics.jsonl, points in TensorBoard, a line on the console.
 
 One rank writes. A run that is taken up again continues its files: what was logged after the
-checkpoint it continues from is cut off, so that no step appears twice.
+checkpoint it continues from is cut off, so that no step appears twice. docs/training.md lists the
+keys of every record.
 """
 
 import json
@@ -9,13 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from common.files import whole_file
-from train.loader import Loader, StepCounts
-from train.ranks import max_over_ranks, sum_over_ranks
+from train.console import Console
 from train.resolve import Run
 from train.schedule import Progress, StepPlan
 
@@ -25,13 +23,18 @@ Record = dict[str, Any]
 class Metrics:
     """Writes the records of a run; a context manager that closes its files."""
 
-    def __init__(self, run_dir: Path, first_step: int, total_steps: int) -> None:
-        """Continue the files of `run_dir` after `first_step`, the last step that counts."""
+    def __init__(self, run_dir: Path, first_step: int, last_slot: int, console: Console) -> None:
+        """Continue the files of `run_dir` after `first_step`, the last step that counts.
+
+        last_slot: the token slots of the whole run.
+        """
         path = run_dir / "metrics.jsonl"
         keep_until(path, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self._total_steps = total_steps
+        self._last_slot, self._console = last_slot, console
+        self._first_slot: int | None = None
+        self._pauses = 0.0
 
     def __enter__(self) -> "Metrics":
         return self
@@ -40,76 +43,37 @@ class Metrics:
         self._file.close()
         self._board.close()
 
+    def start(self, record: Record) -> None:
+        """A process takes up the run after `step`: on what, and in what way."""
+        self._first_slot = record["slots"]
+        self._write("start", record)
+
     def train(self, record: Record) -> None:
-        """A training step: loss, lr, grad_norm, tok_per_s, …"""
-        self._write({"kind": "train", **record})
-        left = (self._total_steps - record["step"]) * record["step_s"]
-        print(
-            f"step {record['step']:>{len(str(self._total_steps))}}/{self._total_steps}  "
-            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.3f}  "
-            f"{record['tok_per_s']:,.0f} tok/s  data wait {record['data_wait_s']:.3f} s  "
-            f"left {duration(left)}",
-            flush=True,
-        )
+        """A training step: counters, loss, norms, speed, waits, memory."""
+        record = {**record, "eta_s": self._left(record)}
+        self._write("train", record)
+        self._console.train(record)
 
     def validation(self, record: Record) -> None:
         """A validation: loss and accuracy on masked tokens, in all and by source."""
-        self._write({"kind": "validation", **record})
-        parts = "  ".join(
-            f"{name} {part['loss']:.4f}" for name, part in sorted(record["by_source"].items())
-        )
-        print(
-            f"validation at step {record['step']}  loss {record['loss']:.4f}  "
-            f"accuracy {record['accuracy']:.3f}  ({parts})",
-            flush=True,
-        )
+        self._write("validation", record)
+        self._console.validation(record)
 
-    def _write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+    def _left(self, record: Record) -> float:
+        """Seconds to the end of the run at the speed of the last steps and with as many pauses."""
+        assert self._first_slot is not None, "start comes first"
+        self._pauses += record["pause_s"]
+        paused = self._pauses / (record["slots"] - self._first_slot)
+        return float(self._last_slot - record["slots"]) * (1 / record["padded_tok_per_s"] + paused)
+
+    def _write(self, kind: str, record: Record) -> None:
+        self._file.write(json.dumps({"kind": kind, "time": time.time(), **record}) + "\n")
         self._file.flush()
+        if kind == "start":
+            return
         for name, value in flatten(record):
-            self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            self._board.add_scalar(f"{kind}/{name}", value, record["step"])
         self._board.flush()
-
-
-class Interval:
-    """Loss and speed over the steps since the last line of the log.
-
-    The loss is exact: the sum of cross-entropy over all ranks and steps divided by their masked
-    tokens. Sums stay on the device until the interval is closed.
-    """
-
-    def __init__(self, loader: Loader, device: torch.device) -> None:
-        self._loader, self._device = loader, device
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin the next interval here; what lies between a close and this is not measured."""
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._steps = self._masked_tokens = self._tokens = 0
-        self._wait = self._loader.wait_seconds
-        self._start = time.perf_counter()
-
-    def add(self, loss_sum: Tensor, counts: StepCounts) -> None:
-        """Add a step: this rank's sum of cross-entropy, and the counts over all ranks."""
-        self._loss_sum += loss_sum
-        self._steps += 1
-        self._masked_tokens += counts.masked_tokens
-        self._tokens += counts.tokens
-
-    def close(self) -> Record:
-        """Figures over all ranks; waits for the device. Every rank calls this."""
-        loss_sum = float(sum_over_ranks(self._loss_sum))
-        seconds = time.perf_counter() - self._start
-        wait = torch.tensor(self._loader.wait_seconds - self._wait, dtype=torch.float64)
-        return {
-            "loss": loss_sum / self._masked_tokens,
-            "masked_tokens": self._masked_tokens,
-            "tok_per_s": self._tokens / seconds,
-            "step_s": seconds / self._steps,
-            # A step takes as long as its slowest rank.
-            "data_wait_s": float(max_over_ranks(wait)) / self._steps,
-        }
 
 
 def counters(run: Run, plan: StepPlan, progress: Progress) -> Record:
@@ -156,10 +120,3 @@ def flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:
         elif isinstance(value, int | float) and name != "step":
             numbers.append((prefix + name, value))
     return numbers
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

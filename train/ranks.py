@@ -142,7 +142,8 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def max_over_ranks(tensor: Tensor) -> Tensor:
-    """The elementwise maximum over all ranks, in place."""
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor
+def of_all_ranks(tensor: Tensor) -> Tensor:
+    """`tensor` of every rank, by rank: (ranks, …)."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.stack(parts)

@@ -7,15 +7,24 @@ training loop knows nothing of it, and it runs on a finished, a running or a cop
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from common.files import make_private
 from common.html import Page
-from common.plots import to_svg
+from train.console import amount, duration
+from train.report_plots import (
+    Curves,
+    loss_plot,
+    memory_plot,
+    optimizer_plot,
+    source_plot,
+    speed_plot,
+    time_plot,
+)
 
 Record = dict[str, Any]
 
@@ -41,8 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
 def write_report(run_dir: Path) -> None:
     """Write `report.html` into `run_dir`; raises ReportError naming the file that is missing."""
     records = _read_metrics(run_dir / "metrics.jsonl")
-    train = [record for record in records if record["kind"] == "train"]
-    validation = [record for record in records if record["kind"] == "validation"]
+    starts, train, validation = (
+        [record for record in records if record["kind"] == kind]
+        for kind in ("start", "train", "validation")
+    )
     if not train:
         raise ReportError(f"{run_dir / 'metrics.jsonl'} holds no training step yet")
     names = list(dict.fromkeys(record["phase"] for record in train))
@@ -54,26 +65,30 @@ def write_report(run_dir: Path) -> None:
         )
         for name in names
     }
+    entropy = {name: part.unigram_entropy for name, part in phases.items()}
+    curves = Curves(starts, train, validation, entropy)
 
     page = Page(f"Pretraining run {run_dir.resolve().name}")
-    _summary(page, train, phases)
-    page.figure(_loss_plot(train, validation, phases), "Loss in nats a masked token.")
-    _phases(page, phases)
-    _sources(page, train[-1])
+    _summary(page, curves, phases)
+    page.figure(
+        loss_plot(curves),
+        "Loss; training pale as recorded and, over it, a running mean. Grey bands are every second "
+        "phase, a dotted line is where the run was taken up again.",
+    )
+    page.figure(source_plot(curves), "By source: loss, accuracy, and how often each was read.")
+    _sources(page, curves)
     _validation_by_source(page, phases)
-    page.heading("Speed and schedule")
+    page.heading("Optimizer")
+    page.figure(optimizer_plot(curves), "Norms, rates, and rows of a step over all ranks.")
+    page.heading("Speed")
+    page.figure(speed_plot(curves), "By the wall clock, pauses left out.")
     page.figure(
-        _series_plot(train, {"tok_per_s": "real tokens a second", "data_wait_s": "data wait, s"}),
-        "Real tokens (padding not counted) over all ranks, and the wait for data in a step.",
+        time_plot(curves),
+        "Parts are means over ranks; on a GPU its own times. The host may wait for data while the "
+        "GPU is busy: what that cost is `waiting for data` at the left.",
     )
-    page.figure(
-        _series_plot(train, {"lr": "learning rate", "grad_norm": "gradient norm"}),
-        "Learning rate, and the gradient norm before clipping.",
-    )
-    page.figure(
-        _series_plot(train, {"mask_rate": "masking rate", "rows_per_step": "rows a step"}),
-        "Share of the tokens that is masked, and rows of a step over all ranks.",
-    )
+    page.figure(memory_plot(curves), "Memory, and steps whose gradient was not finite.")
+    _phases(page, phases)
     _data_table(page, phases)
     page.heading("Configuration")
     page.preformatted(_read_text(run_dir / "config.yaml"))
@@ -88,7 +103,8 @@ def _read_text(path: Path) -> str:
 
 
 def _read_metrics(path: Path) -> list[Record]:
-    return [json.loads(line) for line in _read_text(path).splitlines()]
+    # The last line of a running run may be half there.
+    return [json.loads(line) for line in _read_text(path).splitlines(True) if line.endswith("\n")]
 
 
 @dataclass(frozen=True)
@@ -105,15 +121,16 @@ class Part:
         return float(self.manifest["splits"]["validation"]["unigram_entropy"])
 
 
-def _summary(page: Page, train: list[Record], phases: dict[str, Part]) -> None:
-    last = train[-1]
-    part = next((part for part in reversed(phases.values()) if part.validation), None)
-    rows: list[list[object]] = [
-        ["steps", last["step"]],
+def _summary(page: Page, curves: Curves, phases: dict[str, Part]) -> None:
+    last = curves.train[-1]
+    rows: list[list[object]] = []
+    if curves.starts:
+        rows += _circumstances(curves)
+    rows += [
         ["real tokens seen", last["tokens"]],
-        ["training loss, last step", last["loss"]],
-        ["real tokens a second, median", _median([record["tok_per_s"] for record in train])],
+        ["training loss, last record (nats)", last["loss"]],
     ]
+    part = next((part for part in reversed(phases.values()) if part.validation), None)
     if part is not None:
         entropy, loss = part.unigram_entropy, part.validation[-1]["loss"]
         rows += [
@@ -122,11 +139,58 @@ def _summary(page: Page, train: list[Record], phases: dict[str, Part]) -> None:
             ["validation loss below the unigram entropy by (nats)", entropy - loss],
             ["validation accuracy on masked tokens", part.validation[-1]["accuracy"]],
         ]
-    page.table(["figure", "value"], rows)
+    page.table(["figure", "value"], [*rows, *_speed(curves)])
     page.paragraph(
         "The unigram entropy is the loss of a model that knows only how frequent each token is; "
         "what lies below it was learned from context."
     )
+
+
+def _circumstances(curves: Curves) -> list[list[object]]:
+    """How far the run is, and on what it runs."""
+    start, last = curves.starts[-1], curves.train[-1]
+    state = f"all {last['step']:,} steps taken"
+    if last["step"] < start["last_step"]:
+        left = duration(last["eta_s"])
+        state = f"step {last['step']:,} of {start['last_step']:,}, {left} left"
+    resumed = ", ".join(f"{step:,}" for step in curves.resumed) or "never"
+    return [
+        ["state", state],
+        ["taken up again after step", resumed],
+        ["model", f"{amount(start['parameters'])} parameters, {start['precision']}"],
+        ["on", f"{start['ranks']} × {start['device']}, ZeRO {start['zero_stage']}"],
+        ["attention", start["attention"]],
+    ]
+
+
+def _speed(curves: Curves) -> list[list[object]]:
+    """Medians of what is recorded of speed, and how long it all took."""
+    train = [record for record in curves.train if "step_parts_s" in record]
+    if not train:
+        return []
+    waits = [record["data_wait_s"] / record["step_s"] for record in train]
+    slowest = Counter(record["data_wait_rank"] for record in train).most_common(1)[0][0]
+    padding = [1 - record["tok_per_s"] / record["padded_tok_per_s"] for record in train]
+    shares = [record["mfu"] for record in train if record["mfu"] is not None]
+    steps = {record["step"] for record in curves.starts} | {r["step"] for r in train}
+    before = dict(zip(sorted(steps)[1:], sorted(steps), strict=False))
+    stepping = sum(r["step_s"] * (r["step"] - before.get(r["step"], 0)) for r in train)
+    pauses = sum(record["pause_s"] for record in train)
+    rows: list[list[object]] = [
+        ["real tokens a second, median", round(median(r["tok_per_s"] for r in train))],
+        ["MFU, median", f"{median(shares):.1%}" if shares else "no peak is known"],
+        ["waiting for data, median of the slowest rank", f"{median(waits):.2%}"],
+        ["padding, median", f"{median(padding):.1%}"],
+        ["time in steps; in validation, checkpoints and logging",
+         f"{duration(stepping)}; {duration(pauses)}"],
+        ["steps left out", train[-1]["skipped_steps"]],
+    ]  # fmt: skip
+    if curves.starts and curves.starts[-1]["ranks"] > 1:
+        rows.insert(3, ["rank that waits longest most often", slowest])
+    held = [r["memory_reserved_gib"] for r in train if r["memory_reserved_gib"] is not None]
+    if held:
+        rows.append(["GPU memory, highest of all ranks (GiB)", max(held)])
+    return rows
 
 
 def _phases(page: Page, phases: dict[str, Part]) -> None:
@@ -151,8 +215,9 @@ def _phases(page: Page, phases: dict[str, Part]) -> None:
     )
 
 
-def _sources(page: Page, last: Record) -> None:
+def _sources(page: Page, curves: Curves) -> None:
     """What has been read of each source in the whole run, as it came out."""
+    last = curves.train[-1]
     page.heading("Sources read")
     page.table(
         ["source", "real tokens read", "share of the tokens", "epochs"],
@@ -193,37 +258,6 @@ def _data_table(page: Page, phases: dict[str, Part]) -> None:
         for name, held in sorted(content["sources"].items())
     ]
     page.table(header, rows)
-
-
-def _loss_plot(train: list[Record], validation: list[Record], phases: dict[str, Part]) -> str:
-    figure = Figure(figsize=(8, 4))
-    axes = figure.subplots()
-    axes.plot(*_series(train, "loss"), label="training", linewidth=1)
-    if validation:
-        axes.plot(*_series(validation, "loss"), label="validation", marker="o", markersize=3)
-    for number, part in enumerate(phases.values()):
-        ends = [part.train[0]["step"], part.train[-1]["step"]]
-        label = None if number else "unigram entropy"
-        axes.plot(ends, [part.unigram_entropy] * 2, linestyle="--", color="grey", label=label)
-    axes.set(xlabel="step", ylabel="nats a masked token")
-    axes.legend()
-    return to_svg(figure)
-
-
-def _series_plot(records: list[Record], labels: dict[str, str]) -> str:
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
-        axes.plot(*_series(records, key), linewidth=1)
-        axes.set(xlabel="step", ylabel=label)
-    return to_svg(figure)
-
-
-def _series(records: list[Record], key: str) -> tuple[list[int], list[float]]:
-    return [record["step"] for record in records], [record[key] for record in records]
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 if __name__ == "__main__":

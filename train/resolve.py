@@ -19,7 +19,15 @@ from train.masking import Masker, Vocabulary
 from train.phase_config import Data, Phase, micro_steps
 from train.prepare_model import check_preparation
 from train.row_order import RowOrder
-from train.schedule import PhaseSchedule, Progress, StepPlan, current_phase, last_step, plan_steps
+from train.schedule import (
+    PhaseSchedule,
+    Progress,
+    StepPlan,
+    current_phase,
+    last_slot,
+    last_step,
+    plan_steps,
+)
 from train.start import starting_geometry, tokenizer_folder
 
 
@@ -72,6 +80,10 @@ class Run:
     def last_step(self, start: Progress) -> int:
         """The number of the run's last step when it continues from `start`."""
         return last_step(self.schedules, start)
+
+    def last_slot(self, start: Progress) -> int:
+        """The token slots of the whole run when it continues from `start`."""
+        return last_slot(self.schedules, start)
 
     def plans(self, start: Progress) -> Iterator[StepPlan]:
         """Every step from `start` to the end."""
@@ -164,6 +176,7 @@ def _resolve_phase(
             row_tokens=data.row_tokens,
             max_length=data.max_length,
             highest_rate=part.masking.highest_rate,
+            sources=tuple(sorted(rows.keys() | data.sources("validation").keys())),
         ),
         validation_rows=_validation_rows(
             data.folder, config.validation.rows, data.sources("validation")

@@ -175,6 +175,17 @@ def last_step(phases: Sequence[PhaseSchedule], start: Progress) -> int:
     )
 
 
+def last_slot(phases: Sequence[PhaseSchedule], start: Progress) -> int:
+    """The token slots of the run up to its last step, counted on from `start`."""
+    begun = sum(start.rows_of(phase.name) * phase.row_tokens for phase in phases)
+    left = phases[current_phase(phases, start) :]
+    return begun + sum(
+        rows * steps * phase.row_tokens
+        for phase in left
+        for rows, steps in stretches(phase, start.rows_of(phase.name) * phase.row_tokens)
+    )
+
+
 def plan_steps(phases: Sequence[PhaseSchedule], start: Progress) -> Iterator[StepPlan]:
     """Every step from `start` to the end of the run, in order: a pure function of its arguments.
 

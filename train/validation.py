@@ -44,18 +44,19 @@ class Validation:
         Sums run over all ranks, so the figures do not depend on how rows are shared out.
         """
         # Rows: loss, correct, masked tokens; a column a source. One transfer at the end.
-        sums = torch.zeros(3, len(self._sources), dtype=torch.float64, device=self._device)
+        sources = self._shape.sources
+        sums = torch.zeros(3, len(sources), dtype=torch.float64, device=self._device)
         engine.eval()
         # Not compiled: few batches, for which every graph would have to be compiled once more.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in self._batches():
                 self._add(engine.module, batch, sums)
         engine.train()
-        by_source = dict(zip(self._sources, sum_over_ranks(sums).T.tolist(), strict=True))
+        by_source = dict(zip(sources, sum_over_ranks(sums).T.tolist(), strict=True))
         total = [sum(column) for column in zip(*by_source.values(), strict=True)]
         return {
             **_figures(total),
-            "by_source": {name: _figures(figures) for name, figures in by_source.items()},
+            "by_source": {name: _figures(by_source[name]) for name in self._sources},
         }
 
     def _batches(self) -> Iterator[PackedBatch]:
@@ -81,12 +82,9 @@ class Validation:
     def _add(self, model: ModernBertForMaskedLM, host_batch: PackedBatch, sums: Tensor) -> None:
         """Add a batch's figures to `sums`, (3, sources), without a wait for the device."""
         batch = host_batch.to(self._device)
-        columns = torch.tensor(
-            [self._sources.index(source) for source in batch.sources], device=self._device
-        )
         loss_M, correct_M = predict(model, batch)
         figures = torch.stack([loss_M, correct_M, batch.labels != IGNORED]).to(sums.dtype)
-        sums.index_add_(1, columns[batch.masked_indices // self._shape.row_tokens], figures)
+        sums.index_add_(1, batch.masked_sources, figures)
 
 
 def predict(model: ModernBertForMaskedLM, batch: PackedBatch) -> tuple[Tensor, Tensor]:

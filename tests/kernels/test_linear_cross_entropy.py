@@ -5,11 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import linear_cross_entropy as module
 from kernels.linear_cross_entropy import (
     _linear_cross_entropy,
+    linear_cross_entropies,
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
@@ -155,9 +157,30 @@ def test_filler_at_the_end_costs_nothing(
     alone, flops_alone = run_part(rounded)
     assert flops == flops_alone == 3 * 2 * rounded * VOCABULARY * 16
     assert not bool(whole[1][rounded:].any())
-    whole[1] = whole[1][:rounded]
+    assert not bool(whole[4][counted:].any())
+    whole[1], whole[4] = whole[1][:rounded], whole[4][:rounded]
     for one, two in zip(whole, alone, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_each_label_has_its_own_loss(
+    triton: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Beside the sum, over several chunks; they carry no gradient, and the sum's stays."""
+    for name in ("_ELEMENTS_A_CHUNK", "_ELEMENTS_A_PLAIN_CHUNK"):
+        monkeypatch.setattr(module, name, 7 * VOCABULARY)
+    leaves, labels = make_case(40, torch.float32, device)
+    expected = F.cross_entropy(F.linear(*leaves), labels, reduction="none").detach()
+    if triton:
+        loss, *_, each = _linear_cross_entropy(*leaves, labels, 40, True, True)
+    else:
+        loss, each = linear_cross_entropies(*leaves, labels)
+        assert not each.requires_grad
+        assert loss.requires_grad
+    assert torch.allclose(each, expected, rtol=1e-5, atol=1e-6)
+    assert not bool(each[labels == -100].any())
+    assert loss.item() == pytest.approx(expected.sum().item(), rel=1e-5)
 
 
 def test_weight_gradient_is_summed_in_fp32(

@@ -37,6 +37,23 @@ ROOT = Path(__file__).parent.parent.parent
 CLS, SEP, PAD, MASK, UNK = 0, 1, 2, 3, 4
 HANGS_AFTER_S = 1200
 """far longer than any run of these takes on a slow and busy machine"""
+MEASURED = {
+    "time",
+    "eta_s",
+    "tok_per_s",
+    "padded_tok_per_s",
+    "tflop_per_s",
+    "mfu",
+    "step_s",
+    "step_parts_s",
+    "data_wait_s",
+    "data_wait_rank",
+    "pause_s",
+    "memory_allocated_gib",
+    "memory_reserved_gib",
+    "memory_resident_gib",
+}
+"""keys of records that are of the machine, not of the run"""
 UNUSED = 9
 """an ordinary-looking id that the tokenizer excludes from random replacement"""
 REAL_VOCABULARY, VOCABULARY = 61, 64
@@ -316,9 +333,8 @@ class Launcher:
         """The records of a kind in the metrics.jsonl of the run `name`, times left out."""
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        timing = {"tok_per_s", "step_s", "data_wait_s"}
         return [
-            {key: value for key, value in record.items() if key not in timing}
+            {key: value for key, value in record.items() if key not in MEASURED}
             for record in records
             if record["kind"] == kind
         ]
@@ -351,7 +367,11 @@ def two_ranks(
         f"half{stage}": {"zero_stage": stage, "precision": "bf16", "phases": both}
         for stage in (0, 1)
     }
-    runs["muon"] = {"zero_stage": 2, "optimizer": {"name": "muon"}}
+    runs["muon"] = {
+        "zero_stage": 2,
+        "optimizer": {"name": "muon"},
+        "profile": {"first_step": 3, "steps": 2, "rank": 1},
+    }
     # The two phases as two runs, the second from where the first ended.
     runs["first"] = {"phases": {"short": both["short"]}}
     start = str(launcher.folder / "first" / "checkpoints" / "step_00000008")

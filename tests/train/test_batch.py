@@ -17,7 +17,11 @@ NOTHING = MaskedRow(*(np.empty(0, np.int64),) * 3)
 
 def shape_of(data: DataSet, rows: int) -> BatchShape:
     return BatchShape(
-        rows=rows, row_tokens=data.row_tokens, max_length=data.max_length, highest_rate=0.3
+        rows=rows,
+        row_tokens=data.row_tokens,
+        max_length=data.max_length,
+        highest_rate=0.3,
+        sources=("codes", "notes", "papers"),
     )
 
 
@@ -39,9 +43,10 @@ def test_rows_lie_end_to_end_with_their_masks_in_place(data_folder: Path) -> Non
     assert batch.labels[:2].tolist() == rows[1].input_ids[[2, 5]].tolist()
     assert (batch.labels[2:] == IGNORED).all()
     assert batch.masked_indices.shape == batch.labels.shape == (2 * 19,), "2 × round(0.3 × 64)"
-    assert batch.sources == ["notes", "papers"]
-    dtypes = [batch.input_ids.dtype, batch.position_ids.dtype, batch.labels.dtype]
-    assert dtypes == [torch.int64] * 3
+    assert batch.masked_sources[:3].tolist() == [2, 2, 0], "numbers of their sources, then filler"
+    assert batch.masked_sources.shape == batch.labels.shape
+    tensors = [batch.input_ids, batch.position_ids, batch.labels, batch.masked_sources]
+    assert {tensor.dtype for tensor in tensors} == {torch.int64}
     assert batch.cu_seqlens.dtype == torch.int32
 
 
@@ -56,21 +61,24 @@ def test_positions_start_anew_in_every_document(data_folder: Path) -> None:
         assert batch.position_ids[begin:end].tolist() == list(range(end - begin))
     real = [64 * n + bound for n, row in enumerate(rows) for bound in row.cu_seqlens.tolist()]
     assert set(real) <= set(bounds)
+    documents = [np.diff(row.cu_seqlens[: len(row.documents) + 1]) for row in rows]
+    assert batch.lengths.tolist() == np.concatenate(documents).tolist()
 
 
 def test_long_padding_is_cut_so_that_it_does_not_raise_max_seqlen() -> None:
     row = make_row([0, 9, 1] + [2] * 2045, [0, 3, 2048], documents=1)
-    shape = BatchShape(rows=1, row_tokens=2048, max_length=200, highest_rate=0.3)
+    shape = BatchShape(1, 2048, max_length=200, highest_rate=0.3, sources=("notes",))
     batch = pack([row], [NOTHING], shape)
     lengths = np.diff(batch.cu_seqlens.numpy())
     assert lengths.sum() == 2048
     assert lengths.max() == 200
     assert batch.max_seqlen == 200, "a bucket of 512 is more than any document has"
+    assert batch.lengths.tolist() == [3], "padding is no document"
 
 
 def test_a_full_row_keeps_its_bounds() -> None:
     row = make_row([0, 9, 1, 0, 9, 1], [0, 3, 6], documents=2)
-    shape = BatchShape(rows=1, row_tokens=6, max_length=6, highest_rate=0.3)
+    shape = BatchShape(1, 6, max_length=6, highest_rate=0.3, sources=("notes",))
     batch = pack([row], [NOTHING], shape)
     assert batch.cu_seqlens.tolist() == [0, 3, *[6] * 63]
 

@@ -53,6 +53,10 @@ def test_ranks_share_the_same_rows_and_know_the_step(
     assert counts.masked_tokens == masked
     assert counts.masked_tokens == sum(b.masked_tokens for part in parts for b in part)
     assert counts.tokens == (ids != 2).sum()
+    assert counts.tokens == sum(b.lengths.sum() for part in parts for b in part)
+    for number, source in enumerate(phase.shape.sources):
+        found = [(b.masked_sources == number) & (b.labels != -100) for p in parts for b in p]
+        assert counts.masked_by_source[source] == torch.cat(found).sum()
 
 
 @pytest.mark.parametrize("kind", ["token", "whole_word", "token_aware"])

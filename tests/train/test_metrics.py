@@ -1,21 +1,28 @@
 """Records reach their files once, and a run taken up again leaves no step twice."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.metrics import Metrics, Record, duration, keep_until
+from train.console import Console
+from train.metrics import Metrics, Record, keep_until
 
 TRAIN = {
-    "slots": 10,
     "loss": 4.0,
+    "tokens": 90,
     "lr": 1e-3,
     "grad_norm": 1.0,
-    "tok_per_s": 100.0,
+    "tok_per_s": 5.0,
+    "padded_tok_per_s": 10.0,
+    "mfu": None,
     "step_s": 2.0,
     "data_wait_s": 0.0,
+    "data_wait_rank": 0,
+    "skipped_steps": 0,
+    "pause_s": 0.0,
 }
 
 
@@ -23,34 +30,55 @@ def read(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_records_reach_file_board_and_console(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def make_metrics(folder: Path, first_step: int) -> Metrics:
+    """Steps of 10 slots, 30 of them; begun."""
+    metrics = Metrics(folder, first_step, 300, Console(30, 300, io.StringIO()))
+    metrics.start({"step": first_step, "slots": 10 * first_step})
+    return metrics
+
+
+def record(step: int, **changes: object) -> Record:
+    return {"step": step, "slots": 10 * step, **TRAIN, **changes}
+
+
+def test_records_reach_file_and_board(tmp_path: Path) -> None:
     part = {"loss": 3.5, "accuracy": 0.25, "masked_tokens": 9}
-    with Metrics(tmp_path, 0, total_steps=30) as metrics:
-        metrics.train({"step": 10, **TRAIN})
+    with make_metrics(tmp_path, 0) as metrics:
+        metrics.train(record(10))
         metrics.validation({"step": 10, **part, "by_source": {"notes": part}})
-    first, second = read(tmp_path / "metrics.jsonl")
-    assert first == {"kind": "train", "step": 10, **TRAIN}
+    start, first, second = read(tmp_path / "metrics.jsonl")
+    times = [r.pop("time") for r in (start, first, second)]
+    assert times == sorted(times)
+    assert start == {"kind": "start", "step": 0, "slots": 0}
+    assert first == {"kind": "train", **record(10), "eta_s": 20.0}
     assert second["kind"] == "validation"
     assert second["by_source"] == {"notes": part}
-    out = capsys.readouterr().out
-    assert "step 10/30  loss 4.0000  lr 1.00e-03" in out
-    assert "left 0:00:40" in out
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(10, 4.0)]
     assert board.Scalars("validation/by_source/notes/accuracy")[0].value == 0.25
+    assert "train/mfu" not in board.Tags()["scalars"], "what is not known has no curve"
+
+
+def test_time_left_knows_of_pauses(tmp_path: Path) -> None:
+    with make_metrics(tmp_path, 10) as metrics:
+        metrics.train(record(15, pause_s=100.0))
+        metrics.train(record(20, padded_tok_per_s=20.0))
+    first, second = (r["eta_s"] for r in read(tmp_path / "metrics.jsonl") if r["kind"] == "train")
+    assert first == pytest.approx(150 / 10 + 150 * 100 / 50)
+    assert second == pytest.approx(100 / 20 + 100 * 100 / 100)
 
 
 def test_a_run_taken_up_again_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
-    with Metrics(tmp_path, 0, 30) as metrics:
+    with make_metrics(tmp_path, 0) as metrics:
         for step in (10, 20, 30):
-            metrics.train({"step": step, **TRAIN})
-    with Metrics(tmp_path, 10, 30) as metrics:
-        metrics.train({"step": 20, **TRAIN, "loss": 3.0})
-    assert [(r["step"], r["loss"]) for r in read(tmp_path / "metrics.jsonl")] == [
-        (10, 4.0),
-        (20, 3.0),
+            metrics.train(record(step))
+    with make_metrics(tmp_path, 10) as metrics:
+        metrics.train(record(20, loss=3.0))
+    assert [(r["kind"], r["step"], r.get("loss")) for r in read(tmp_path / "metrics.jsonl")] == [
+        ("start", 0, None),
+        ("train", 10, 4.0),
+        ("start", 10, None),
+        ("train", 20, 3.0),
     ]
     board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(10, 4.0), (20, 3.0)]
@@ -65,10 +93,3 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     assert path.read_text() == ""
     keep_until(tmp_path / "absent.jsonl", 0)
     assert not (tmp_path / "absent.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

@@ -69,8 +69,9 @@ def make_batch(lengths: list[int], max_seqlen: int, documents: int) -> PackedBat
         max_seqlen=max_seqlen,
         masked_indices=masked,
         labels=labels,
-        sources=["notes"],
+        masked_sources=torch.zeros_like(masked),
         masked_tokens=len(masked) - len(lengths),
+        lengths=np.array(lengths),
     ).to(CPU)
 
 

@@ -1,6 +1,8 @@
 """Real runs under the launcher: equal splits, equal ZeRO stages, killed and taken up again."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,7 +20,9 @@ from model.config import to_hugging_face
 from model.export import load_checkpoint
 from train.loader import StepMaker
 from train.schedule import Progress
+from train.start import make_model
 
+ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).parent / "launched.py"
 
 
@@ -32,6 +36,83 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 def steps_logged(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return path.read_text().count('"kind": "train"') if path.exists() else 0
+
+
+# Readers of metrics.jsonl depend on these; NAME stands for a source.
+KEYS = {
+    "start": """kind time step slots last_step ranks device peak_flops precision zero_stage
+        attention parameters torch deepspeed""",
+    "train": """kind time step phase slots tokens phase_tokens rows_per_step sources/NAME/tokens
+        sources/NAME/epochs lr mask_rate loss masked_tokens by_source/NAME/loss
+        by_source/NAME/masked_tokens grad_norm update_norm skipped_steps tok_per_s padded_tok_per_s
+        tflop_per_s mfu step_s step_parts_s/data step_parts_s/forward_backward
+        step_parts_s/optimizer data_wait_s data_wait_rank pause_s eta_s memory_allocated_gib
+        memory_reserved_gib memory_resident_gib""",
+    "validation": """kind time step phase loss accuracy masked_tokens by_source/NAME/loss
+        by_source/NAME/accuracy by_source/NAME/masked_tokens""",
+}
+
+
+def keys_of(record: dict[str, Any], prefix: str = "") -> set[str]:
+    """The keys of a record, those of inner ones behind theirs."""
+    keys: set[str] = set()
+    for name, value in record.items():
+        key = prefix + ("NAME" if name in ("notes", "papers") else name)
+        keys |= keys_of(value, f"{key}/") if isinstance(value, dict) else {key}
+    return keys
+
+
+@pytest.mark.parametrize("kind", ["start", "train", "validation"])
+def test_the_keys_of_records_are_those_documented(two_ranks: Any, kind: str) -> None:
+    """The records of a run, the table of the page, and the list above."""
+    path = two_ranks.folder / "zero1" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {record["kind"] for record in records} == set(KEYS)
+    for record in records:
+        if record["kind"] == kind:
+            assert keys_of(record) == set(KEYS[kind].split())
+    page = (ROOT / "docs" / "training.md").read_text()
+    section = page.partition("## What a run shows")[2].partition("\n## ")[0]
+    table = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", section, re.M)
+    listed = {
+        key
+        for names, kinds in table
+        if kind in kinds.split(", ")
+        for key in re.findall("`([^`]+)`", names)
+    }
+    assert listed == set(KEYS[kind].split())
+
+
+def test_the_loss_of_a_step_is_that_of_its_sources(
+    two_ranks: Any, resolved: Callable[..., Any], phases: Callable[..., Any]
+) -> None:
+    """On every ZeRO stage; the first step's against the model's own loss on a source's rows."""
+    for stage in range(4):
+        for record in two_ranks.records(f"zero{stage}", "train"):
+            parts = record["by_source"].values()
+            total = sum(part["loss"] * part["masked_tokens"] for part in parts)
+            assert total / record["masked_tokens"] == pytest.approx(record["loss"], rel=1e-6)
+            assert sum(part["masked_tokens"] for part in parts) == record["masked_tokens"]
+    run = resolved(1, phases=phases())
+    model = make_model(run.config, run.start)
+    model.set_global_rope_theta(run.phases["short"].model_config.global_rope_theta)
+    maker, plan = StepMaker(run, 0), next(run.plans(Progress()))
+    sums: Counter[str] = Counter()
+    for number, batch in enumerate(maker.micro_batches(plan)):
+        source = run.phases["short"].order[number].source  # one row each
+        inputs = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        with torch.no_grad():
+            sums[source] += model(*inputs, batch.masked_indices, batch.labels).item()
+    first = two_ranks.records("zero1", "train")[0]
+    assert set(first["by_source"]) == set(sums)
+    for source, part in first["by_source"].items():
+        assert part["loss"] == pytest.approx(sums[source] / part["masked_tokens"], rel=1e-5)
+
+
+def test_a_trace_is_made_where_the_key_asks_for_it(two_ranks: Any) -> None:
+    """Of the run `muon` alone, by rank 1."""
+    traces = [path.relative_to(two_ranks.folder) for path in two_ranks.folder.glob("*/profile/*")]
+    assert [str(path) for path in traces] == ["muon/profile/rank_1_steps_3_to_4.json.gz"]
 
 
 def test_gradients_are_the_same_however_rows_are_split(
@@ -165,6 +246,10 @@ def test_a_killed_run_goes_on_bit_for_bit(
     steps = [record["step"] for record in launcher.records("killed", "validation")]
     assert steps == [7, 14, 21, 24, 28, 35, 36]
     assert len(list((run_dir / "tensorboard").iterdir())) == 2
+    starts = launcher.records("killed", "start")
+    assert starts[0]["step"] == 0
+    assert len(starts) == 2
+    assert starts[1]["step"] >= 8
 
 
 @pytest.mark.slow

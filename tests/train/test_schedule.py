@@ -13,6 +13,7 @@ from train.schedule import (
     PhaseSchedule,
     Progress,
     batch_sizes,
+    last_slot,
     last_step,
     lr_factor,
     mask_rate,
@@ -168,6 +169,7 @@ def test_a_plan_from_anywhere_is_the_rest_of_the_whole_plan(steps: int) -> None:
         progress = progress.after(plan, rows, {"notes": 10 * plan.rows})
     assert list(plan_steps(phases, progress)) == plans[steps:]
     assert last_step(phases, progress) == len(plans)
+    assert last_slot(phases, progress) == plans[-1].slots
     assert progress.step == steps
     assert progress.rows_of("one") == min(27, sum(plan.rows for plan in plans[:steps]))
     assert progress.all_tokens == 10 * sum(plan.rows for plan in plans[:steps])
@@ -187,6 +189,7 @@ def test_a_run_that_continues_with_larger_steps_ends_where_it_should() -> None:
     assert [plan.step for plan in plans] == [5, 6]
     assert plans[-1].ends_phase
     assert last_step([larger], middle) == 6
+    assert last_slot([larger], middle) == list(plan_steps([larger], middle))[-1].slots
 
 
 def test_a_phase_that_is_made_longer_once_it_is_over_is_not_taken_up_again() -> None:

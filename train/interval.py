@@ -1,0 +1,130 @@
+"""What is measured over the steps between two records: loss by source, speed, waits, memory."""
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.batch import PackedBatch
+from train.flops import peak_flops, training_flops
+from train.loader import LoadedStep, Loader
+from train.ranks import gather, of_all_ranks, sum_over_ranks
+from train.resolve import RunPhase
+from train.step_clock import PARTS, StepClock, event_maker
+
+GIB = 2**30
+
+
+def peak_of(device: torch.device, precision: str) -> float | None:
+    """Dense FLOP/s of this rank's device by its datasheet, where both are known to match."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device))
+
+
+class Interval:
+    """Loss and speed over the steps since the last record.
+
+    The loss is exact: sums of cross-entropy over all ranks and steps divided by their masked
+    tokens. Nothing is waited for until the interval is closed: sums stay on the device.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device, peak: float | None) -> None:
+        """peak: this rank's, see `peak_of`. Every rank calls this."""
+        self._loader, self._device = loader, device
+        peaks = gather(peak)
+        self._peak = sum(peak for peak in peaks if peak is not None) if all(peaks) else None
+        self._clock = StepClock(event_maker(device))
+        self._paused = time.perf_counter()
+
+    def restart(self, phase: RunPhase) -> None:
+        """Begin the next interval, in `phase`, here; what lies between it and a close is no
+        step's."""
+        self._phase = phase
+        self._loss_sums = torch.zeros(
+            len(phase.shape.sources), dtype=torch.float64, device=self._device
+        )
+        self._masked: Counter[str] = Counter()
+        self._steps = self._tokens = self._slots = 0
+        self._flops = 0.0
+        self._wait = self._loader.wait_seconds
+        self._start = time.perf_counter()
+        self._clock.start()
+
+    def watch(self, loaded: LoadedStep) -> LoadedStep:
+        """The same step; it is noted when its micro-batches come and when one is done with."""
+        return replace(loaded, micro_batches=self._watched(loaded.micro_batches))
+
+    def _watched(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        for batch in batches:
+            self._clock.mark("data")
+            self._flops += training_flops(
+                self._phase.model_config, batch.lengths, batch.masked_tokens
+            )
+            yield batch
+            self._clock.mark("forward_backward")
+
+    def add(self, loaded: LoadedStep, loss_sums: Tensor) -> None:
+        """Add a step that has just been taken: this rank's sums of cross-entropy, (sources,)."""
+        self._clock.mark("optimizer")
+        self._loss_sums += loss_sums
+        self._steps += 1
+        self._masked.update(loaded.counts.masked_by_source)
+        self._tokens += loaded.counts.tokens
+        self._slots += loaded.plan.rows * self._phase.shape.row_tokens
+
+    def close(self) -> dict[str, Any]:
+        """Figures over all ranks; waits for the device. Every rank calls this."""
+        loss_sums = sum_over_ranks(self._loss_sums).tolist()
+        parts = self._clock.read()
+        now = time.perf_counter()
+        seconds, pause = now - self._start, self._start - self._paused
+        self._paused = now
+        wait = self._loader.wait_seconds - self._wait
+        mine = [wait, self._flops, *parts.values(), *_memory(self._device)]
+        every = of_all_ranks(torch.tensor(mine, dtype=torch.float64))
+        means, most = every.mean(0).tolist(), every.max(0).values.tolist()
+        flops, part_s = means[1] * len(every), means[2 : 2 + len(PARTS)]
+        on_gpu = self._device.type == "cuda"
+        allocated, reserved, resident = most[2 + len(PARTS) :]
+        return {
+            "loss": sum(loss_sums) / self._masked.total(),
+            "masked_tokens": self._masked.total(),
+            "by_source": {
+                name: {"loss": loss / self._masked[name], "masked_tokens": self._masked[name]}
+                for name, loss in zip(self._phase.shape.sources, loss_sums, strict=True)
+                if self._masked[name]
+            },
+            "tok_per_s": self._tokens / seconds,
+            "padded_tok_per_s": self._slots / seconds,
+            "tflop_per_s": flops / seconds / 1e12,
+            "mfu": None if self._peak is None else flops / seconds / self._peak,
+            "step_s": seconds / self._steps,
+            "step_parts_s": {
+                part: total / self._steps for part, total in zip(PARTS, part_s, strict=True)
+            },
+            # A step takes as long as its slowest rank.
+            "data_wait_s": most[0] / self._steps,
+            "data_wait_rank": int(every[:, 0].argmax()),
+            "pause_s": pause,
+            "memory_allocated_gib": allocated if on_gpu else None,
+            "memory_reserved_gib": reserved if on_gpu else None,
+            "memory_resident_gib": resident,
+        }
+
+
+def _memory(device: torch.device) -> list[float]:
+    """GiB that this process has held at most: of the GPU, allocated and reserved, since it was last
+    asked; and resident on the host, since its start."""
+    on_gpu = [0.0, 0.0]
+    if device.type == "cuda":
+        held = (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+        on_gpu = [size / GIB for size in held]
+        torch.cuda.reset_peak_memory_stats(device)
+    # Linux counts in KiB.
+    return [*on_gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB]
