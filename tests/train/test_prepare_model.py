@@ -70,8 +70,8 @@ def make_batch(lengths: list[int], max_seqlen: int, documents: int) -> PackedBat
         masked_indices=masked,
         labels=labels,
         masked_sources=torch.zeros_like(masked),
-        lengths=np.array(lengths),
         masked_tokens=len(masked) - len(lengths),
+        lengths=np.array(lengths),
     ).to(CPU)
 
 
