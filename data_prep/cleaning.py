@@ -73,7 +73,8 @@ def add_cleaning_keys(
     part_pairs = near_duplicates.PART_PAIRS
     add("verified", "runs", threshold=near.threshold, part_pairs=part_pairs)
     templates = {"groups": near.template_groups, "copies": near.template_copies}
-    add("components", "verified", shard_members=components.SHARD_MEMBERS)
+    sizes = {"shard_members": components.SHARD_MEMBERS, "most_shards": components.MOST_SHARDS}
+    add("components", "verified", **sizes)
     add("clusters", "components", templates=templates)
     side = {"seed": config.seed, "validation_share": config.validation_share}
     add("split", "clusters", linked_groups=near.linked_groups, **side)

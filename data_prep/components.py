@@ -17,6 +17,8 @@ from data_prep.words import mix
 # A document in a cluster with another one; a cluster is named after its first document.
 MEMBER = np.dtype([("position", "<i8"), ("cluster", "<i8")])
 SHARD_MEMBERS = 1 << 14
+# All shards are written side by side, and systems commonly allow a process 1,024 open files.
+MOST_SHARDS = 512
 _BLOCK = 1 << 17
 
 
@@ -53,7 +55,8 @@ def write_members(
     """Write the members of all clusters of a source below `out`: `NNNNN.members`, MEMBER (raw).
 
     documents: of the source; copies, verified: what `dedup` and `near_duplicates.verify` wrote. A
-    shard holds whole clusters, its members by position; there is one even for no clusters.
+    shard holds whole clusters, its members by position, some `shard_members` of them, or more where
+    that would make over MOST_SHARDS; there is one even for no clusters.
     """
     first = first_of_component(documents, _edges(copies, verified))
     leads = np.zeros(documents, np.bool_)
@@ -62,7 +65,7 @@ def write_members(
     members = 0
     for _, _, positions in _members(first, leads):
         members += len(positions)
-    shards = -(-members // shard_members) or 1
+    shards = min(-(-members // shard_members) or 1, MOST_SHARDS)
     with raw_files(*(out / f"{shard:05d}.members" for shard in range(shards))) as writer:
         for begin, block, positions in _members(first, leads):
             found = np.empty(len(positions), MEMBER)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from data_prep import components
 from data_prep.components import MEMBER, first_of_component, write_members
 
 POSITIONS = st.integers(0, 30)
@@ -58,3 +59,15 @@ def test_shards_hold_whole_components_and_every_member_once(tmp_path: Path) -> N
 def test_without_clusters_there_is_an_empty_shard(tmp_path: Path) -> None:
     assert write_members(7, [], [], tmp_path, shard_members=9)["clustered"] == 0
     assert [path.stat().st_size for path in tmp_path.glob("*.members")] == [0]
+
+
+def test_clusters_of_any_number_take_no_more_files_than_may_be_open(tmp_path: Path) -> None:
+    most = components.MOST_SHARDS
+    twins = np.arange(4 * most).reshape(-1, 2)
+    np.save(tmp_path / "copies.npy", twins)
+    counts = write_members(4 * most, [tmp_path / "copies.npy"], [], tmp_path, shard_members=1)
+    assert counts["clusters"] == 2 * most
+    shards = [np.fromfile(path, MEMBER) for path in tmp_path.glob("*.members")]
+    assert len(shards) == most
+    together = np.sort(np.concatenate(shards), order="position")
+    np.testing.assert_array_equal(together["position"], np.arange(4 * most))
