@@ -308,6 +308,8 @@ def _empty_gradients(
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, *_ = inputs
     ctx.save_for_backward(*output[1:4])
+    # Without it, zeros as large as the saved gradients would be made for these outputs' own.
+    ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype
 
 
