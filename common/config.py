@@ -11,7 +11,7 @@ is a field of one of them; an unknown key is refused and the nearest valid one i
         seed: int = 17
         optimizer: Optimizer = field(default_factory=Optimizer)
 
-    run = load_config(Run, "train", Path("configs/demo.yaml"), ["optimizer.lr=1e-3"])
+    run = load_config(Run, "train", Path("configs/demo.yaml"), ["optimizer.eps=1e-8"])
 """
 
 import dataclasses

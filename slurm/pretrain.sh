@@ -2,7 +2,7 @@
 # Pretrains on a SLURM cluster: one Python process a GPU, started by srun.
 #
 #   sbatch slurm/pretrain.sh                                             # configs/base.yaml
-#   sbatch slurm/pretrain.sh --config configs/demo.yaml optimizer.lr=1e-3
+#   sbatch slurm/pretrain.sh --config configs/demo.yaml phases.main.lr.peak=1e-3
 #   sbatch --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 slurm/pretrain.sh ...  # no GPU
 #
 # Submit from the root of the checkout, whose .venv holds the environment. Options of sbatch given

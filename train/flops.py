@@ -7,6 +7,7 @@ does what an implementation does twice: activation recomputation, products with 
 attention outside of a window. So a share of the peak says how well the time was used.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,7 +17,10 @@ from numpy.typing import NDArray
 from model.config import ModernBertConfig
 
 BF16_PEAKS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "GH200": 989.4e12,
+    "H200 NVL": 835.5e12,
     "H200": 989.4e12,
     "H100 80GB HBM3": 989.4e12,
     "H100 NVL": 835.5e12,
@@ -24,12 +28,20 @@ BF16_PEAKS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
-"""Dense bf16 FLOP/s of NVIDIA's datasheets, by a part of the name that CUDA gives the device."""
+"""Dense bf16 FLOP/s of NVIDIA's datasheets, by words of the name that CUDA gives the device; the
+first that are in it count."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name; None for a device that is not in the table."""
-    return next((peak for part, peak in BF16_PEAKS.items() if part in device_name), None)
+    """Dense bf16 FLOP/s of a GPU by its name; None for a device that is not in the table.
+
+    None for a part of a GPU (MIG) as well, which has a part of the peak.
+    """
+    if re.search(r"\bMIG\b", device_name):
+        return None
+    return next(
+        (peak for part, peak in BF16_PEAKS.items() if re.search(rf"\b{part}\b", device_name)), None
+    )
 
 
 def training_flops(

@@ -23,8 +23,8 @@ from train.engine import Engine, Norms, backward, start_engine, step
 from train.interval import Interval, peak_of
 from train.loader import LoadedStep, Loader, StepMaker
 from train.metrics import Metrics, counters
-from train.prepare_model import prepare_model
-from train.ranks import Ranks, only_run_in
+from train.prepare_model import compiles, prepare_model
+from train.ranks import Ranks, only_run_in, problem_of_any
 from train.resolve import Run, RunPhase
 from train.schedule import StepPlan
 from train.start import make_model
@@ -51,7 +51,7 @@ def train(run: Run, ranks: Ranks, device: torch.device) -> None:
 def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
     config = run.config
     found = checkpoint.find(run, ranks)
-    model, attention = make_ready(run, device)
+    model, attention = _make_ready_everywhere(run, device)
     engine = start_engine(model, config, run.deepspeed)
     if found.path is not None:
         checkpoint.load(engine, found.path)
@@ -175,6 +175,9 @@ def _circumstances(
         "precision": run.precision,
         "zero_stage": run.config.zero_stage,
         "attention": str(attention),
+        "compiled": compiles(run.config, device.type == "cuda"),
+        "recompute": run.config.recompute,
+        "fp8": run.config.fp8,
         "parameters": parameter_count(run.start),
         "last_step": run.last_step(progress),
         "torch": version("torch"),
@@ -202,6 +205,20 @@ def make_ready(run: Run, device: torch.device) -> tuple[ModernBertForMaskedLM, C
     attention = model.attention = _choose_attention(run, device)
     prepare_model(model, run.config, device)
     return model, attention
+
+
+def _make_ready_everywhere(run: Run, device: torch.device) -> tuple[ModernBertForMaskedLM, Choice]:
+    """`make_ready`, or ConfigError on every rank: one machine may lack a package or have an older
+    GPU, and the others would wait for its ranks."""
+    ready, problem = None, ""
+    try:
+        ready = make_ready(run, device)
+    except ConfigError as error:
+        problem = str(error)
+    if problem := problem_of_any(problem):
+        raise ConfigError(problem)
+    assert ready is not None
+    return ready
 
 
 def _dtype(run: Run) -> torch.dtype:

@@ -26,7 +26,14 @@ from common.process import run_and_exit  # noqa: E402
 from data_prep.shards import DataError  # noqa: E402
 from train.config import Train  # noqa: E402
 from train.describe import describe  # noqa: E402
-from train.ranks import Ranks, choose_device, find_ranks, gather, join  # noqa: E402
+from train.ranks import (  # noqa: E402
+    Ranks,
+    choose_device,
+    find_ranks,
+    gather,
+    join,
+    problem_of_any,
+)
 from train.resolve import Run, resolve  # noqa: E402
 
 
@@ -62,12 +69,8 @@ def _run(asked: argparse.Namespace, ranks: Ranks, device: torch.device) -> int:
 
     join(ranks, device)
     # A file may be missing on one machine alone; then every rank must stop, and one must say so.
-    problems = gather(problem)
-    if any(problems):
-        rank = next(number for number, text in enumerate(problems) if text)
-        everywhere = all(text == problem for text in problems)
-        text = problems[rank] if everywhere else f"rank {rank}: {problems[rank]}"
-        return _fail_together(text, ranks)
+    if problem := problem_of_any(problem):
+        return _fail_together(problem, ranks)
     assert run is not None
 
     # Imported late, for DeepSpeed takes seconds to import and reads what `join` set.

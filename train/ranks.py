@@ -108,6 +108,18 @@ def gather(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def problem_of_any(problem: str) -> str:
+    """What is wrong on some rank, "" where nothing is; every rank calls this with its own.
+
+    The same text on every rank; it names the rank where not all have the same problem.
+    """
+    problems = gather(problem)
+    for rank, text in enumerate(problems):
+        if text:
+            return text if len(set(problems)) == 1 else f"rank {rank}: {text}"
+    return ""
+
+
 def from_first(value: T) -> T:
     """Rank 0's `value`, on every rank."""
     values = [value]

@@ -135,6 +135,10 @@ def resolve(
     precision = _precision(config.precision, on_gpu)
     choose_dtypes(config, precision)
     check_preparation(config, precision, on_gpu)
+    if config.profile is not None and config.profile.rank >= ranks:
+        raise ConfigError(
+            f"profile.rank is {config.profile.rank}, and the run's ranks are 0 to {ranks - 1}"
+        )
     steps = {name: micro_steps(name, part.batch, ranks) for name, part in config.phases.items()}
     opened = open_data(config)
     max_length = max(data.max_length for data in opened.values())

@@ -19,7 +19,7 @@ LAYOUTS = [[512], [256, 256], [500, 3, 9], [64] * 8, [16] * 32, [1] * 12 + [500]
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
 ) -> Tensor:
-    """Stands in on a CPU, where the reference reads lengths on the host and cannot be traced."""
+    """Stands in on a CPU for the reference, which is one opaque operation to a compiler."""
     place = torch.arange(q.shape[0])
     document = torch.bucketize(place, cu_seqlens[1:], right=True)
     distance = (place[:, None] - place[None, :]).abs()

@@ -77,13 +77,10 @@ def refuse_to_wait(run: Run, ranks: Ranks, device: torch.device) -> None:
 
     from train.engine import start_engine, step
     from train.loader import Loader, StepMaker
-    from train.loop import accumulate
-    from train.prepare_model import prepare_model
-    from train.start import make_model
+    from train.loop import accumulate, make_ready
 
     on_gpu, places = device.type == "cuda", set()
-    model = make_model(run.config, run.start).to(device)
-    prepare_model(model, run.config, device)
+    model, _ = make_ready(run, device)
     engine = start_engine(model, run.config, run.deepspeed)
     with Loader(StepMaker(run, ranks.rank), run.plans(Progress()), pin=on_gpu) as loader:
         for number, loaded in enumerate(loader):

@@ -364,6 +364,7 @@ def test_a_whole_run_on_a_cpu(measured: dict[str, Any]) -> None:
         assert one["error"] is None
         assert one["mfu"] is None
         assert one["parts"] is None
+        assert one["compiled"] is (False if name.startswith("ours") else None)
         assert one["memory_gib"] is None
         assert 1 < one["spread"][0] <= one["tok_per_s_per_gpu"] <= one["spread"][1]
         assert one["versions"]["torch"] == torch.__version__

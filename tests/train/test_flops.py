@@ -60,5 +60,10 @@ def test_forward_and_backward_are_what_torch_counts_for_transformers() -> None:
 def test_a_gpu_that_is_not_known_has_no_peak() -> None:
     assert peak_flops("NVIDIA H200") == 989.4e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA A100 80GB PCIe") == 312e12
+    assert peak_flops("NVIDIA H200 NVL") == 835.5e12
+    assert peak_flops("NVIDIA GB200") == 2500e12
     assert peak_flops("NVIDIA GH900 Unheard-Of") is None
+    assert peak_flops("NVIDIA RTX A1000") is None, "which is no A100"
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None, "a seventh of a GPU"
     assert peak_flops("NVIDIA H100") is None, "its three versions differ, and this names none"

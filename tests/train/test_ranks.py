@@ -7,7 +7,7 @@ import pytest
 
 from common.config import ConfigError
 from common.files import only_user_of
-from train.ranks import Ranks, find_ranks, only_run_in
+from train.ranks import Ranks, find_ranks, only_run_in, problem_of_any
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -41,6 +41,18 @@ def test_the_shell_of_a_batch_job_is_alone() -> None:
 def test_a_missing_variable_is_named() -> None:
     with pytest.raises(ConfigError, match="MASTER_PORT"):
         find_ranks(SLURM | {"MASTER_ADDR": "node1"})
+
+
+@pytest.mark.parametrize(
+    ("problems", "said"),
+    [(["", ""], ""), (["no data", "no data"], "no data"), (["", "no data"], "rank 1: no data")],
+)
+def test_a_problem_of_one_rank_is_everybodys(
+    problems: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.ranks.gather", lambda problem: problems)
+    for problem in problems:
+        assert problem_of_any(problem) == said
 
 
 @pytest.mark.usefixtures("joined")

@@ -225,6 +225,13 @@ def test_sums_that_deepspeed_has_no_place_for_are_refused(
         resolved(**changes)
 
 
+def test_a_trace_is_asked_of_a_rank_that_there_is(resolved: Callable[..., Any]) -> None:
+    profile = {"first_step": 3, "rank": 1}
+    assert resolved(2, profile=profile).config.profile.rank == 1
+    with pytest.raises(ConfigError, match=r"profile\.rank is 1, and the run's ranks are 0 to 0"):
+        resolved(1, profile=profile)
+
+
 def test_steps_do_not_depend_on_the_number_of_ranks(
     resolved: Callable[..., Any], phases: Callable[..., Any]
 ) -> None:

@@ -41,7 +41,7 @@ def steps_logged(run_dir: Path) -> int:
 # Readers of metrics.jsonl depend on these; NAME stands for a source.
 KEYS = {
     "start": """kind time step slots last_step ranks device peak_flops precision zero_stage
-        attention parameters torch deepspeed""",
+        attention compiled recompute fp8 parameters torch deepspeed""",
     "train": """kind time step phase slots tokens phase_tokens rows_per_step sources/NAME/tokens
         sources/NAME/epochs lr mask_rate loss masked_tokens by_source/NAME/loss
         by_source/NAME/masked_tokens grad_norm update_norm skipped_steps tok_per_s padded_tok_per_s

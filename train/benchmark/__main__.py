@@ -96,11 +96,14 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(results.comparisons(everything)), flush=True)
             if asked.plot is not None:
                 results.plot(asked.plot, everything)
+        code = int(any(record["error"] is not None for record in new))
     except ConfigError as error:
-        return _fail(str(error))
-    finally:
+        code = _fail(str(error))
+    # After a failure others may wait for this process, and it would wait for them: the launcher
+    # ends them once it has ended.
+    if ranks.size == 1 or code == 0:
         torch.distributed.destroy_process_group()
-    return int(any(record["error"] is not None for record in new))
+    return code
 
 
 def chosen_cases(names: Sequence[str] | None, data: Sequence[Path], on_gpu: bool) -> list[Case]:

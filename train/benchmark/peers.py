@@ -77,6 +77,10 @@ def peers(on_gpu: bool) -> dict[str, Peer]:
         if version_of(package) is not None:
             found[f"Hugging Face {attention}"] = Peer(attention)
             found[f"Hugging Face {attention}, packed"] = Peer(attention, packed=True)
+            # The least work that transformers can be asked for.
+            found[f"Hugging Face {attention}, packed, sparse"] = Peer(
+                attention, packed=True, sparse=True
+            )
     return found
 
 

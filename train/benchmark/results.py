@@ -17,6 +17,7 @@ from train.benchmark.measure import Measurement
 from train.benchmark.parts import PARTS
 from train.benchmark.peers import version_of
 from train.describe import parameter_count
+from train.prepare_model import compiles
 from train.resolve import Run
 
 OURS, PLAIN = "ours", "ours, without engine"
@@ -64,6 +65,7 @@ def make_record(
     speeds = sorted(found.speeds(gpus))
     rate = found.flop_rate(gpus)
     shape = run.phases["main"].shape
+    is_ours = who.startswith(OURS)
     return {
         **_identity(case, who, gpus, machine),
         "tok_per_s_per_gpu": round(statistics.median(speeds), 1),
@@ -83,7 +85,10 @@ def make_record(
         "parameters": parameter_count(run.start),
         "micro_batch": shape.tokens,
         "micro_steps": run.phases["main"].micro_steps,
-        "zero_stage": run.config.zero_stage if who.startswith(OURS) and who != PLAIN else None,
+        "zero_stage": run.config.zero_stage if is_ours and who != PLAIN else None,
+        "compiled": compiles(run.config, machine.device != "cpu") if is_ours else None,
+        "recompute": run.config.recompute if is_ours else None,
+        "fp8": run.config.fp8 if is_ours else None,
         "precision": run.precision,
         "note": found.note,
         "versions": versions(),
