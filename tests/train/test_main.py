@@ -34,7 +34,7 @@ def test_one_process_trains_without_a_launcher(launcher: Any, data_folder: Path)
     last = launcher.records("alone", "train")[-1]
     assert last["slots"] == 12 * 8 * 64
     assert 0 < last["tokens"] < last["slots"]
-    assert re.search(r"step 12/12  loss \d", done.out)
+    assert re.search(rf"step 12/12  {last['tokens'] / 1000:.2f}k tokens  loss \d", done.out)
     assert not done.err, "nothing of DeepSpeed's or torch's noise"
     assert len(done.out.splitlines()) == 1 + 9 + 7 + 2 + 3, "start, phase, log, validation, …"
     assert not [path for path in run_dir.rglob("*") if path.stat().st_mode & 0o077], "private"
