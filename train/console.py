@@ -61,7 +61,8 @@ class Console:
         """The line of a training step's record."""
         mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
         left = f"left {duration(record['eta_s'])}"
-        speed = f"loss {record['loss']:.4f}  {record['tok_per_s']:,.0f} tok/s{mfu}"
+        loss = "none finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        speed = f"loss {loss}  {record['tok_per_s']:,.0f} tok/s{mfu}"
         self._figures = f"  {speed}  {left}"
         wait = record["data_wait_s"] / record["step_s"]
         rank = f" of rank {record['data_wait_rank']}" if wait >= MUCH else ""

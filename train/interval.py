@@ -2,8 +2,7 @@
 
 import resource
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +30,8 @@ class Interval:
     """Loss and speed over the steps since the last record.
 
     The loss is exact: sums of cross-entropy over all ranks and steps divided by their masked
-    tokens. Nothing is waited for until the interval is closed: sums stay on the device.
+    tokens. Steps whose loss is not finite are not in it: the optimizer leaves them out as well.
+    Nothing is waited for until the interval is closed: sums stay on the device.
     """
 
     def __init__(self, loader: Loader, device: torch.device, peak: float | None) -> None:
@@ -46,10 +46,9 @@ class Interval:
         """Begin the next interval, in `phase`, here; what lies between it and a close is no
         step's."""
         self._phase = phase
-        self._loss_sums = torch.zeros(
-            len(phase.shape.sources), dtype=torch.float64, device=self._device
-        )
-        self._masked: Counter[str] = Counter()
+        # Of each step: this rank's sums of cross-entropy, and the masked tokens of all ranks.
+        self._loss_sums: list[Tensor] = []
+        self._masked: list[list[int]] = []
         self._steps = self._tokens = self._slots = 0
         self._flops = 0.0
         self._wait = self._loader.wait_seconds
@@ -72,15 +71,16 @@ class Interval:
     def add(self, loaded: LoadedStep, loss_sums: Tensor) -> None:
         """Add a step that has just been taken: this rank's sums of cross-entropy, (sources,)."""
         self._clock.mark("optimizer")
-        self._loss_sums += loss_sums
+        self._loss_sums.append(loss_sums)
+        masked = loaded.counts.masked_by_source
+        self._masked.append([masked.get(source, 0) for source in self._phase.shape.sources])
         self._steps += 1
-        self._masked.update(loaded.counts.masked_by_source)
         self._tokens += loaded.counts.tokens
         self._slots += loaded.plan.rows * self._phase.shape.row_tokens
 
     def close(self) -> dict[str, Any]:
         """Figures over all ranks; waits for the device. Every rank calls this."""
-        loss_sums = sum_over_ranks(self._loss_sums).tolist()
+        loss_sums = sum_over_ranks(torch.stack(self._loss_sums)).cpu()
         parts = self._clock.read()
         now = time.perf_counter()
         seconds, pause = now - self._start, self._start - self._paused
@@ -93,13 +93,7 @@ class Interval:
         on_gpu = self._device.type == "cuda"
         allocated, reserved, resident = most[2 + len(PARTS) :]
         return {
-            "loss": sum(loss_sums) / self._masked.total(),
-            "masked_tokens": self._masked.total(),
-            "by_source": {
-                name: {"loss": loss / self._masked[name], "masked_tokens": self._masked[name]}
-                for name, loss in zip(self._phase.shape.sources, loss_sums, strict=True)
-                if self._masked[name]
-            },
+            **_losses(self._phase.shape.sources, loss_sums, torch.tensor(self._masked)),
             "tok_per_s": self._tokens / seconds,
             "padded_tok_per_s": self._slots / seconds,
             "tflop_per_s": flops / seconds / 1e12,
@@ -116,6 +110,24 @@ class Interval:
             "memory_reserved_gib": reserved if on_gpu else None,
             "memory_resident_gib": resident,
         }
+
+
+def _losses(sources: Sequence[str], loss_sums: Tensor, masked: Tensor) -> dict[str, Any]:
+    """The mean loss of the steps in which it is finite, and by source; None without such a step.
+
+    loss_sums, masked: (steps, sources), over all ranks.
+    """
+    finite = loss_sums.isfinite().all(1)
+    sums, counts = loss_sums[finite].sum(0).tolist(), masked[finite].sum(0).tolist()
+    return {
+        "loss": sum(sums) / sum(counts) if sum(counts) else None,
+        "masked_tokens": sum(counts),
+        "by_source": {
+            name: {"loss": loss / count, "masked_tokens": count}
+            for name, loss, count in zip(sources, sums, counts, strict=True)
+            if count
+        },
+    }
 
 
 def _memory(device: torch.device) -> list[float]:

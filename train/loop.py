@@ -99,7 +99,7 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 console.step(plan.step, plan.slots, progress.all_tokens)
             if norms is not None:
                 record = interval.close()
-                check_finite(plan, record["loss"], norms)
+                check_finite(plan, norms)
                 if metrics is not None:
                     state = {
                         "grad_norm": norms.gradient,
@@ -119,7 +119,7 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 interval.restart(phase)
 
 
-def check_finite(plan: StepPlan, loss: float, norms: Norms) -> None:
+def check_finite(plan: StepPlan, norms: Norms) -> None:
     """Raise TrainingError, on every rank alike, where the run has gone wrong.
 
     Called before every checkpoint, so that none is written of spoilt weights. A step that was left
@@ -127,8 +127,8 @@ def check_finite(plan: StepPlan, loss: float, norms: Norms) -> None:
     """
     if norms.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
         what = f"the gradients of {norms.skipped_in_a_row} steps in a row were not finite"
-    elif not (math.isfinite(loss) and math.isfinite(norms.update)):
-        what = f"the loss is {loss} and the norm of the update {norms.update}"
+    elif not math.isfinite(norms.update):
+        what = f"the norm of the update is {norms.update}"
     else:
         return
     raise TrainingError(

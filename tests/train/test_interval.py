@@ -119,6 +119,33 @@ def test_figures_are_those_of_the_rows(resolved: Callable[..., Any], seconds: li
 
 
 @pytest.mark.usefixtures("joined")
+def test_a_step_without_a_finite_loss_is_not_in_the_mean(resolved: Callable[..., Any]) -> None:
+    """Its gradient is not finite either, and the optimizer leaves it out."""
+    run = resolved(1)
+    phase, maker = run.phases["main"], StepMaker(run, 0)
+    interval = Interval(SimpleNamespace(wait_seconds=0.0), CPU, peak=None)
+    plans = list(run.plans(Progress()))[:2]
+    interval.restart(phase)
+    take_step(interval, maker, plans[0])
+    alone = interval.close()
+
+    def spoilt(plan: StepPlan) -> None:
+        loaded = LoadedStep(plan, maker.counts(plan), 1, maker.sources(plan), iter(()))
+        interval.add(loaded, torch.tensor([1.0, float("nan")]))
+
+    interval.restart(phase)
+    take_step(interval, maker, plans[0])
+    spoilt(plans[1])
+    together = interval.close()
+    for key in ("loss", "masked_tokens", "by_source"):
+        assert together[key] == alone[key]
+    interval.restart(phase)
+    spoilt(plans[1])
+    nothing = interval.close()
+    assert (nothing["loss"], nothing["masked_tokens"], nothing["by_source"]) == (None, 0, {})
+
+
+@pytest.mark.usefixtures("joined")
 def test_the_slowest_rank_is_named(
     resolved: Callable[..., Any], seconds: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
