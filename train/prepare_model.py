@@ -84,7 +84,7 @@ def use_fp8(model: ModernBertForMaskedLM, recipe: str, emulate: bool = False) ->
     Weights stay what they are; they, activations and gradients are scaled and rounded before each
     product. emulate: the same rounding with products in fp32, for tests without such a GPU.
     """
-    # Only here, for it is needed for this alone.
+    # Only here: it takes seconds to import, and few runs need it.
     import dataclasses
 
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -108,9 +108,3 @@ def _check_fp8(model: ModernBertForMaskedLM, device: torch.device) -> None:
         raise ConfigError(
             f"fp8 needs sizes that {_FP8_MULTIPLE} divides, the model has {odd}; set fp8=none"
         )
-    try:
-        import torchao  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "fp8 needs torchao: pip install -r requirements-gpu.txt; or set fp8=none"
-        ) from None

@@ -276,7 +276,6 @@ def scaled(values: Tensor, dtype: torch.dtype, dim: int | None, by_powers: bool)
 def test_products_in_8_bits(recipe: str) -> None:
     """The three products of a linear map, against the recipe written out; only layers are changed,
     and the weights stay who they are."""
-    pytest.importorskip("torchao", reason="pip install -r requirements-gpu.txt")
     model, plain = make_model().bfloat16(), make_model().bfloat16()
     weights = dict(model.named_parameters())
     prepare.use_fp8(model, recipe, emulate=True)
@@ -355,7 +354,6 @@ def test_on_a_gpu_compiled_and_eager_agree(recompute: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_on_a_gpu_8_bits_are_near(recipe: str) -> None:
-    pytest.importorskip("torchao", reason="pip install -r requirements-gpu.txt")
     torch._dynamo.reset()
     gpu = torch.device("cuda")
     models = [on_gpu(), on_gpu()]
