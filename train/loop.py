@@ -122,8 +122,9 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
 def check_finite(plan: StepPlan, norms: Norms) -> None:
     """Raise TrainingError, on every rank alike, where the run has gone wrong.
 
-    Called before every checkpoint, so that none is written of spoilt weights. A step that was left
-    out, because its gradient was not finite, spoils nothing; many in a row never end.
+    Called before every checkpoint, so that none is written of spoilt weights: infinite ones make
+    the norm of any update NaN, of none at all too. A step that was left out, because its gradient
+    was not finite, spoils nothing; many in a row never end.
     """
     if norms.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
         what = f"the gradients of {norms.skipped_in_a_row} steps in a row were not finite"

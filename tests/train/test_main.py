@@ -54,7 +54,7 @@ def test_what_a_user_can_put_right_is_one_line(launcher: Any, data_folder: Path)
         assert not done.out
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
+def test_weights_that_are_not_finite_end_the_run_before_a_checkpoint(
     launcher: Any, data_folder: Path
 ) -> None:
     config = launcher.write("diverged", data_folder)
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
         1, "--config", str(config), "phases.main.lr.peak=1e30", "log.every_steps=12"
     )
     assert done.code == 2
-    assert re.fullmatch(r"error: at step \d+ the loss is \S+ and .*\n", done.err)
+    assert re.fullmatch(r"error: at step \d+ the norm of the update is \S+: .*\n", done.err)
     assert "lower phases.main.lr.peak" in done.err
     assert not (launcher.folder / "diverged" / "checkpoints").exists()
     assert launcher.records("diverged", "validation") == []
