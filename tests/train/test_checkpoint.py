@@ -3,19 +3,18 @@
 import dataclasses
 import errno
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from common.checkpoint_manifest import CheckpointError, verify
 from train import checkpoint
-from train.ranks import Ranks, join
+from train.ranks import Ranks
 from train.schedule import Progress
+
+pytestmark = pytest.mark.usefixtures("joined")
 
 
 class FakeEngine:
@@ -34,16 +33,6 @@ class FakeEngine:
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, None]:
         self.loaded = folder
         return folder, None
-
-
-@pytest.fixture(autouse=True)
-def _joined() -> Iterator[None]:
-    before = dict(os.environ)
-    join(Ranks(), torch.device("cpu"))
-    yield
-    dist.destroy_process_group()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 def save(run: Any, step: int) -> Path:

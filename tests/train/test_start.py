@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from common.checkpoint_manifest import CheckpointError
@@ -18,9 +16,11 @@ from model.config import BASE, to_hugging_face
 from model.modernbert import ModernBertForMaskedLM
 from model.tiling import tile
 from train import checkpoint
-from train.ranks import Ranks, join
+from train.ranks import Ranks
 from train.schedule import Progress
 from train.start import make_model
+
+pytestmark = pytest.mark.usefixtures("joined")
 
 
 def write_start(folder: Path, **changes: Any) -> Path:
@@ -161,16 +161,6 @@ def test_a_hugging_face_folder_has_no_optimizer_to_keep(
     run = resolved(init_from=start, model={}, init_optimizer="kept")
     with pytest.raises(CheckpointError, match="holds no optimizer to keep"):
         checkpoint.find(run, Ranks())
-
-
-@pytest.fixture(autouse=True)
-def _joined() -> Iterator[None]:
-    before = dict(os.environ)
-    join(Ranks(), torch.device("cpu"))
-    yield
-    dist.destroy_process_group()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 class Saved:

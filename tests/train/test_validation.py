@@ -1,30 +1,20 @@
 """Validation: the same figures on any number of ranks, equal to a plain computation."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from model.modernbert import ModernBertForMaskedLM
 from train import validation
-from train.ranks import Ranks, join
+from train.ranks import Ranks
 from train.validation import Validation
 
-
-@pytest.fixture(autouse=True)
-def _joined() -> Iterator[None]:
-    before = dict(os.environ)
-    join(Ranks(), torch.device("cpu"))
-    yield
-    dist.destroy_process_group()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
+pytestmark = pytest.mark.usefixtures("joined")
 
 
 class Engine(SimpleNamespace):
