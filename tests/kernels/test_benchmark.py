@@ -102,8 +102,9 @@ def test_buckets_are_those_of_training() -> None:
     titles = layouts(65_536)["code titles"]
     lengths, longest = bucketed(titles)
     batch = pytest.importorskip("train.batch")
-    assert len(lengths) == batch.bucket(len(titles), batch.SMALLEST_DOCUMENTS) == 4096
-    assert longest == batch.bucket(max(titles), batch.SMALLEST_SEQLEN)
+    assert len(titles) <= len(lengths) < len(titles) + batch.DOCUMENTS_MULTIPLE
+    assert len(lengths) % batch.DOCUMENTS_MULTIPLE == 0
+    assert longest == batch.seqlen_bucket(max(titles))
     assert lengths[: len(titles)] == titles
     assert sum(lengths) == 65_536
 
