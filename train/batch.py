@@ -120,9 +120,7 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
         position_ids=torch.from_numpy(
             np.arange(shape.tokens) - np.repeat(cu_seqlens[:-1], lengths)
         ),
-        cu_seqlens=torch.from_numpy(
-            np.pad(cu_seqlens, (0, empty), mode="edge").astype(np.int32)
-        ),
+        cu_seqlens=torch.from_numpy(np.pad(cu_seqlens, (0, empty), mode="edge").astype(np.int32)),
         max_seqlen=min(seqlen_bucket(int(lengths.max())), shape.max_length),
         masked_indices=torch.from_numpy(masked_indices),
         labels=torch.from_numpy(labels),
