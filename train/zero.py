@@ -100,6 +100,8 @@ def without_copies(wrapper: Wrapper) -> None:
     in_fp32 = wrapper.communication_data_type == torch.float32
     if dist.get_world_size(wrapper.dp_process_group) == 1 and in_fp32:
         wrapper.process_gradients = types.MethodType(_add_to_partition, wrapper)
+        # Elements; buckets stay empty, but are allocated all the same, and percentages reckoned.
+        wrapper.reduce_bucket_size = 1
 
 
 def _add_gradient(wrapper: Wrapper, parameter: Any) -> None:
