@@ -48,6 +48,11 @@ class Found:
     changed: list[str]
     progress: Progress
 
+    @property
+    def starts_anew(self) -> bool:
+        """Whether the run takes its first step next: `path`, if any, is another run's."""
+        return self.progress == Progress()
+
 
 def folder_of(run_dir: Path) -> Path:
     """Where the checkpoints of a run lie."""
@@ -123,12 +128,19 @@ def find(run: Run, ranks: Ranks) -> Found:
     return result
 
 
-def load(engine: Engine, path: Path) -> None:
-    """Give `engine` the weights and optimizer of a checkpoint."""
+def load(engine: Engine, found: Found) -> None:
+    """Give `engine` the weights and optimizer of a checkpoint, where one is found.
+
+    The count of steps left out comes with them, but not to a run that starts anew.
+    """
+    if found.path is None:
+        return
     with quiet():
-        loaded, _ = engine.load_checkpoint(str(path / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG)
+        loaded, _ = engine.load_checkpoint(str(found.path / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG)
     if loaded is None:
-        raise CheckpointError(f"{path} cannot be loaded by DeepSpeed; move it away to go on")
+        raise CheckpointError(f"{found.path} cannot be loaded by DeepSpeed; move it away to go on")
+    if found.starts_anew:
+        engine.skipped_steps = 0
 
 
 def _find(run: Run) -> Found:

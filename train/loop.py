@@ -34,7 +34,7 @@ from train.ranks import Ranks, only_run_in, problem_of_any
 from train.resolve import Run, RunPhase
 from train.schedule import StepPlan
 from train.start import make_model
-from train.tracing import Tracer
+from train.tracing import Tracer, no_trace
 from train.validation import Validation
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -59,8 +59,7 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
     found = checkpoint.find(run, ranks)
     model, attention = _make_ready_everywhere(run, device)
     engine = start_engine(model, config, run.deepspeed)
-    if found.path is not None:
-        checkpoint.load(engine, found.path)
+    checkpoint.load(engine, found)
     progress = found.progress
     if ranks.is_first:
         _begin(run, found, device, attention)
@@ -232,6 +231,17 @@ def _dtype(run: Run) -> torch.dtype:
     return torch.bfloat16 if run.precision == "bf16" else torch.float32
 
 
+def where_from(run: Run, found: checkpoint.Found) -> str:
+    """What the run begins with, as a clause."""
+    if not found.starts_anew:
+        return f"continues from {found.path}"
+    if found.path is not None:
+        return f"starts with the weights and the optimizer of {found.path}"
+    if run.config.init_from is not None:
+        return f"starts with the weights of {run.config.init_from}"
+    return "starts anew"
+
+
 def _begin(run: Run, found: checkpoint.Found, device: torch.device, attention: Choice) -> None:
     """Say what is about to run, and put what the report needs into the run's folder."""
     for reason in found.skipped:
@@ -244,17 +254,16 @@ def _begin(run: Run, found: checkpoint.Found, device: torch.device, attention: C
         file.write(config_to_yaml(run.config).encode())
     for phase in run.phases.values():
         write_json(run_dir / "data" / f"{phase.name}.json", phase.data.manifest)
-    start = "starts anew"
-    if found.path is not None:
-        start = f"continues from {found.path}"
-    elif run.config.init_from is not None:
-        start = f"starts from the weights of {run.config.init_from}"
     print(
         f"{run_dir}: {parameter_count(run.start):,} parameters, {run.ranks} ranks on "
         f"{device.type}, {run.precision}, ZeRO {run.config.zero_stage}, attention "
-        f"{attention}; {run.last_step(found.progress):,} steps; {start}",
+        f"{attention}; {run.last_step(found.progress):,} steps; {where_from(run, found)}",
         flush=True,
     )
+    if run.config.profile is not None:
+        idle = no_trace(run.config.profile, found.progress.step, run.last_step(found.progress))
+        if idle is not None:
+            print(idle, flush=True)
     advice = what_to_install(attention, device, _dtype(run), run.start.head_dim)
     if advice is not None:
         print(advice, flush=True)

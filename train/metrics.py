@@ -3,9 +3,13 @@
 One rank writes. A run that is taken up again continues its files: what was logged after the
 checkpoint it continues from is cut off, so that no step appears twice. docs/training.md lists the
 keys of every record.
+
+What is not finite, such as the norm of the gradient of a step that was left out, is null there, for
+JSON knows no infinity, and no point in TensorBoard; the console says it.
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -67,7 +71,9 @@ class Metrics:
         return float(self._last_slot - record["slots"]) * (1 / record["padded_tok_per_s"] + paused)
 
     def _write(self, kind: str, record: Record) -> None:
-        self._file.write(json.dumps({"kind": kind, "time": time.time(), **record}) + "\n")
+        record = only_finite(record)
+        line = json.dumps({"kind": kind, "time": time.time(), **record}, allow_nan=False)
+        self._file.write(line + "\n")
         self._file.flush()
         if kind == "start":
             return
@@ -109,6 +115,17 @@ def keep_until(path: Path, step: int) -> None:
         kept.append(line)
     with whole_file(path) as file:
         file.write("".join(kept).encode())
+
+
+def only_finite(record: Record) -> Record:
+    """The record, and those within, with None for infinities and for what is no number."""
+
+    def value_of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return only_finite(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: value_of(value) for name, value in record.items()}
 
 
 def flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:

@@ -136,7 +136,10 @@ def _summary(page: Page, curves: Curves, phases: dict[str, Part]) -> None:
         rows += [
             ["validation loss (nats)", loss],
             ["unigram entropy of the validation tokens (nats)", entropy],
-            ["validation loss below the unigram entropy by (nats)", entropy - loss],
+            [
+                "validation loss below the unigram entropy by (nats)",
+                None if loss is None else entropy - loss,
+            ],
             ["validation accuracy on masked tokens", part.validation[-1]["accuracy"]],
         ]
     page.table(["figure", "value"], [*rows, *_speed(curves)])

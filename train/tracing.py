@@ -15,6 +15,21 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from train.config import Profile
 
 
+def no_trace(settings: Profile, step: int, last_step: int) -> str | None:
+    """What to say where no step that `settings` name is still to be taken; None where one is.
+
+    step: the last that has been taken; last_step: that of the run.
+    """
+    first, last = settings.first_step, settings.first_step + settings.steps - 1
+    if step < last and first <= last_step:
+        return None
+    ahead = f"steps {step + 1:,} to {last_step:,} are" if step < last_step else "none is"
+    return (
+        f"profile: no trace is made: steps {first:,} to {last:,} are asked for, {ahead} ahead; "
+        "set profile.first_step"
+    )
+
+
 class Tracer:
     """Records the steps that `settings` name on the rank that it names; None records nothing.
 

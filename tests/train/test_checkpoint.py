@@ -22,6 +22,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.loaded = ""
+        self.skipped_steps = 0
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         assert not save_latest
@@ -32,6 +33,8 @@ class FakeEngine:
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, None]:
         self.loaded = folder
+        # DeepSpeed brings its count back.
+        self.skipped_steps = 3
         return folder, None
 
 
@@ -72,8 +75,19 @@ def test_the_newest_is_found_and_brings_the_counters_back(resolved: Callable[...
     newest = save(run, 8)
     assert checkpoint.find(run, Ranks()) == checkpoint.Found(newest, [], [], at(8))
     engine = FakeEngine()
-    checkpoint.load(engine, newest)
+    checkpoint.load(engine, checkpoint.find(run, Ranks()))
     assert engine.loaded == str(newest / "deepspeed")
+    assert engine.skipped_steps == 3
+
+
+def test_what_starts_anew_has_left_no_step_out(resolved: Callable[..., Any]) -> None:
+    """From another run's checkpoint come weights and moments, no counts."""
+    engine = FakeEngine()
+    checkpoint.load(engine, checkpoint.Found(None, [], [], Progress()))
+    assert (engine.loaded, engine.skipped_steps) == ("", 0)
+    other = save(resolved(), 4)
+    checkpoint.load(engine, checkpoint.Found(other, [], [], Progress()))
+    assert (engine.loaded, engine.skipped_steps) == (str(other / "deepspeed"), 0)
 
 
 def test_only_the_newest_stay(resolved: Callable[..., Any]) -> None:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ import torch
 from common.config import ConfigError
 from model.attention import AttentionError, Choice
 from train import loop
-from train.loop import MOST_SKIPPED_IN_A_ROW, TrainingError, check_finite
+from train.checkpoint import Found
+from train.loop import MOST_SKIPPED_IN_A_ROW, TrainingError, check_finite, where_from
 from train.optimizer_step import Norms
 from train.resolve import Run
-from train.schedule import Rates, StepPlan
+from train.schedule import Progress, Rates, StepPlan
 
 PLAN = StepPlan(
     step=7,
@@ -43,6 +46,27 @@ def test_a_run_ends_where_its_weights_are_spoilt(norms: Norms, message: str | No
     else:
         with pytest.raises(TrainingError, match=f"at step 7 .*{message}.*lower phases.long.lr"):
             check_finite(PLAN, norms)
+
+
+@pytest.mark.parametrize(
+    ("init_from", "found", "said"),
+    [
+        (None, Found(None, [], [], Progress()), "starts anew"),
+        ("START", Found(None, [], [], Progress()), "starts with the weights of START"),
+        (
+            "START",
+            Found(Path("START"), [], [], Progress()),
+            "starts with the weights and the optimizer of START",
+        ),
+        ("START", Found(Path("RUN"), [], [], Progress(4)), "continues from RUN"),
+    ],
+)
+def test_a_run_says_what_it_begins_with(
+    resolved: Callable[..., Run], init_from: str | None, found: Found, said: str
+) -> None:
+    run = resolved()
+    config = replace(run.config, init_from=None if init_from is None else Path(init_from))
+    assert where_from(replace(run, config=config), found) == said
 
 
 def test_attention_that_does_not_work_ends_a_run_in_one_line(

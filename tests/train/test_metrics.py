@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ def read(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def make_metrics(folder: Path, first_step: int) -> Metrics:
-    """Steps of 10 slots, 30 of them; begun."""
-    metrics = Metrics(folder, first_step, 300, Console(30, 300, io.StringIO()))
+def make_metrics(folder: Path, first_step: int, stream: io.StringIO | None = None) -> Metrics:
+    """Steps of 10 slots, 30 of them; begun. stream: where lines go."""
+    metrics = Metrics(folder, first_step, 300, Console(30, 300, stream or io.StringIO()))
     metrics.start({"step": first_step, "slots": 10 * first_step})
     return metrics
 
@@ -82,6 +83,29 @@ def test_a_run_taken_up_again_replaces_what_came_after_its_checkpoint(tmp_path: 
     ]
     board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(10, 4.0), (20, 3.0)]
+
+
+def test_what_is_not_finite_is_null_and_no_point(tmp_path: Path) -> None:
+    """A step that was left out has a gradient of infinite norm."""
+    part = {"loss": math.nan, "accuracy": 0.0}
+    stream = io.StringIO()
+    with make_metrics(tmp_path, 0, stream) as metrics:
+        metrics.train(record(10))
+        metrics.train(record(20, grad_norm=math.inf, skipped_steps=1))
+        metrics.validation({"step": 20, **part, "by_source": {"notes": part}})
+    assert "grad inf" in stream.getvalue(), "the console says it"
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    *_, second, last = (json.loads(line, parse_constant=refuse) for line in text.splitlines())
+    assert second["grad_norm"] is None
+    assert last["loss"] is None
+    assert last["by_source"] == {"notes": {"loss": None, "accuracy": 0.0}}
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("train/grad_norm")] == [(10, 1.0)]
+    assert [e.step for e in board.Scalars("train/skipped_steps")] == [10, 20]
 
 
 def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:

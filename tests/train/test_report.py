@@ -151,6 +151,22 @@ def test_a_step_without_a_finite_loss_has_a_dash(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unwritten")
+def test_what_is_null_has_a_dash_or_no_point(tmp_path: Path) -> None:
+    """The gradient of a step that was left out, and a validation whose loss is not finite."""
+    bad = {**record(2), "grad_norm": None}
+    part = {"loss": None, "accuracy": None, "masked_tokens": 9}
+    checked = {**VALIDATION, **part, "by_source": dict.fromkeys(VALIDATION["by_source"], part)}
+    for records in ([start(0), record(1), bad, checked], [start(0), bad, checked]):
+        write_run(tmp_path, records)
+        assert main([str(tmp_path)]) == 0
+        page = (tmp_path / "report.html").read_text()
+        rows = dict(re.findall("<tr><td>([^<]*)</td><td[^>]*>([^<]*)</td></tr>", page))
+        assert rows["validation loss (nats)"] == "–"
+        assert rows["validation loss below the unigram entropy by (nats)"] == "–"
+        assert "None" not in page
+
+
+@pytest.mark.usefixtures("unwritten")
 def test_records_of_before_there_were_parts_of_steps_are_shown(tmp_path: Path) -> None:
     old = {name: value for name, value in record(1).items() if name in OLD.split()}
     write_run(tmp_path, [old, VALIDATION, start(1), record(2)])

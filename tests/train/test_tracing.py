@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from train.config import Profile
-from train.tracing import Tracer
+from train.tracing import Tracer, no_trace
 
 
 def train(folder: Path, settings: Profile | None, last: int) -> list[Path]:
@@ -55,3 +55,24 @@ def test_nobody_else_makes_one(tmp_path: Path, settings: Profile | None) -> None
 def test_steps_begin_at_1() -> None:
     with pytest.raises(ValidationError, match=r"profile\.first_step is 0, not above 0"):
         Profile(first_step=0)
+
+
+@pytest.mark.parametrize(
+    ("first_step", "step", "ahead"),
+    [
+        (7, 0, None),
+        (20, 0, None),
+        (7, 8, None),
+        (21, 0, "steps 21 to 23 are asked for, steps 1 to 20 are ahead"),
+        (7, 9, "steps 7 to 9 are asked for, steps 10 to 20 are ahead"),
+        (7, 20, "steps 7 to 9 are asked for, none is ahead"),
+    ],
+)
+def test_a_trace_of_no_step_that_is_left_is_said(
+    first_step: int, step: int, ahead: str | None
+) -> None:
+    said = no_trace(Profile(first_step=first_step, steps=3), step, last_step=20)
+    if ahead is None:
+        assert said is None
+    else:
+        assert said == f"profile: no trace is made: {ahead}; set profile.first_step"
