@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.config import ConfigError
 from data_prep.shards import DataError, DataSet
 from model.config import ModernBertConfig
@@ -29,6 +31,8 @@ from train.schedule import (
     plan_steps,
 )
 from train.start import starting_geometry, tokenizer_folder
+
+_BF16_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -274,9 +278,17 @@ def _check_ramps(name: str, phase: Phase, tokens: int) -> None:
 
 
 def _precision(asked: str, on_gpu: bool) -> str:
-    if asked == "auto":
-        return "bf16" if on_gpu else "fp32"
-    return asked
+    precision = asked if asked != "auto" else "bf16" if on_gpu else "fp32"
+    # A run on GPUs may be worked out where there is none.
+    if precision == "bf16" and on_gpu and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < _BF16_CAPABILITY:
+            raise ConfigError(
+                f"precision is {asked}, but {torch.cuda.get_device_name()} has no bf16: its compute "
+                f"capability is {capability[0]}.{capability[1]}, bf16 begins with 8.0; set "
+                "precision=fp32"
+            )
+    return precision
 
 
 def _validation_rows(folder: Path, wanted: int, available: dict[str, int]) -> dict[str, int]:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.config import ConfigError
 from data_prep.shards import DataError
 from model.config import BASE, LARGE
 from model.modernbert import ModernBertForMaskedLM
 from train.describe import parameter_count
+from train.resolve import resolve
 from train.schedule import Progress
 
 
@@ -84,6 +86,28 @@ def test_deepspeed_gets_what_the_run_says_and_its_own_keys(resolved: Callable[..
     assert half["bf16"]["enabled"]
     assert half["data_types"] == {"grad_accum_dtype": "fp32"}
     assert half["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize("asked", ["auto", "bf16"])
+def test_a_gpu_without_bf16_says_the_key(
+    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    capability = (7, 5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    config = resolved(precision=asked).config
+    message = (
+        f"^precision is {asked}, but Tesla T4 has no bf16: its compute capability is 7.5, bf16 "
+        "begins with 8.0; set precision=fp32$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        resolve(config, 1, on_gpu=True)
+    assert resolve(config, 1, on_gpu=False).precision == ("fp32" if asked == "auto" else "bf16")
+    whole = dataclasses.replace(config, precision="fp32")
+    assert resolve(whole, 1, on_gpu=True).precision == "fp32"
+    capability = (8, 0)
+    assert resolve(config, 1, on_gpu=True).precision == "bf16"
 
 
 def test_phases_follow_one_another_on_their_own_data(
