@@ -35,9 +35,10 @@ first that are in it count."""
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its name; None for a device that is not in the table.
 
-    None for a part of a GPU (MIG) as well, which has a part of the peak.
+    None for a part of a GPU as well, which has a part of the peak: MIG, and NVIDIA's virtual GPUs,
+    whose names end in a profile (GRID A100-10C, NVIDIA H100-1-10CME).
     """
-    if re.search(r"\bMIG\b", device_name):
+    if re.search(r"\bMIG\b|\bGRID\b|-\d+[ABCQ](ME)?$", device_name):
         return None
     return next(
         (peak for part, peak in BF16_PEAKS.items() if re.search(rf"\b{part}\b", device_name)), None

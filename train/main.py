@@ -67,7 +67,10 @@ def _run(asked: argparse.Namespace, ranks: Ranks, device: torch.device) -> int:
     if asked.dry_run:
         return 0
 
-    join(ranks, device)
+    try:
+        join(ranks, device)
+    except ConfigError as error:
+        return _fail_together(str(error), ranks)
     # A file may be missing on one machine alone; then every rank must stop, and one must say so.
     if problem := problem_of_any(problem):
         return _fail_together(problem, ranks)

@@ -6,6 +6,7 @@ MASTER_PORT exported, or plainly as a single process.
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,12 @@ from common.config import ConfigError
 from common.files import only_user_of
 
 T = TypeVar("T")
+
+_ONE_EACH = (
+    "start at most one process a GPU. Under srun let every task see all GPUs of its node "
+    "(--gpus-per-node, neither --gpus-per-task nor --gpu-bind; leave CUDA_VISIBLE_DEVICES to "
+    "SLURM), or bind one to each (--gpus-per-task=1)"
+)
 
 
 @dataclass(frozen=True)
@@ -66,17 +73,22 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
 def choose_device(ranks: Ranks) -> torch.device:
     """This rank's GPU, or the CPU where there is none or DS_ACCELERATOR=cpu asks for it.
 
-    Tells DeepSpeed, which must not guess otherwise, and gives a CPU rank its share of the cores.
+    A process that sees one GPU has that one: SLURM may bind one to each task, which is then number
+    0 to each of them. Whether two have the same, `join` finds out. One that sees several takes that
+    of its local rank. Tells DeepSpeed, which must not guess otherwise, and gives a CPU rank its
+    share of the cores. Raises ConfigError where there is no GPU for this process.
     """
     on_gpu = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
     os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
     if on_gpu:
-        if ranks.local_rank >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        if 1 < seen <= ranks.local_rank:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
             raise ConfigError(
-                f"this machine has {torch.cuda.device_count()} GPUs and process "
-                f"{ranks.local_rank + 1} of the run; start at most one process a GPU"
+                f"process {ranks.local_rank + 1} of the run on {socket.gethostname()} sees {seen} "
+                f"GPUs (CUDA_VISIBLE_DEVICES: {visible}); {_ONE_EACH}"
             )
-        device = torch.device("cuda", ranks.local_rank)
+        device = torch.device("cuda", 0 if seen == 1 else ranks.local_rank)
         torch.cuda.set_device(device)
         return device
     if "OMP_NUM_THREADS" not in os.environ:
@@ -86,11 +98,15 @@ def choose_device(ranks: Ranks) -> torch.device:
 
 
 def join(ranks: Ranks, device: torch.device) -> None:
-    """Meet the other processes: tensors on a GPU travel by NCCL, those on the host by gloo."""
-    # DeepSpeed reads these; under srun nobody else sets them.
+    """Meet the other processes: tensors on a GPU travel by NCCL, those on the host by gloo.
+
+    Raises ConfigError, on every rank alike, where two have the same GPU.
+    """
+    # DeepSpeed reads these; under srun nobody else sets them. It takes LOCAL_RANK for the number of
+    # its GPU.
     os.environ.update(
         RANK=str(ranks.rank),
-        LOCAL_RANK=str(ranks.local_rank),
+        LOCAL_RANK=str(ranks.local_rank if device.index is None else device.index),
         WORLD_SIZE=str(ranks.size),
         LOCAL_SIZE=str(ranks.local_size),
     )
@@ -99,6 +115,20 @@ def join(ranks: Ranks, device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size)
+    if device.type == "cuda":
+        _check_own_gpu(device)
+
+
+def _check_own_gpu(device: torch.device) -> None:
+    """Raise ConfigError, on every rank alike, where two have the same GPU."""
+    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    rank_of: dict[tuple[str, str], int] = {}
+    for rank, gpu in enumerate(gather(mine)):
+        other = rank_of.setdefault(gpu, rank)
+        if other != rank:
+            raise ConfigError(
+                f"ranks {other} and {rank} have the same GPU of {gpu[0]}; {_ONE_EACH}"
+            )
 
 
 def gather(value: T) -> list[T]:

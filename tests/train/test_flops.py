@@ -66,4 +66,8 @@ def test_a_gpu_that_is_not_known_has_no_peak() -> None:
     assert peak_flops("NVIDIA GH900 Unheard-Of") is None
     assert peak_flops("NVIDIA RTX A1000") is None, "which is no A100"
     assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None, "a seventh of a GPU"
+    for virtual in ("GRID A100-10C", "GRID A100D-4-40C", "NVIDIA A100-40C", "NVIDIA L40S-48Q"):
+        assert peak_flops(virtual) is None, f"{virtual} is a share of one"
+    assert peak_flops("NVIDIA A100-1-5CME") is None
+    assert peak_flops("NVIDIA A100-PCIE-40GB") == 312e12
     assert peak_flops("NVIDIA H100") is None, "its three versions differ, and this names none"
