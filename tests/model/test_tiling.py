@@ -92,6 +92,19 @@ def test_every_weight_is_its_origins() -> None:
         assert torch.equal(new[f"{ours}.mlp.Wo.weight"], expected)
 
 
+def test_large_from_base_has_larges_shapes() -> None:
+    """Without values, which 500 million parameters would take gigabytes for."""
+    with torch.device("meta"):
+        tiled = tile(ModernBertForMaskedLM(BASE), LARGE)
+        expected = ModernBertForMaskedLM(LARGE).state_dict()
+    found = tiled.state_dict()
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+    assert sum(p.numel() for p in tiled.parameters()) == 395_881_664
+    assert tiled.config == LARGE
+
+
 def test_a_layer_made_from_the_first_has_a_norm_of_ones() -> None:
     """The first layer has none before its attention."""
     new = tile(numbered(SMALL), replace(SMALL, num_hidden_layers=12)).state_dict()

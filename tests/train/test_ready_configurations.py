@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.config import load_config
-from model.config import BASE, to_hugging_face
+from model.config import BASE, LARGE, to_hugging_face
+from model.modernbert import ModernBertForMaskedLM
+from model.tiling import tile
 from train.config import Train
 from train.describe import describe
 from train.resolve import Run, resolve
 from train.schedule import Progress
+from train.start import read_geometry
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SOURCES = ("pubmed", "discharge", "radiology", "icd10cm", "icd9cm")
@@ -39,8 +43,8 @@ def folder(data_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def resolved(name: str, ranks: int) -> Run:
-    return resolve(load_config(Train, "train", CONFIGS / name), ranks, on_gpu=True)
+def resolved(name: str, ranks: int, *words: str) -> Run:
+    return resolve(load_config(Train, "train", CONFIGS / name, words), ranks, on_gpu=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
@@ -76,6 +80,21 @@ def test_base_is_modernberts_recipe_at_a_fiftieth_of_its_length(
     thetas = [phase.model_config.global_rope_theta for phase in (short, long, decay)]
     assert thetas == [10_000, 160_000, 160_000]
     assert short.model_config.local_rope_theta == decay.model_config.local_rope_theta == 10_000
+
+
+def test_large_is_tiled_from_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    run = resolved("large.yaml", 8, "init_from=models/ModernBERT-base")
+    assert run.start == dataclasses.replace(
+        LARGE, vocab_size=64, pad_token_id=2, cls_token_id=0, sep_token_id=1
+    )
+    text = describe(run)
+    assert "model: 28 layers × 1024, vocabulary 64, 344,320,064 parameters" in text
+    assert "init_from: models/ModernBERT-base" in text
+    # As `make_model` does it, without values.
+    with torch.device("meta"):
+        start = ModernBertForMaskedLM(read_geometry(Path("models/ModernBERT-base")))
+        assert tile(start, run.start).config == run.start
 
 
 def test_the_paper_takes_150_000_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
