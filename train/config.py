@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from common.config import config
 from model.config import Backend, Local, Recompute
+from train.deepspeed_keys import check_deepspeed_keys
 from train.phase_config import Phase, check_decay, require
 
 
@@ -134,7 +135,8 @@ class Train:
     profile: Profile | None = None
     """by default no trace is made"""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """DeepSpeed's own keys (zero_optimization, comms_logger, …), over those the run sets itself"""
+    """DeepSpeed's own keys (zero_optimization, comms_logger, …), over those the run sets itself;
+    `train.deepspeed_keys` says which are refused"""
 
     def __post_init__(self) -> None:
         require(bool(self.phases), "phases is empty; a run has at least one")
@@ -170,17 +172,7 @@ class Train:
             "zero_stage is 0, and nothing there keeps Muon from taking a step that is not finite; "
             "set zero_stage=1",
         )
-        zero = self.deepspeed.get("zero_optimization") or {}
-        owned = sorted(set(self.deepspeed) & OWNED_DEEPSPEED_KEYS)
-        owned += [
-            f"zero_optimization.{key}" for key in ("stage", "compute_grad_norm") if key in zero
-        ]
-        require(not owned, f"deepspeed.{', deepspeed.'.join(owned)}: set the run's own key instead")
-        require(
-            not zero.get("offload_optimizer"),
-            "deepspeed.zero_optimization.offload_optimizer: optimizer steps run on the GPU alone; "
-            "leave it out, and use a higher zero_stage or more GPUs to save memory",
-        )
+        check_deepspeed_keys(self.deepspeed)
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
@@ -198,18 +190,3 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         "optimizer.gradient_clipping: Muon's steps have one size whatever the gradient's norm, and "
         "DeepSpeed would clip them, not the gradient; set it to 0",
     )
-
-
-OWNED_DEEPSPEED_KEYS = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "data_types",
-    "communication_data_type",
-    "zero_allow_untested_optimizer",
-}

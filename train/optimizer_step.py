@@ -56,8 +56,12 @@ class OptimizerStep:
         set_rates(self._engine.optimizer.param_groups, rates, self.config)
         before = [weights.clone() for weights in self.held.weights()] if want_norms else []
         norm: Tensor | None = self._guard() if self._checks else None
+        counted = self._engine.skipped_steps
         self._engine.step()
-        if not self._checks:
+        if self._checks:
+            # Counted by its flag, once, also where DeepSpeed has been told to check as well.
+            self._engine.skipped_steps = counted
+        else:
             norm = self._engine.get_global_grad_norm()
             self._count(not self._engine.was_step_applied())
         if not want_norms:

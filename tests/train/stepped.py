@@ -55,7 +55,13 @@ MORE_CASES: dict[str, dict[str, Any]] = {
     if stage or kind != "_muon"
 }
 MORE_CASES = {name: case for name, case in MORE_CASES.items() if name not in CASES}
-for name, case in (CASES | MORE_CASES).items():
+# By key, DeepSpeed's checks beside ours.
+CHECKED: dict[str, dict[str, Any]] = {
+    "fp32_zero1_checked": {"zero_stage": 1, "precision": "fp32"},
+    "bf16_zero1_checked": {"zero_stage": 1, "precision": "bf16"},
+    "bf16_zero2_checked": {"zero_stage": 2, "precision": "bf16"},
+}
+for name, case in (CASES | MORE_CASES | CHECKED).items():
     rule = next((rule for rule in ("adamw", "muon") if rule in name), "stable_adamw")
     case["optimizer"] = {"name": rule}
     if "clipped" in name:
@@ -63,6 +69,11 @@ for name, case in (CASES | MORE_CASES).items():
     if "sub_groups" in name:
         # Parameters in groups, each of which DeepSpeed steps by itself.
         case["deepspeed"] = {"zero_optimization": {"sub_group_size": 40}}
+    if "checked" in name:
+        case["deepspeed"] = {
+            "bf16": {"check_grad_overflow": True},
+            "zero_optimization": {"compute_grad_norm": True},
+        }
     if "in_bf16" in name:
         case |= {"grad_accum_dtype": "bf16", "reduce_dtype": "bf16"}
 
@@ -313,7 +324,7 @@ def run_case(ranks: Ranks, name: str, out: Path, resume_at: int | None = None) -
 
     resume_at: before that step go over to a new engine, through a checkpoint.
     """
-    changes = (CASES | MORE_CASES)[name]
+    changes = (CASES | MORE_CASES | CHECKED)[name]
     engine = make_engine(ranks, changes)
     dtype = torch.bfloat16 if changes["precision"] == "bf16" else torch.float32
     weights, known = [], []
@@ -339,7 +350,7 @@ def main(ranks: Ranks, out: Path, kind: str) -> None:
     sums = compare_sums(ranks, SUMS)
     if ranks.is_first:
         (out / "sums.json").write_text(json.dumps(sums))
-    for name in CASES if kind == "some" else CASES | MORE_CASES:
+    for name in CASES | CHECKED if kind == "some" else CASES | MORE_CASES:
         run_case(ranks, name, out)
         if kind == "all":
             run_case(ranks, name, out / "resumed", resume_at=8)

@@ -53,7 +53,18 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
         ("optimizer={name: muon, gradient_clipping: 1}", r"optimizer\.gradient_clipping"),
         ("deepspeed={communication_data_type: fp16}", r"deepspeed\.communication_data_type"),
         ("deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}", "offload_optimizer"),
-        ("deepspeed={train_batch_size: 3}", r"deepspeed\.train_batch_size"),
+        ("deepspeed={train_batch_size: 3}", r"deepspeed\.train_batch_size: set the run's own key"),
+        ("deepspeed={amp: {enabled: true}}", r"deepspeed\.amp: `precision`.* say all dtypes"),
+        ("deepspeed={torch_autocast: {enabled: true}}", r"deepspeed\.torch_autocast: `precision`"),
+        ("deepspeed={gradient_allreduce_op: sum}", r"gradient_allreduce_op: batches"),
+        ("deepspeed={zero_optimization: {offload_param: {device: cpu}}}", "stay on the GPU"),
+        ("deepspeed={zero_optimization: {cpu_offload: true}}", "stay on the GPU"),
+        ("deepspeed={zero_optimization: {zero_hpz_partition_size: 8}}", "lays parameters out"),
+        ("deepspeed={zero_optimization: {round_robin_gradients: true}}", "lays parameters out"),
+        ("deepspeed={zero_optimization: {zero_quantized_gradients: true}}", "`reduce_dtype` says"),
+        ("deepspeed={bf16: {enabled: true}}", r"deepspeed\.bf16\.enabled: .*`precision`"),
+        ("deepspeed={bf16: {check_grad_overflow: false}}", "may only be true"),
+        ("deepspeed={zero_optimization: {compute_grad_norm: false}}", "may only be true"),
         ("deepspeed={zero_optimization: {stage: 3}}", r"deepspeed\.zero_optimization\.stage"),
         ("model.geometry=huge", "'base' or 'large'"),
     ],
@@ -61,6 +72,16 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 def test_errors_name_the_key(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(Train, "train", CONFIGS / "demo.yaml", [word])
+
+
+def test_deepspeeds_own_keys_are_left_to_it() -> None:
+    word = (
+        "deepspeed={comms_logger: {enabled: true}, bf16: {check_grad_overflow: true}, "
+        "zero_optimization: {reduce_bucket_size: 100, compute_grad_norm: true}}"
+    )
+    keys = load_config(Train, "train", CONFIGS / "demo.yaml", [word]).deepspeed
+    assert keys["comms_logger"] == {"enabled": True}
+    assert keys["zero_optimization"] == {"reduce_bucket_size": 100, "compute_grad_norm": True}
 
 
 def test_micro_steps() -> None:

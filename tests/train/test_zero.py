@@ -189,6 +189,18 @@ def test_one_rank_adds_each_gradient_up_in_one_operation() -> None:
     assert found["bf16_zero1"]["theirs"][1] == {"_to_copy": 7 + 6, "add_": 6}
 
 
+@pytest.mark.parametrize("name", stepped.CHECKED)
+def test_deepspeeds_checks_beside_ours_change_no_step(two_ranks: Any, name: str) -> None:
+    """What is left out is counted once; the host waits for what docs/training.md says."""
+    folder = two_ranks.folder / "steps"
+    check_case(folder, name, ranks=2)
+    waits = [set(step["places"]) for step in facts(folder, name) if step["norms"] is None]
+    expected = {"utils.py is_invalid_grad_norm"}
+    if "bf16" in name:
+        expected.add("stage_1_and_2.py has_overflow")
+    assert waits[0] == expected
+
+
 @pytest.mark.slow
 def test_three_ranks_follow_the_rule_and_take_it_up_again(launcher: Any) -> None:
     """All stages with all rules; going on from a checkpoint changes no bit."""
