@@ -232,6 +232,8 @@ def test_on_a_gpu_the_rule_is_the_same_and_ours_waits_for_nothing(launcher: Any)
     script, folder = Path(__file__).parent / "launched.py", launcher.folder / "steps"
     done = launcher.run(1, f"steps:some:{folder}", script=script)
     assert done.code == 0, done.out + done.err
+    for name, case in json.loads((folder / "sums.json").read_text()).items():
+        assert case["same"], name
     ours = {path.name for path in (Path(__file__).parents[2] / "train").glob("*.py")}
     ours |= {"stable_adamw.py"}
     for name in stepped.CASES:
