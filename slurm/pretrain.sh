@@ -5,6 +5,9 @@
 #   sbatch slurm/pretrain.sh --config configs/demo.yaml phases.main.lr.peak=1e-3
 #   sbatch --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 slurm/pretrain.sh ...  # no GPU
 #
+# Every task sees all GPUs of its node and takes that of its local rank; with --gpus-per-task=1 instead
+# of --gpus-per-node each sees its own.
+#
 # Submit from the root of the checkout, whose .venv holds the environment. Options of sbatch given
 # on its command line win over the ones below. The log is slurm-JOBID.log in the same folder.
 #SBATCH --job-name=clinical-modernbert

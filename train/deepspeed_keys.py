@@ -12,8 +12,8 @@ from train.phase_config import require
 _OWN = "set the run's own key instead"
 _PRECISION = "`precision`, `grad_accum_dtype` and `reduce_dtype` say all dtypes; leave it out"
 _OFFLOAD = (
-    "weights and optimizer steps stay on the GPU; leave it out, and use a higher zero_stage or more "
-    "GPUs to save memory"
+    "weights and optimizer steps stay on the GPU; leave it out, and use a higher zero_stage or "
+    "more GPUs to save memory"
 )
 _LAYOUT = (
     "it lays parameters out in another way than the optimizer's rule, its norms and the export of "

@@ -284,8 +284,8 @@ def _precision(asked: str, on_gpu: bool) -> str:
         capability = torch.cuda.get_device_capability()
         if capability < _BF16_CAPABILITY:
             raise ConfigError(
-                f"precision is {asked}, but {torch.cuda.get_device_name()} has no bf16: its compute "
-                f"capability is {capability[0]}.{capability[1]}, bf16 begins with 8.0; set "
+                f"precision is {asked}, but {torch.cuda.get_device_name()} has no bf16: its "
+                f"compute capability is {capability[0]}.{capability[1]}, bf16 begins with 8.0; set "
                 "precision=fp32"
             )
     return precision

@@ -103,7 +103,7 @@ def test_deepspeed_is_told_the_number_of_a_gpu_that_is_bound(
 
 def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where two processes are started on a machine with one."""
-    with pytest.raises(ConfigError, match="^ranks 0 and 1 have the same GPU of node1; start at"):
+    with pytest.raises(ConfigError, match=r"^ranks 0 and 1 have the same GPU of node1; start at"):
         Group(monkeypatch, [("node1", "aa"), ("node1", "aa")]).join()
 
 

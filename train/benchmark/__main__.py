@@ -87,9 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
         ]
     except (ConfigError, DataError) as error:
         return _fail(str(error))
-    join(ranks, device)
     new: list[results.Record] = []
     try:
+        join(ranks, device)
         _measure_all(asked, runs, ranks, device, records, new)
         if ranks.is_first:
             everything = results.merge(records, new)
