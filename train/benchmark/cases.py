@@ -58,7 +58,7 @@ class Case:
     """One run to measure.
 
     layout: its documents, or the folder of a data set. model: keys of `model:`; None leaves the
-    configuration's. with_peers: transformers' model as well; not on large, where its many ways would
+    configuration's. with_peers: transformers' model as well; not on large, where its ways would
     take the longest of all and compare the code that base compares. reach, stretch: tokens a second
     and GPU that are aimed at on an H200.
     """
