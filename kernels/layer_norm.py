@@ -12,13 +12,14 @@ With gradients dy and ds of the two (Ba et al. 2016, arXiv 1607.06450, without i
     dw      = Σ over tokens of n dy
 
 The backward keeps y, which the branch keeps anyway for its linear map, and 1 / σ, a number a token;
-not s, x or μ. Without a bias n = y / w. So n has the rounding of y: next to the gradients of an n
-made from s, it moves those by x by at most as much as rounding dy to that dtype does (u g / σ, with
-u half a unit in the last place), those by the weight by Σ u n dy with signs of all kinds.
+not s, x or μ. Without a bias n = y / w. So n has the rounding of y, u n with u up to half a unit in
+the last place. In a row's mean square that moves dx by no more than rounding dy to the same dtype
+does (u g / σ); dw is moved by Σ u n dy, so that a dw in fp32 from y in half precision is as exact
+as half precision.
 
 A weight of 0 hides n, and below 2⁻¹²⁶, the smallest normal fp32, 1 / w may be infinite. There n is
 taken as 0: that weight gets a gradient of 0 and so stays as it is, and its column of dx lacks
-n mean(n g) / σ. Training that starts from other weights does not get there.
+n mean(n g) / σ. Training from other weights meets an exact 0 by accident alone.
 
 Arithmetic, 1 / σ and the weight's gradient are fp32. That gradient is summed in a fixed order: each
 program over the rows it walks through, then over programs; no atomics, so two runs on one kind of
