@@ -152,10 +152,10 @@ def call_documents(tokens: int, count: int, dtype: torch.dtype) -> None:
 
 def call_norms(rows: int, width: int, dtype: torch.dtype, weights: torch.dtype) -> None:
     x, weight = empty(rows, width, dtype=dtype), empty(width, dtype=weights)
-    normed, mean, rstd = layer_norm._layer_norm._init_fn(x, weight, 1e-5)
+    normed, rstd = layer_norm._layer_norm._init_fn(x, weight, 1e-5)
     layer_norm._add_layer_norm._init_fn(x, x, weight, 1e-5)
     for grad_sum in (None, x):
-        layer_norm._layer_norm_backward._init_fn(x, weight, mean, rstd, normed, grad_sum)
+        layer_norm._layer_norm_backward._init_fn(normed, weight, rstd, x, grad_sum)
 
 
 def call_geglu(rows: int, width: int, dtype: torch.dtype) -> None:
