@@ -138,9 +138,9 @@ def call_local_attention(
 ) -> None:
     qkv, *turn = rotary_case(tokens, heads, width, dtype, index)
     turn.append(empty(2, tokens, dtype=torch.int32))
-    out, turned, logsumexp = local_attention._local_attention._init_fn(qkv, *turn, window)
+    out, *turned, logsumexp = local_attention._local_attention._init_fn(qkv, *turn, window)
     local_attention._local_attention_backward._init_fn(
-        out, qkv, turned, *turn, out, logsumexp, window
+        out, *turned, *turn, out, logsumexp, window
     )
 
 
