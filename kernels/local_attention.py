@@ -38,6 +38,9 @@ from kernels.documents import document_bounds_reference
 from kernels.rope import check_rope, rope, rope_reference
 
 _LOG2_E = 1.4426950408889634
+# For the mask: the bits of 1.5 · 2¹²³, whose last place is 2¹⁰⁰, and less than any score is.
+_ORIGIN = tl.constexpr(0x7D400000)
+_LOWEST = tl.constexpr(-(2.0**80))
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,15 @@ class Tuning:
     keys: Tiles
 
 
-# (comment)
+# Heads of 64 and less in half precision: the best of `python -m kernels.benchmark --tune` on an H200
+# (docs/kernels.md). The bounds on registers let four programs share a multiprocessor, or three.
 NARROW = Tuning(
     forward=Tiles(64, 64, 4, 2, 128),
     queries=Tiles(64, 64, 4, 2, 128),
     keys=Tiles(64, 64, 4, 1, 168),
 )
 _WIDEST_HEAD = 256
+_WIDEST_WINDOW = 2**19  # so that places stay exact in the mask
 
 
 def tuning(element_size: int, head_dim: int) -> Tuning:
@@ -126,8 +131,8 @@ def local_attention(
             f"bounds must be (2, {qkv_T3HD.shape[0]}) int32 from document_bounds, not "
             f"{tuple(bounds_2T.shape)} {bounds_2T.dtype}"
         )
-    if window < 0:
-        raise ValueError(f"window must not be negative, but is {window}")
+    if not 0 <= window <= _WIDEST_WINDOW:
+        raise ValueError(f"window must be between 0 and {_WIDEST_WINDOW}, not {window}")
     out_THD, *_ = _local_attention(
         qkv_T3HD.contiguous(),
         cos_PR.contiguous(),
@@ -196,7 +201,8 @@ def _store_turned_back(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _seen(bounds, first, tokens, WINDOW: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First and last token that each of a tile's tokens sees, and the ends of what the tile sees.
+    """The first token that each of a tile's tokens sees, how many lie behind that one up to the last
+    (−1 for a token that sees none), and the ends of what the tile sees.
 
     As seeing is mutual, these are also the tokens that each is seen by.
     """
@@ -207,14 +213,26 @@ def _seen(bounds, first, tokens, WINDOW: tl.constexpr, ROWS: tl.constexpr):  # t
     last = tl.minimum(first + ROWS, tokens) - 1
     begin = tl.maximum(tl.load(bounds + first), first - WINDOW)
     end = tl.minimum(tl.load(bounds + tokens + last), last + WINDOW + 1)
-    return tl.maximum(low, row - WINDOW), tl.minimum(high, row + WINDOW), begin, end
+    low = tl.maximum(low, row - WINDOW)
+    behind = tl.minimum(high, row + WINDOW) - low
+    return low, tl.maximum(behind, -1), begin, end
 
 
 @triton.jit
-def _within(start, low, high, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which of the tokens `start` and following lie in low … high of each row: (ROWS, STEP)."""
-    other = (start + tl.arange(0, STEP))[None, :]
-    return (other >= low[:, None]) & (other <= high[:, None])
+def _masked(scores, start, low, behind, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile's scores for the tokens `start` and following; −2¹⁰⁰ or less for what is not seen.
+
+    The middle of what a row sees is (2 low + behind) / 2 and its reach behind / 2, so seen is what
+    has reach − |token − middle| ≥ 0. In units of 2¹⁰⁰ halves of a token, plus one, this bound is
+    positive and above any score, or negative and below any score; the lesser one is the mask. Half
+    of what two comparisons and selects take, by which the kernels were limited: sums have more units
+    than these. The integers are made floats, exactly, in the last places of 1.5 · 2¹²³.
+    """
+    token = (2 * tl.arange(0, STEP) + _ORIGIN).to(tl.float32, bitcast=True)
+    middle = (2 * (low - start) + behind + _ORIGIN).to(tl.float32, bitcast=True)
+    reach = (behind + 1 + _ORIGIN).to(tl.float32, bitcast=True) - 1.5 * 2.0**123
+    bound = reach[:, None] - tl.abs(token[None, :] - middle[:, None])
+    return tl.minimum(scores, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -227,21 +245,19 @@ def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK
     column = head * 2 * HALF
-    low, high, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
+    low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
     q = _load(q_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    top = tl.full((BLOCK,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     result = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
     for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
         k = _load(k_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
         v = _load(v_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = tl.where(_within(start, low, high, STEP), s, float("-inf"))
+        s = _masked(s, start, low, behind, STEP)
         higher = tl.maximum(top, tl.max(s, 1) * scale_log2)
-        # −∞ still, where a token has seen nothing yet.
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s * scale_log2 - shift[:, None])
-        shrink = tl.exp2(top - shift)
+        p = tl.exp2(s * scale_log2 - higher[:, None])
+        shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
         result = tl.dot(p.to(v.dtype), v, result * shrink[:, None], input_precision="ieee")
         top = higher
@@ -268,7 +284,7 @@ def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
     column = head * 2 * HALF
     row = first + tl.arange(0, BLOCK)
     live = row < tokens
-    low, high, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
+    low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
     q = _load(q_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     g = _load(grad + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     o = _load(out + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
@@ -282,9 +298,9 @@ def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
         k = _load(k_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
         v = _load(v_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = _masked(s, start, low, behind, STEP)
         along_p = tl.dot(g, tl.trans(v), input_precision="ieee")
         p = tl.exp2(s * scale_log2 - log_sum[:, None])
-        p = tl.where(_within(start, low, high, STEP), p, 0.0)
         along_s = p * (along_p - d[:, None])
         grad_q = tl.dot(along_s.to(k.dtype), k, grad_q, input_precision="ieee")
     _store_turned_back(
@@ -305,7 +321,7 @@ def _local_attention_keys_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK
     column = head * 2 * HALF
-    low, high, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
+    low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
     k = _load(k_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     v = _load(v_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     grad_k = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
@@ -319,9 +335,9 @@ def _local_attention_keys_kernel(  # type: ignore[no-untyped-def]
         both = pairs + 2 * at[:, None] + tl.arange(0, 2)[None, :]
         log_sum, d = tl.split(tl.load(both, mask=(query < end)[:, None], other=0.0))
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        s = _masked(s, start, low, behind, STEP)
         along_p = tl.dot(v, tl.trans(g), input_precision="ieee")
         p = tl.exp2(s * scale_log2 - log_sum[None, :])
-        p = tl.where(_within(start, low, high, STEP), p, 0.0)
         along_s = p * (along_p - d[None, :])
         grad_v = tl.dot(p.to(g.dtype), g, grad_v, input_precision="ieee")
         grad_k = tl.dot(along_s.to(q.dtype), q, grad_k, input_precision="ieee")

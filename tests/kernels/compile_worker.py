@@ -254,7 +254,7 @@ def tune() -> Iterator[tuple[str, Any]]:
         local_attention.NARROW = tuning
         call_local_attention(TOKENS, heads, width, torch.bfloat16, torch.int64)
 
-    for tuning in benchmark_attention.candidates():
+    for tuning in benchmark_attention.candidates(local_attention.NARROW):
         yield benchmark_attention.name_of(tuning), partial(call, tuning)
 
 

@@ -145,6 +145,19 @@ def test_what_lies_behind_all_documents_is_never_read(device: torch.device) -> N
         assert torch.equal(one, two)
 
 
+def test_what_is_not_finite_is_not_hidden(device: torch.device) -> None:
+    """The mask is a minimum, which must not take a bound for a score that is not a number."""
+    qkv, turn, cu_seqlens, grad = make_case(([20, 7], 0), 1, 16, torch.float16, device)
+    qkv[3, 0] = float("nan")
+    out, _ = run(qkv, turn, cu_seqlens, grad, 9)
+    assert bool(out[3].isnan().all())
+    assert bool(out[4:].isfinite().all())
+    qkv[3, 0], qkv[3, 1] = 0.0, float("nan")
+    out, grad_qkv = run(qkv, turn, cu_seqlens, grad, 9)
+    assert bool(out[:13].isnan().all())
+    assert bool(grad_qkv[:13, 0].isnan().all())
+
+
 def test_a_document_does_not_see_its_neighbours(device: torch.device) -> None:
     case = make_case(([9, 4, 9], 0), 1, 16, torch.float16, device)
     changed = case[0].clone()
@@ -184,7 +197,7 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         local_attention(qkv[..., :7], *turn, bounds, 4)
     with pytest.raises(ValueError, match=r"bounds must be \(2, 4\) int32"):
         local_attention(qkv, *turn, cu_seqlens, 4)
-    with pytest.raises(ValueError, match="window must not be negative"):
+    with pytest.raises(ValueError, match="window must be between 0 and"):
         local_attention(qkv, *turn, bounds, -1)
     wide = torch.zeros(4, 3, 1, 258, device=device)
     tables = (table.to(device) for table in rope_tables(8, 258, 1e4))
