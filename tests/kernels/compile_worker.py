@@ -139,9 +139,7 @@ def call_local_attention(
     qkv, *turn = rotary_case(tokens, heads, width, dtype, index)
     turn.append(empty(2, tokens, dtype=torch.int32))
     out, *turned, logsumexp = local_attention._local_attention._init_fn(qkv, *turn, window)
-    local_attention._local_attention_backward._init_fn(
-        out, *turned, *turn, out, logsumexp, window
-    )
+    local_attention._local_attention_backward._init_fn(out, *turned, *turn, out, logsumexp, window)
 
 
 def call_documents(tokens: int, count: int, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # A multiprocessor's shared memory, of which a program may have 227 KiB, and its registers.
 SHARED, REGISTERS = 227 * 1024, 65_536
-# Bytes of registers spilled that are let pass: the backward's kernels are held to so many registers.
+# Bytes of registers spilled that are let pass: the backward is held to a number of registers.
 SPILLED = {
     "local_attention._local_attention_queries_kernel": 64,
     "local_attention._local_attention_keys_kernel": 64,
