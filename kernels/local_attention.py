@@ -379,7 +379,7 @@ def _local_attention(
     logsumexp = qkv.new_empty((heads, tokens), dtype=torch.float32)
     if qkv.numel() > 0:
         tiles = tuning(qkv.element_size(), head_dim).forward
-        with torch.cuda.device_of(qkv):
+        with torch.cuda.device_of(q):
             _local_attention_forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
                 q,
                 k,
