@@ -202,7 +202,7 @@ def test_our_kernels_are_called_what_the_parts_are_told_by() -> None:
     from kernels import local_attention
 
     names = [name for name in vars(local_attention) if name.endswith("_kernel")]
-    assert len(names) == 2
+    assert len(names) == 3
     for name in names:
         assert parts.category(Kernel(name, 0, 1)) == "attention"
 
