@@ -1,6 +1,7 @@
 """Packed batches: positions, bounds and buckets of a micro-batch."""
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,28 @@ def make_row(ids: list[int], bounds: list[int], documents: int) -> Row:
     return Row(np.array(ids, np.uint16), np.array(bounds, np.int32), names, "notes", "key")
 
 
-def test_rows_lie_end_to_end_with_their_masks_in_place(data_folder: Path) -> None:
+def places_longest_first(rows: list[Row]) -> list[int]:
+    """Where each token of rows laid end to end stands in a batch, documents and padding alike."""
+    segments, offset = [], 0
+    for row in rows:
+        segments += [range(offset + a, offset + b) for a, b in itertools.pairwise(row.cu_seqlens)]
+        offset += len(row.input_ids)
+    order = [at for segment in sorted(segments, key=len, reverse=True) for at in segment]
+    return [order.index(at) for at in range(offset)]
+
+
+def test_documents_stand_longest_first_with_their_masks_in_place(data_folder: Path) -> None:
     data = DataSet(data_folder)
     rows = [data.read("train", "notes", 3), data.read("train", "papers", 5)]
     mask = MaskedRow(np.array([2, 5]), np.array([3, 44]), rows[1].input_ids[[2, 5]].astype(int))
     batch = pack(rows, [NOTHING, mask], shape_of(data, rows=2))
-    expected = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
-    expected[64 + 2], expected[64 + 5] = 3, 44
-    assert batch.input_ids.tolist() == expected.tolist()
+    places = places_longest_first(rows)
+    assert places != sorted(places), "these rows must be worth sorting"
+    laid_out = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+    laid_out[64 + 2], laid_out[64 + 5] = 3, 44
+    assert batch.input_ids[places].tolist() == laid_out.tolist()
     assert batch.masked_tokens == 2
-    assert batch.masked_indices[:3].tolist() == [66, 69, 0]
+    assert batch.masked_indices[:3].tolist() == [places[64 + 2], places[64 + 5], 0]
     assert batch.labels[:2].tolist() == rows[1].input_ids[[2, 5]].tolist()
     assert (batch.labels[2:] == IGNORED).all()
     assert batch.masked_indices.shape == batch.labels.shape == (2 * 19,), "2 × round(0.3 × 64)"
@@ -59,10 +72,11 @@ def test_positions_start_anew_in_every_document(data_folder: Path) -> None:
     assert bounds[-1] == 3 * 64
     for begin, end in itertools.pairwise(bounds):
         assert batch.position_ids[begin:end].tolist() == list(range(end - begin))
-    real = [64 * n + bound for n, row in enumerate(rows) for bound in row.cu_seqlens.tolist()]
-    assert set(real) <= set(bounds)
-    documents = [np.diff(row.cu_seqlens[: len(row.documents) + 1]) for row in rows]
-    assert batch.lengths.tolist() == np.concatenate(documents).tolist()
+    lengths = np.diff(bounds).tolist()
+    assert lengths == sorted(lengths, reverse=True)
+    documents = np.concatenate([np.diff(row.cu_seqlens[: len(row.documents) + 1]) for row in rows])
+    assert Counter(documents.tolist()) <= Counter(lengths), "and padding, cut where it is long"
+    assert batch.lengths.tolist() == documents.tolist()
 
 
 def test_long_padding_is_cut_so_that_it_does_not_raise_max_seqlen() -> None:
