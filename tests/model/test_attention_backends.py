@@ -12,7 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from model.attention_backends import fa2_attention, fa4_attention, register
 
 LENGTHS, BEHIND = [20, 0, 7, 1], 6
-LAYOUTS = [[34], [17, 17], [30, 3, 1], [8] * 4, [2] * 17, [1] * 20, [5, 0, 12]]
+# Twenty, of up to 34 tokens.
+LAYOUTS = [
+    [34], [17, 17], [30, 3, 1], [8] * 4, [2] * 17, [1] * 20, [5, 0, 12],
+    *([long, *[1] * (33 - long)] for long in range(3, 29, 2)),
+]  # fmt: skip
 
 
 def weights(q: Tensor, k: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
@@ -120,6 +124,7 @@ def test_one_graph_whatever_the_documents() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(stand_in, fullgraph=True, backend=counter)
+    assert len(LAYOUTS) == 20
     for lengths in LAYOUTS:
         leaves, cu_seqlens, grad = make_row(lengths, 34 - sum(lengths))
         results = []
