@@ -38,13 +38,13 @@ def make_case(
 
 
 class LargestMade(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returns within."""
+    """Elements of the largest floating tensor that an operation returns within."""
 
     elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
+        if isinstance(out, Tensor) and out.is_floating_point():
             self.elements = max(self.elements, out.numel())
         return out
 
