@@ -39,7 +39,7 @@ class Page:
     def table(
         self, header: Sequence[str], rows: Sequence[Sequence[object]], folded: str | None = None
     ) -> None:
-        """A table; integers get thousands separators, floats four significant decimals.
+        """A table; integers get thousands separators, floats four decimals, None a dash.
 
         folded: show this line alone until the reader opens it.
         """
@@ -76,6 +76,8 @@ class Page:
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return '<td class="number">–</td>'
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"<td>{html.escape(str(value))}</td>"
     text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -46,14 +46,12 @@ def layouts(tokens: int) -> dict[str, list[int]]:
 
 
 def bucketed(lengths: list[int]) -> tuple[list[int], int]:
-    """Lengths and their bound as training gives them: both in steps of four, the one filled up with
-    empty documents. A grid over documents and the longest of them pays for both."""
-    documents, longest = 64, 128
-    while documents < len(lengths):
-        documents *= 4
+    """Lengths and their bound as training gives them: filled up with empty documents to a multiple
+    of 64, and the bound in steps of four. A grid over documents and the longest pays for both."""
+    longest = 128
     while longest < max(lengths):
         longest *= 4
-    return lengths + [0] * (documents - len(lengths)), longest
+    return lengths + [0] * (-len(lengths) % 64), longest
 
 
 def _lognormal(tokens: int, median: int, spread: float, longest: int) -> list[int]:

@@ -8,12 +8,22 @@ Both s and y are written, each once: s runs on along the residual stream, y goes
 With gradients dy and ds of the two (Ba et al. 2016, arXiv 1607.06450, without its bias):
 
     g       = w dy
-    dx = dr = ds + (g − mean(g) − n mean(n g)) / σ
+    dx = dr = ds + (g − mean(g) − n mean(n g)) / σ,  where n g = y dy
     dw      = Σ over tokens of n dy
 
-Arithmetic, mean, 1 / σ and the weight's gradient are fp32. That gradient is summed in a fixed
-order: each program over the rows it walks through, then over programs; no atomics, so two runs on
-one kind of GPU give the same bits.
+The backward keeps y, which the branch keeps anyway for its linear map, and 1 / σ, a number a token;
+not s, x or μ. Without a bias n = y / w. So n has the rounding of y, u n with u up to half a unit in
+the last place. In a row's mean square that moves dx by no more than rounding dy to the same dtype
+does (u g / σ); dw is moved by Σ u n dy, so that a dw in fp32 from y in half precision is as exact
+as half precision.
+
+A weight of 0 hides n, and below 2⁻¹²⁶, the smallest normal fp32, 1 / w may be infinite. There n is
+taken as 0: that weight gets a gradient of 0 and so stays as it is, and its column of dx lacks
+n mean(n g) / σ. Training from other weights meets an exact 0 by accident alone.
+
+Arithmetic, 1 / σ and the weight's gradient are fp32. That gradient is summed in a fixed order: each
+program over the rows it walks through, then over programs; no atomics, so two runs on one kind of
+GPU give the same bits.
 """
 
 import torch
@@ -22,6 +32,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.nn import functional as F
+
+SMALLEST_WEIGHT = 2.0**-126
+"""in absolute value, that the backward can divide by; below it a weight counts as 0"""
 
 # Measured on one H200 (docs/kernels.md): rows of a tile and warps; backward also how many programs
 # walk over the rows on each multiprocessor.
@@ -49,10 +62,11 @@ def layer_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """LayerNorm without bias of (…, D), differentiable in x and weight.
 
     x: bf16, fp16 or fp32, copied first if it is not contiguous. weight: (D,), any of these; its
-    gradient is summed in fp32 and rounded once. Raises TypeError or ValueError otherwise.
+    gradient is summed in fp32 and rounded once. Where it is 0 it gets no gradient. Raises TypeError
+    or ValueError otherwise.
     """
     (rows_TD,) = _rows(weight_D, x_TD)
-    normed_TD, _, _ = _layer_norm(rows_TD, weight_D, eps)
+    normed_TD, _ = _layer_norm(rows_TD, weight_D, eps)
     return normed_TD.view(x_TD.shape)
 
 
@@ -64,7 +78,7 @@ def add_layer_norm(
     As `layer_norm`; residual has the shape and dtype of x.
     """
     rows_TD, residual_rows_TD = _rows(weight_D, x_TD, residual_TD)
-    normed_TD, sum_TD, _, _ = _add_layer_norm(rows_TD, residual_rows_TD, weight_D, eps)
+    normed_TD, sum_TD, _ = _add_layer_norm(rows_TD, residual_rows_TD, weight_D, eps)
     return normed_TD.view(x_TD.shape), sum_TD.view(x_TD.shape)
 
 
@@ -95,7 +109,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     weight,
     normed,
     total,
-    mean,
     rstd,
     rows,
     eps,
@@ -116,23 +129,21 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         rounded = (s + r.to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + offset, rounded, mask=inside)
         s = rounded.to(tl.float32)
-    mu = tl.sum(s, 1) / WIDTH
-    centred = tl.where(filled, s - mu[:, None], 0.0)
+    mean = tl.sum(s, 1) / WIDTH
+    centred = tl.where(filled, s - mean[:, None], 0.0)
     # Once more, because the mean of large numbers has lost digits.
     rest = tl.sum(centred, 1) / WIDTH
     centred = tl.where(filled, centred - rest[:, None], 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
     result = centred * inverse[:, None] * w[None, :]
     tl.store(normed + offset, result.to(normed.dtype.element_ty), mask=inside)
-    tl.store(mean + row, mu + rest, mask=row < rows)
     tl.store(rstd + row, inverse, mask=row < rows)
 
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    total,
+    normed,
     weight,
-    mean,
     rstd,
     grad_normed,
     grad_total,  # with ADD only
@@ -141,31 +152,38 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     rows,
     WIDTH: tl.constexpr,
     ADD: tl.constexpr,
+    SMALLEST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_W)
     filled = column < WIDTH
-    w = tl.load(weight + column, mask=filled, other=0.0).to(tl.float32)
+    divisor = tl.load(weight + column, mask=filled, other=0.0).to(tl.float32)
+    # So n is 0 in the columns behind the last one, too.
+    hidden = tl.abs(divisor) < SMALLEST
+    inverse_w = tl.where(hidden, 0.0, 1.0 / tl.where(hidden, 1.0, divisor))
     grad_w = tl.zeros((BLOCK_R, BLOCK_W), dtype=tl.float32)
     for tile in range(program, tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
         row = (tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
         live = row < rows
         inside = live[:, None] & filled[None, :]
         offset = row[:, None] * WIDTH + column[None, :]
-        s = tl.load(total + offset, mask=inside, other=0.0, eviction_policy="evict_first")
+        y = tl.load(normed + offset, mask=inside, other=0.0, eviction_policy="evict_first")
         dy = tl.load(grad_normed + offset, mask=inside, other=0.0, eviction_policy="evict_first")
         if ADD:
             ds = tl.load(grad_total + offset, mask=inside, other=0.0, eviction_policy="evict_first")
-        mu = tl.load(mean + row, mask=live, other=0.0)
         inverse = tl.load(rstd + row, mask=live, other=0.0)
-        n = tl.where(inside, (s.to(tl.float32) - mu[:, None]) * inverse[:, None], 0.0)
+        y = y.to(tl.float32)
         dy = dy.to(tl.float32)
+        n = y * inverse_w[None, :]
         grad_w += n * dy
-        g = dy * w[None, :]
+        # Read again for every row, from the cache: kept beside 1 / w it would take the registers of
+        # a quarter of the programs, and dividing every element half as many instructions again.
+        w = tl.load(weight + column, mask=filled, other=0.0)
+        g = dy * w.to(tl.float32)[None, :]
         along_one = tl.sum(g, 1) / WIDTH
-        along_n = tl.sum(g * n, 1) / WIDTH
+        along_n = tl.sum(y * dy, 1) / WIDTH
         dx = (g - along_one[:, None] - n * along_n[:, None]) * inverse[:, None]
         if ADD:
             dx += ds.to(tl.float32)
@@ -175,13 +193,12 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm, sum (x itself without a residual), mean and 1 / σ of each row."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm, sum (x itself without a residual) and 1 / σ of each row."""
     rows, width = x.shape
     normed = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
-    mean = x.new_empty(rows, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    rstd = x.new_empty(rows, dtype=torch.float32)
     if x.numel() > 0:
         block_r, warps = _FORWARD_TILE
         with torch.cuda.device_of(x):
@@ -191,7 +208,6 @@ def _forward(
                 weight.contiguous(),
                 normed,
                 None if residual is None else total,
-                mean,
                 rstd,
                 rows,
                 eps,
@@ -201,44 +217,42 @@ def _forward(
                 BLOCK_W=triton.next_power_of_2(width),
                 num_warps=warps,
             )
-    return normed, total, mean, rstd
+    return normed, total, rstd
 
 
 @triton_op("clinical_modernbert::layer_norm", mutates_args={})
-def _layer_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    normed, _, mean, rstd = _forward(x, None, weight, eps)
-    return normed, mean, rstd
+def _layer_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    normed, _, rstd = _forward(x, None, weight, eps)
+    return normed, rstd
 
 
 @triton_op("clinical_modernbert::add_layer_norm", mutates_args={})
 def _add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(x, residual, weight, eps)
 
 
 @triton_op("clinical_modernbert::layer_norm_backward", mutates_args={})
 def _layer_norm_backward(
-    total: Tensor,
+    normed: Tensor,
     weight: Tensor,
-    mean: Tensor,
     rstd: Tensor,
     grad_normed: Tensor,
     grad_total: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient by the sum (hence by x and residual) and, in fp32, by the weight."""
-    rows, width = total.shape
-    grad_x = torch.empty_like(total)
-    if total.numel() == 0:
+    rows, width = normed.shape
+    grad_x = torch.empty_like(normed)
+    if normed.numel() == 0:
         return grad_x, weight.new_zeros(weight.shape, dtype=torch.float32)
     block_r, warps = _BACKWARD_TILE
-    programs = min(_programs(total.device), triton.cdiv(rows, block_r))
-    partial = total.new_empty((programs, width), dtype=torch.float32)
-    with torch.cuda.device_of(total):
+    programs = min(_programs(normed.device), triton.cdiv(rows, block_r))
+    partial = normed.new_empty((programs, width), dtype=torch.float32)
+    with torch.cuda.device_of(normed):
         wrap_triton(_backward_kernel)[(programs,)](
-            total,
+            normed,
             weight.contiguous(),
-            mean,
             rstd,
             grad_normed,
             grad_total,
@@ -247,6 +261,7 @@ def _layer_norm_backward(
             rows,
             WIDTH=width,
             ADD=grad_total is not None,
+            SMALLEST=SMALLEST_WEIGHT,
             BLOCK_R=block_r,
             BLOCK_W=triton.next_power_of_2(width),
             num_warps=warps,
@@ -262,36 +277,34 @@ def _programs(device: torch.device) -> int:
 
 
 @_layer_norm.register_fake
-def _layer_norm_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    row = x.new_empty(x.shape[0], dtype=torch.float32)
-    return torch.empty_like(x), row, torch.empty_like(row)
+def _layer_norm_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @_add_layer_norm.register_fake
 def _add_layer_norm_fake(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row = x.new_empty(x.shape[0], dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(x), row, torch.empty_like(row)
+) -> tuple[Tensor, Tensor, Tensor]:
+    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x), rstd
 
 
 @_layer_norm_backward.register_fake
 def _layer_norm_backward_fake(
-    total: Tensor,
+    normed: Tensor,
     weight: Tensor,
-    mean: Tensor,
     rstd: Tensor,
     grad_normed: Tensor,
     grad_total: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(total), weight.new_empty(weight.shape, dtype=torch.float32)
+    return torch.empty_like(normed), weight.new_empty(weight.shape, dtype=torch.float32)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
+    _, weight, _ = inputs
+    normed, rstd = output
+    ctx.save_for_backward(normed, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
 
 
 def _backward(ctx, grad_normed: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
@@ -300,11 +313,11 @@ def _backward(ctx, grad_normed: Tensor, *_: Tensor):  # type: ignore[no-untyped-
     return grad_x, grad_weight.to(saved[1].dtype), None
 
 
-def _save_sum_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_for_backward_of_sum(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, _, weight, _ = inputs
-    _, total, mean, rstd = output
-    ctx.save_for_backward(total, weight, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
+    normed, _, rstd = output
+    ctx.save_for_backward(normed, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
 
 
@@ -319,4 +332,4 @@ def _backward_of_sum(ctx, grad_normed: Tensor | None, grad_total: Tensor | None,
 
 
 _layer_norm.register_autograd(_backward, setup_context=_save_for_backward)
-_add_layer_norm.register_autograd(_backward_of_sum, setup_context=_save_sum_for_backward)
+_add_layer_norm.register_autograd(_backward_of_sum, setup_context=_save_for_backward_of_sum)

@@ -14,11 +14,12 @@ and backward, for a gradient g of o (Dao 2023, arXiv 2307.08691):
 are q̂, k̂ and the factors p and d of a product; everything else is fp32. A token behind
 cu_seqlens[-1] belongs to no document: its output is 0, and so is every gradient of it.
 
-Forward, one launch turns queries and keys, at the speed of a copy, and one does the rest; backward
-likewise turns ∂q and ∂k back before they leave the chip. Turning tiles inside the attention instead
-costs more than the pass that it saves: every key tile is turned for three query tiles forward and
-as many backward, its tables are twice its size, and what is computed cannot be prefetched into
-shared memory as what is loaded can.
+Forward, `rope` takes queries, keys and values apart and turns them, at the speed of a copy, and one
+launch does the rest; backward turns ∂q and ∂k back before they leave the chip. Turning tiles inside
+the attention instead costs more than the pass that it saves: every key tile is turned for three
+query tiles forward and as many backward, its tables are twice its size, and what is computed cannot
+be prefetched into shared memory as what is loaded can. The backward needs nothing of the packed
+input, which need not be kept.
 
 A program has one head and one tile of tokens and walks over the tiles that its window and the
 documents let it see. The grid runs over tokens: neither the number of documents nor the longest one
@@ -34,9 +35,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.documents import document_bounds_reference
-from kernels.rope import check_rope, rope_reference, turn_queries_and_keys
+from kernels.rope import check_rope, rope, rope_reference
 
 _LOG2_E = 1.4426950408889634
+# For the mask: the bits of 1.5 · 2¹²³, whose last place is 2¹⁰⁰, and less than any score is.
+_ORIGIN = tl.constexpr(0x7D400000)
+_LOWEST = tl.constexpr(-(2.0**80))
 
 
 @dataclass(frozen=True)
@@ -53,28 +57,24 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The tiles of the forward and of the backward's two halves.
-
-    together: both halves in one launch, on the tiles of `keys`; δ is then computed anew for each
-    query tile that a key tile sees. Otherwise the queries' half runs first and leaves L and δ.
-    """
+    """The tiles of the forward, of ∂q (a program has queries) and of ∂k and ∂v (it has keys)."""
 
     forward: Tiles
     queries: Tiles
     keys: Tiles
-    together: bool
 
 
-# Heads of 64 and less in half precision. The bounds on registers let four programs share a
-# multiprocessor, or three. Not measured on a GPU yet: `python -m kernels.benchmark --tune` times
-# these and other candidates.
+# Heads of 64 and less in half precision, by `python -m kernels.benchmark --tune` on an H200
+# (docs/kernels.md). The bounds on registers let four programs share a multiprocessor, or three.
+# For the keys, six candidates lay within 4 %. With this one the backward took 501, 538 and 396 µs
+# on the three layouts, as little in all as with two stages, which take half as much memory again.
 NARROW = Tuning(
     forward=Tiles(64, 64, 4, 2, 128),
     queries=Tiles(64, 64, 4, 2, 128),
-    keys=Tiles(64, 64, 4, 2, 168),
-    together=False,
+    keys=Tiles(64, 64, 4, 1, 168),
 )
 _WIDEST_HEAD = 256
+_WIDEST_WINDOW = 2**19  # so that places stay exact in the mask
 
 
 def tuning(element_size: int, head_dim: int) -> Tuning:
@@ -85,7 +85,7 @@ def tuning(element_size: int, head_dim: int) -> Tuning:
         tiles = Tiles(64, 32, 4 if head_dim <= 128 else 8, 1)
     else:  # products of full fp32 have no tensor cores, and take many registers
         tiles = Tiles(32, 32, 4, 1) if head_dim <= 64 else Tiles(16, 16, 4, 1)
-    return Tuning(tiles, tiles, tiles, together=False)
+    return Tuning(tiles, tiles, tiles)
 
 
 def local_attention_reference(
@@ -133,9 +133,9 @@ def local_attention(
             f"bounds must be (2, {qkv_T3HD.shape[0]}) int32 from document_bounds, not "
             f"{tuple(bounds_2T.shape)} {bounds_2T.dtype}"
         )
-    if window < 0:
-        raise ValueError(f"window must not be negative, but is {window}")
-    out_THD, _, _ = _local_attention(
+    if not 0 <= window <= _WIDEST_WINDOW:
+        raise ValueError(f"window must be between 0 and {_WIDEST_WINDOW}, not {window}")
+    out_THD, *_ = _local_attention(
         qkv_T3HD.contiguous(),
         cos_PR.contiguous(),
         sin_PR.contiguous(),
@@ -203,7 +203,8 @@ def _store_turned_back(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _seen(bounds, first, tokens, WINDOW: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First and last token that each of a tile's tokens sees, and the ends of what the tile sees.
+    """The first token that each of a tile's tokens sees, counted from `first`; how many lie behind
+    that one up to the last, −1 for a token that sees none; and the ends of what the tile sees.
 
     As seeing is mutual, these are also the tokens that each is seen by.
     """
@@ -214,19 +215,32 @@ def _seen(bounds, first, tokens, WINDOW: tl.constexpr, ROWS: tl.constexpr):  # t
     last = tl.minimum(first + ROWS, tokens) - 1
     begin = tl.maximum(tl.load(bounds + first), first - WINDOW)
     end = tl.minimum(tl.load(bounds + tokens + last), last + WINDOW + 1)
-    return tl.maximum(low, row - WINDOW), tl.minimum(high, row + WINDOW), begin, end
+    low = tl.maximum(low, row - WINDOW)
+    behind = tl.minimum(high, row + WINDOW) - low
+    return low - first, tl.maximum(behind, -1), begin, end
 
 
 @triton.jit
-def _within(start, low, high, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which of the tokens `start` and following lie in low … high of each row: (ROWS, STEP)."""
-    other = (start + tl.arange(0, STEP))[None, :]
-    return (other >= low[:, None]) & (other <= high[:, None])
+def _masked(scores, start, low, behind, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scores with the tokens `start` and following, counted as `low` is; −2¹⁰⁰ where not seen.
+
+    The middle of what a row sees is (2 low + behind) / 2 and its reach is behind / 2, so what has
+    reach − |token − middle| ≥ 0 is seen. In halves of a token, plus one, times 2¹⁰⁰, this bound is
+    positive and above every score or negative and below every score: the lesser of the two is the
+    masked score. It takes two sums and a minimum, where two comparisons took as many selects, on
+    half as many units as sums have. The integers become floats, exactly, as last places of
+    1.5 · 2¹²³. `start` goes with the columns to keep them from holding registers between steps.
+    """
+    token = (2 * (start + tl.arange(0, STEP)) + _ORIGIN).to(tl.float32, bitcast=True)
+    middle = (2 * low + behind + _ORIGIN).to(tl.float32, bitcast=True)
+    reach = (behind + 1 + _ORIGIN).to(tl.float32, bitcast=True) - 1.5 * 2.0**123
+    bound = reach[:, None] - tl.abs(token[None, :] - middle[:, None])
+    return tl.minimum(scores, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
-    qkv, turned, bounds, out, logsumexp, tokens, scale_log2,
+    q_in, k_in, v_in, bounds, out, logsumexp, tokens, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -234,21 +248,19 @@ def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK
     column = head * 2 * HALF
-    low, high, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
-    q = _load(turned + column, first, end, 2 * WIDTH, HALF, BLOCK, PAIRS)
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
+    q = _load(q_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
+    top = tl.full((BLOCK,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     result = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
     for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
-        k = _load(turned + WIDTH + column, start, end, 2 * WIDTH, HALF, STEP, PAIRS)
-        v = _load(qkv + 2 * WIDTH + column, start, end, 3 * WIDTH, HALF, STEP, PAIRS)
+        k = _load(k_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
+        v = _load(v_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = tl.where(_within(start, low, high, STEP), s, float("-inf"))
+        s = _masked(s, start - first, low, behind, STEP)
         higher = tl.maximum(top, tl.max(s, 1) * scale_log2)
-        # −∞ still, where a token has seen nothing yet.
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s * scale_log2 - shift[:, None])
-        shrink = tl.exp2(top - shift)
+        p = tl.exp2(s * scale_log2 - higher[:, None])
+        shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
         result = tl.dot(p.to(v.dtype), v, result * shrink[:, None], input_precision="ieee")
         top = higher
@@ -262,19 +274,21 @@ def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _query_gradients(  # type: ignore[no-untyped-def]
-    qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
-    head, first, tokens, scale, scale_log2,
+def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
+    q_in, k_in, v_in, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
+    tokens, scale, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """∂q of a tile of queries, and each one's L and δ side by side for `_key_gradients`."""
+    """∂q of a tile of queries, and each one's L and δ side by side for the keys' kernel."""
     WIDTH: tl.constexpr = HEADS * 2 * HALF
+    head = tl.program_id(0) % HEADS
+    first = tl.program_id(0) // HEADS * BLOCK
     column = head * 2 * HALF
     row = first + tl.arange(0, BLOCK)
     live = row < tokens
-    low, high, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
-    q = _load(turned + column, first, end, 2 * WIDTH, HALF, BLOCK, PAIRS)
+    low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
+    q = _load(q_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     g = _load(grad + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     o = _load(out + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
@@ -284,12 +298,12 @@ def _query_gradients(  # type: ignore[no-untyped-def]
     tl.store(to, tl.join(log_sum, d), mask=live[:, None])
     grad_q = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
     for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
-        k = _load(turned + WIDTH + column, start, end, 2 * WIDTH, HALF, STEP, PAIRS)
-        v = _load(qkv + 2 * WIDTH + column, start, end, 3 * WIDTH, HALF, STEP, PAIRS)
+        k = _load(k_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
+        v = _load(v_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = _masked(s, start - first, low, behind, STEP)
         along_p = tl.dot(g, tl.trans(v), input_precision="ieee")
         p = tl.exp2(s * scale_log2 - log_sum[:, None])
-        p = tl.where(_within(start, low, high, STEP), p, 0.0)
         along_s = p * (along_p - d[:, None])
         grad_q = tl.dot(along_s.to(k.dtype), k, grad_q, input_precision="ieee")
     _store_turned_back(
@@ -299,37 +313,34 @@ def _query_gradients(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _key_gradients(  # type: ignore[no-untyped-def]
-    qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
-    head, first, tokens, scale, scale_log2,
+def _local_attention_keys_kernel(  # type: ignore[no-untyped-def]
+    q_in, k_in, v_in, bounds, grad, cos, sin, position_ids, grad_qkv, pairs,
+    tokens, scale, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """∂k and ∂v of a tile of keys; scores stand transposed, keys by queries."""
     WIDTH: tl.constexpr = HEADS * 2 * HALF
+    head = tl.program_id(0) % HEADS
+    first = tl.program_id(0) // HEADS * BLOCK
     column = head * 2 * HALF
-    low, high, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
-    k = _load(turned + WIDTH + column, first, end, 2 * WIDTH, HALF, BLOCK, PAIRS)
-    v = _load(qkv + 2 * WIDTH + column, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
+    low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
+    k = _load(k_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
+    v = _load(v_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     grad_k = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
     grad_v = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
     for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
-        q = _load(turned + column, start, end, 2 * WIDTH, HALF, STEP, PAIRS)
+        q = _load(q_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
         g = _load(grad + column, start, end, WIDTH, HALF, STEP, PAIRS)
         query = start + tl.arange(0, STEP)
         at = head.to(tl.int64) * tokens + query
-        if PAIRED:
-            # One load of both: two short ones would each be spread over all threads.
-            both = pairs + 2 * at[:, None] + tl.arange(0, 2)[None, :]
-            log_sum, d = tl.split(tl.load(both, mask=(query < end)[:, None], other=0.0))
-        else:
-            log_sum = tl.load(logsumexp + at, mask=query < end, other=0.0)
-            o = _load(out + column, start, end, WIDTH, HALF, STEP, PAIRS)
-            d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        # One load of both: two short ones would each be spread over all threads.
+        both = pairs + 2 * at[:, None] + tl.arange(0, 2)[None, :]
+        log_sum, d = tl.split(tl.load(both, mask=(query < end)[:, None], other=0.0))
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        s = _masked(s, start - first, low, behind, STEP)
         along_p = tl.dot(v, tl.trans(g), input_precision="ieee")
         p = tl.exp2(s * scale_log2 - log_sum[None, :])
-        p = tl.where(_within(start, low, high, STEP), p, 0.0)
         along_s = p * (along_p - d[None, :])
         grad_v = tl.dot(p.to(g.dtype), g, grad_v, input_precision="ieee")
         grad_k = tl.dot(along_s.to(q.dtype), q, grad_k, input_precision="ieee")
@@ -338,31 +349,6 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         grad_qkv + WIDTH + column, grad_k * scale, cos, sin, position_ids, first, tokens,
         3 * WIDTH, HALF, BLOCK, PAIRS,
     )  # fmt: skip
-
-
-@triton.jit
-def _local_attention_backward_kernel(  # type: ignore[no-untyped-def]
-    qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
-    tokens, scale, scale_log2,
-    WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Either half of the backward for one tile of one head, or both after one another."""
-    head = tl.program_id(0) % HEADS
-    first = tl.program_id(0) // HEADS * BLOCK
-    if QUERIES:
-        _query_gradients(
-            qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
-            head, first, tokens, scale, scale_log2,
-            WINDOW, HEADS, HALF, PAIRS, BLOCK, STEP, STAGES,
-        )  # fmt: skip
-    if KEYS:
-        _key_gradients(
-            qkv, turned, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
-            head, first, tokens, scale, scale_log2,
-            WINDOW, HEADS, HALF, PAIRS, BLOCK, STEP, STAGES, not QUERIES,
-        )  # fmt: skip
 
 
 def launch_options(tiles: Tiles, heads: int, head_dim: int, window: int) -> dict[str, int | None]:
@@ -385,19 +371,19 @@ def launch_options(tiles: Tiles, heads: int, head_dim: int, window: int) -> dict
 @torch.library.custom_op("clinical_modernbert::local_attention", mutates_args=())
 def _local_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, turned queries and keys (T, 2, H, D), and log2 of the sums (H, T) fp32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result, what `rope` makes of qkv, and log2 of the sums, (H, T) fp32."""
     tokens, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty((tokens, heads, head_dim))
-    turned = qkv.new_empty((tokens, 2, heads, head_dim))
+    q, k, v = rope(qkv, cos, sin, position_ids)
+    out = torch.empty_like(q)
     logsumexp = qkv.new_empty((heads, tokens), dtype=torch.float32)
     if qkv.numel() > 0:
-        turn_queries_and_keys(qkv, turned, cos, sin, position_ids)
         tiles = tuning(qkv.element_size(), head_dim).forward
-        with torch.cuda.device_of(qkv):
+        with torch.cuda.device_of(q):
             _local_attention_forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
-                qkv,
-                turned,
+                q,
+                k,
+                v,
                 bounds,
                 out,
                 logsumexp,
@@ -405,26 +391,24 @@ def _local_attention(
                 _LOG2_E * head_dim**-0.5,
                 **launch_options(tiles, heads, head_dim, window),
             )
-    return out, turned, logsumexp
+    return out, q, k, v, logsumexp
 
 
 @_local_attention.register_fake
 def _local_attention_fake(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, _, heads, head_dim = qkv.shape
-    return (
-        qkv.new_empty((tokens, heads, head_dim)),
-        qkv.new_empty((tokens, 2, heads, head_dim)),
-        qkv.new_empty((heads, tokens), dtype=torch.float32),
-    )
+    out, q, k, v = (qkv.new_empty((tokens, heads, head_dim)) for _ in range(4))
+    return out, q, k, v, qkv.new_empty((heads, tokens), dtype=torch.float32)
 
 
 @torch.library.custom_op("clinical_modernbert::local_attention_backward", mutates_args=())
 def _local_attention_backward(
     grad: Tensor,
-    qkv: Tensor,
-    turned: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
@@ -433,44 +417,47 @@ def _local_attention_backward(
     logsumexp: Tensor,
     window: int,
 ) -> Tensor:
-    tokens, _, heads, head_dim = qkv.shape
-    grad_qkv = torch.empty_like(qkv)
-    if qkv.numel() == 0:
+    """The gradient of the packed queries, keys and values: (T, 3, H, D)."""
+    tokens, heads, head_dim = q.shape
+    grad_qkv = q.new_empty((tokens, 3, heads, head_dim))
+    if q.numel() == 0:
         return grad_qkv
-    cut = tuning(qkv.element_size(), head_dim)
+    cut = tuning(q.element_size(), head_dim)
     pairs = logsumexp.new_empty((*logsumexp.shape, 2))
-    halves = [(cut.keys, True, True)]
-    if not cut.together:
-        halves = [(cut.queries, True, False), (cut.keys, False, True)]
-    for tiles, queries, keys in halves:
-        with torch.cuda.device_of(qkv):
-            _local_attention_backward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
-                qkv,
-                turned,
-                bounds,
-                out,
-                logsumexp,
-                grad,
-                cos,
-                sin,
-                position_ids,
-                grad_qkv,
-                pairs,
-                tokens,
-                head_dim**-0.5,
-                _LOG2_E * head_dim**-0.5,
-                **launch_options(tiles, heads, head_dim, window),
-                QUERIES=queries,
-                KEYS=keys,
-            )
+    turned, turn = (q, k, v, bounds), (cos, sin, position_ids)
+    scales = (head_dim**-0.5, _LOG2_E * head_dim**-0.5)
+    with torch.cuda.device_of(q):
+        _local_attention_queries_kernel[(heads * triton.cdiv(tokens, cut.queries.block),)](
+            *turned,
+            out,
+            logsumexp,
+            grad,
+            *turn,
+            grad_qkv,
+            pairs,
+            tokens,
+            *scales,
+            **launch_options(cut.queries, heads, head_dim, window),
+        )
+        _local_attention_keys_kernel[(heads * triton.cdiv(tokens, cut.keys.block),)](
+            *turned,
+            grad,
+            *turn,
+            grad_qkv,
+            pairs,
+            tokens,
+            *scales,
+            **launch_options(cut.keys, heads, head_dim, window),
+        )
     return grad_qkv
 
 
 @_local_attention_backward.register_fake
 def _local_attention_backward_fake(
     grad: Tensor,
-    qkv: Tensor,
-    turned: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
@@ -479,14 +466,15 @@ def _local_attention_backward_fake(
     logsumexp: Tensor,
     window: int,
 ) -> Tensor:
-    return torch.empty_like(qkv)
+    tokens, heads, head_dim = q.shape
+    return q.new_empty((tokens, 3, heads, head_dim))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    qkv, cos, sin, position_ids, bounds, ctx.window = inputs
-    out, turned, logsumexp = output
-    ctx.save_for_backward(qkv, turned, cos, sin, position_ids, bounds, out, logsumexp)
-    ctx.mark_non_differentiable(turned, logsumexp)
+    _, *turn, ctx.window = inputs
+    out, *turned, logsumexp = output
+    ctx.save_for_backward(*turned, *turn, out, logsumexp)
+    ctx.mark_non_differentiable(*turned, logsumexp)
     ctx.set_materialize_grads(False)
 
 

@@ -168,7 +168,7 @@ def _turn(  # type: ignore[no-untyped-def]
         tl.store(v_out + to + HALF, v_second, mask=inside, cache_modifier=".cs")
 
 
-# Four entries to the same turn. Each names the packed tensor once, so that a compiler sees which
+# Three entries to the same turn. Each names the packed tensor once, so that a compiler sees which
 # whole tensors are written.
 @triton.jit
 def _apart_kernel(  # type: ignore[no-untyped-def]
@@ -207,33 +207,6 @@ def _in_place_kernel(  # type: ignore[no-untyped-def]
         qkv, qkv + WIDTH, qkv, qkv, qkv + WIDTH, qkv, cos, sin, position_ids, tokens,
         3 * WIDTH, 3 * WIDTH, HEADS, HALF, False, False, BLOCK_T, BLOCK_H, BLOCK_R,
     )  # fmt: skip
-
-
-@triton.jit
-def _queries_and_keys_kernel(  # type: ignore[no-untyped-def]
-    qkv, out, cos, sin, position_ids, tokens,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    WIDTH: tl.constexpr = HEADS * 2 * HALF
-    _turn(
-        qkv, qkv + WIDTH, qkv, out, out + WIDTH, out, cos, sin, position_ids, tokens,
-        3 * WIDTH, 2 * WIDTH, HEADS, HALF, False, False, BLOCK_T, BLOCK_H, BLOCK_R,
-    )  # fmt: skip
-
-
-def turn_queries_and_keys(
-    qkv: Tensor, out: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
-) -> None:
-    """Write turned queries and keys of (T, 3, H, D) to (T, 2, H, D), within an opaque operation.
-
-    All contiguous, and T at least 1.
-    """
-    tokens, _, heads, head_dim = qkv.shape
-    with torch.cuda.device_of(qkv):
-        _queries_and_keys_kernel[(triton.cdiv(tokens, _TILE[0]),)](
-            qkv, out, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
-        )
 
 
 def _sizes(heads: int, head_dim: int) -> dict[str, int]:

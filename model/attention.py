@@ -44,6 +44,10 @@ _INSTALL = {
 }
 
 
+class AttentionError(ValueError):
+    """Attention that cannot be had, or does not work here; the message names the keys to change."""
+
+
 class Choice(NamedTuple):
     """What computes attention: a name of BACKENDS and, for layers with a window, "kernel" for
     `kernels.local_attention` or "backend" for the same as elsewhere."""
@@ -255,16 +259,16 @@ def choose_attention(
     """What computes attention for `qkv` of this dtype and width on this device.
 
     auto: the first of BACKENDS that can, and the kernel for layers with a window on a GPU. Raises
-    ValueError, with the reason, where something else is asked for by name and cannot.
+    AttentionError, with the reason, where something else is asked for by name and cannot.
     """
     found = backend
     if backend == "auto":
         found = _best_backend(device.type, device.index, dtype, head_dim)
     elif reason := why_not(backend, device.type, device.index, dtype, head_dim):
-        raise ValueError(f"attention: {backend} cannot be used here: {reason}")
+        raise AttentionError(f"attention: {backend} cannot be used here: {reason}")
     in_triton = device.type == "cuda" and dtype != torch.float64 and head_dim <= 256
     if local == "kernel" and not in_triton:
-        raise ValueError(
+        raise AttentionError(
             f"local_attention: kernel needs a CUDA device, bf16, fp16 or fp32 and heads up to 256; "
             f"here are {device.type}, {dtype} and {head_dim}"
         )
@@ -332,7 +336,7 @@ def check_attention(
     """Compare a choice with the reference on a few documents, gradients included, before a run.
 
     A vendor's package can be installed and not work: for another CUDA, or compiled on first use.
-    Raises RuntimeError, naming the keys to change; nothing else is chosen in its place.
+    Raises AttentionError in one line; nothing else is chosen in its place.
     """
     lengths, behind = [300, *[16] * 8, 1, 0, 77], 5
     tokens = sum(lengths) + behind
@@ -355,11 +359,12 @@ def check_attention(
         try:
             ours = run(qkv, choice, seen)
         except Exception as error:
-            raise RuntimeError(f"attention {name} does not run. {_CHANGE}") from error
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            raise AttentionError(f"attention {name} does not run ({reason}). {_CHANGE}") from error
         truth = run(qkv.float(), Choice("reference", "backend"), seen)
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True)]
         if not max(errors) < tolerance:  # NaN too
-            raise RuntimeError(
+            raise AttentionError(
                 f"attention {name}, window {seen}, is off by {errors[0]:.1e} of its result and "
                 f"{errors[1]:.1e} of its gradient, where {tolerance:.1e} is allowed. {_CHANGE}"
             )

@@ -129,17 +129,12 @@ class Layer(nn.Module):
             if branch_TD is not None:
                 normed_TD, hidden_TD = self.attn_norm(branch_TD, hidden_TD)
             branch_TD = self.attn(normed_TD, documents, tables, backends)
-            result: tuple[Tensor, Tensor] = _run(
-                self._second_half, self.recompute == "mlp", branch_TD, hidden_TD
-            )
-            return result
+            normed_TD, hidden_TD = self.mlp_norm(branch_TD, hidden_TD)
+            again = self.recompute == "activation"
+            return hidden_TD, _run(self.mlp, self.recompute == "mlp", normed_TD, again)
 
         result: tuple[Tensor, Tensor] = _run(whole, self.recompute == "layer", hidden_TD, branch_TD)
         return result
-
-    def _second_half(self, branch_TD: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        normed_TD, hidden_TD = self.mlp_norm(branch_TD, hidden_TD)
-        return hidden_TD, self.mlp(normed_TD, self.recompute == "activation")
 
 
 class Embeddings(nn.Module):
@@ -274,8 +269,8 @@ class ModernBertForMaskedLM(nn.Module):
     def set_recompute(self, recompute: Recompute) -> None:
         """Say what of every layer the backward computes again.
 
-        none: nothing; activation: the result of GeGLU; mlp: all of the second half of a layer;
-        layer: all of it. Gradients stay the same, to the bit.
+        none: nothing; activation: the result of GeGLU; mlp: all that its MLP makes of the norm
+        before it; layer: all of it. Gradients stay the same, to the bit.
         """
         for layer in self.model.layers:
             assert isinstance(layer, Layer)

@@ -1,8 +1,10 @@
 """A micro-batch as the model takes it: packed rows, positions, document bounds, masked positions.
 
 Shapes that a compiler or a kernel sees take few values: T = rows × row_tokens and M (from the
-highest masking rate) are constant, the number of documents and the longest of them are rounded up
-to buckets here, on the host, so that no value travels from device to host within a micro-batch.
+highest masking rate) are constant, and the longest document is rounded up to a bucket here, on the
+host, so that no value travels from device to host within a micro-batch. The number of documents is
+the one size that compiled layers take as it comes; kernels whose grid goes over documents pay for
+empty ones, so it is rounded up by little.
 """
 
 import itertools
@@ -17,9 +19,9 @@ from torch import Tensor
 from data_prep.shards import Row
 from train.masking import IGNORED, MaskedRow, masked_count
 
-SMALLEST_DOCUMENTS = 64
+DOCUMENTS_MULTIPLE = 64
 SMALLEST_SEQLEN = 128
-BUCKET_RATIO = 4
+SEQLEN_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class PackedBatch:
     """One micro-batch, on the host or on a device.
 
     input_ids, position_ids: (T,) int64; position_ids count from 0 in every document.
-    cu_seqlens: (N + 1,) int32, document bounds, then T again for every empty document up to the
-    bucket N. max_seqlen: at least the longest document.
+    cu_seqlens: (N + 1,) int32, document bounds, then T again for every empty document up to N, a
+    multiple of DOCUMENTS_MULTIPLE. max_seqlen: at least the longest document.
     masked_indices, labels: (M,) int64; what is left of M points to position 0 with label -100.
     masked_sources: (M,) int64, the number of the source that each of them is of; 0 for what is
     left. masked_tokens: how many labels count; lengths: (documents,) tokens of each document,
@@ -112,16 +114,14 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
         documents_of.append(np.diff(row.cu_seqlens[: len(row.documents) + 1]).astype(np.int64))
     cu_seqlens = np.concatenate(bounds)
     lengths = np.diff(cu_seqlens)
-    documents = bucket(len(lengths), SMALLEST_DOCUMENTS)
+    empty = -len(lengths) % DOCUMENTS_MULTIPLE
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(
             np.arange(shape.tokens) - np.repeat(cu_seqlens[:-1], lengths)
         ),
-        cu_seqlens=torch.from_numpy(
-            np.pad(cu_seqlens, (0, documents - len(lengths)), mode="edge").astype(np.int32)
-        ),
-        max_seqlen=min(bucket(int(lengths.max()), SMALLEST_SEQLEN), shape.max_length),
+        cu_seqlens=torch.from_numpy(np.pad(cu_seqlens, (0, empty), mode="edge").astype(np.int32)),
+        max_seqlen=min(seqlen_bucket(int(lengths.max())), shape.max_length),
         masked_indices=torch.from_numpy(masked_indices),
         labels=torch.from_numpy(labels),
         masked_sources=torch.from_numpy(masked_sources),
@@ -130,10 +130,10 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
     )
 
 
-def bucket(value: int, smallest: int) -> int:
-    """`value` rounded up to smallest × 4^k: few different shapes, none far too large."""
-    sizes = (smallest * BUCKET_RATIO**power for power in itertools.count())
-    return next(size for size in sizes if size >= value)
+def seqlen_bucket(longest: int) -> int:
+    """A length rounded up to SMALLEST_SEQLEN × 4^k: few different ones, none far too large."""
+    sizes = (SMALLEST_SEQLEN * SEQLEN_RATIO**power for power in itertools.count())
+    return next(size for size in sizes if size >= longest)
 
 
 def _split_padding(row: Row, max_length: int) -> NDArray[np.int64]:

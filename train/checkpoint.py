@@ -29,7 +29,7 @@ from train.engine import Engine, choose_dtypes, quiet
 from train.ranks import Ranks, from_first, gather
 from train.resolve import Run, RunPhase
 from train.schedule import Progress
-from train.start import tokenizer_folder
+from train.start import check_norms, tokenizer_folder
 
 # What a run needs of a manifest to continue.
 _KEYS = ("config", *asdict(Progress()))
@@ -176,6 +176,15 @@ def _check_can_be_kept(path: Path, run: Run) -> None:
                 f"{manifest.get(key)}, this run's is {value}; start with the same, or set "
                 "init_optimizer to fresh"
             )
+    # Only here, for it brings transformers with it, which takes seconds.
+    from model.export import load_checkpoint
+
+    try:
+        check_norms(load_checkpoint(path))
+    except ValueError as error:
+        raise CheckpointError(
+            f"the weights of init_from = {path} cannot be kept: {error}"
+        ) from None
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -119,8 +119,8 @@ class Train:
     compile: Literal["auto", "layers", "none"] = "auto"
     """layers: each layer is one compiled graph; auto: so on a GPU, but not with zero_stage 3"""
     recompute: Recompute = "none"
-    """what the backward computes again to save memory: the activation of each layer, its second
-    half (mlp), or all of it (layer)"""
+    """what the backward computes again to save memory: the activation of each layer, its MLP, or
+    all of it (layer)"""
     fp8: Literal["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = "none"
     """matrix products of the layers in 8 bits, by torchao's recipes; for H100 and later"""
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from common.config import ConfigError, config_to_yaml
 from common.files import whole_file, write_json
-from model.attention import Choice, check_attention, choose_attention, what_to_install
+from model.attention import (
+    AttentionError,
+    Choice,
+    check_attention,
+    choose_attention,
+    what_to_install,
+)
 from model.modernbert import ModernBertForMaskedLM
 from train import checkpoint
 from train.console import Console
@@ -192,11 +198,11 @@ def _choose_attention(run: Run, device: torch.device) -> Choice:
     config = run.config
     try:
         choice = choose_attention(device, dtype, width, config.attention, config.local_attention)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if device.type == "cuda":
-        heads, window = run.start.num_attention_heads, run.start.local_attention // 2
-        check_attention(choice, device, dtype, heads, width, window)
+        if device.type == "cuda":
+            heads, window = run.start.num_attention_heads, run.start.local_attention // 2
+            check_attention(choice, device, dtype, heads, width, window)
+    except AttentionError as error:
+        raise ConfigError(str(error)) from error
     return choice
 
 

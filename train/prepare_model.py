@@ -14,6 +14,8 @@ So there is one compilation for each kind of layer (the first; global; local), f
 each T and each bucket of `max_seqlen`. A break in a graph is an error.
 """
 
+import math
+
 import torch
 
 from common.config import ConfigError
@@ -55,6 +57,21 @@ def check_preparation(config: Train, precision: str, on_gpu: bool) -> None:
         raise ConfigError(
             f"fp8 is {config.fp8}, but layers are not compiled: uncompiled, casts to 8 bits take "
             "longer than the products gain; set compile=layers and zero_stage below 3, or fp8=none"
+        )
+
+
+def check_tokens(fp8: str, phase: str, micro_rows: int, row_tokens: int) -> None:
+    """Raise ConfigError for a micro-batch whose tokens 8-bit products cannot be summed over.
+
+    That is what the gradient of a weight does. Masked tokens play no part: the head is in bf16.
+    """
+    in_8_bits = fp8 not in ("none", "rowwise_with_gw_hp")
+    if in_8_bits and micro_rows * row_tokens % _FP8_MULTIPLE:
+        fitting = _FP8_MULTIPLE // math.gcd(_FP8_MULTIPLE, row_tokens)
+        raise ConfigError(
+            f"phases.{phase}.batch.micro_rows = {micro_rows} makes micro-batches of "
+            f"{micro_rows * row_tokens:,} tokens, which fp8={fp8} needs to be a multiple of "
+            f"{_FP8_MULTIPLE}; set it to a multiple of {fitting}, or fp8=rowwise_with_gw_hp"
         )
 
 

@@ -83,7 +83,7 @@ def loss_plot(curves: Curves) -> str:
     """
     steps, losses = points(curves.train, lambda r: r["loss"])
     checked = points(curves.validation, lambda r: r["loss"])
-    later = EARLY * steps[-1]
+    later = EARLY * curves.train[-1]["step"]
 
     def lines(axes: Axes) -> None:
         axes.plot(*thinned(steps, losses), color="C0", alpha=0.3, linewidth=0.8)

@@ -17,7 +17,7 @@ from train.engine import choose_dtypes, deepspeed_config
 from train.mask_order import make_order
 from train.masking import Masker, Vocabulary
 from train.phase_config import Data, Phase, micro_steps
-from train.prepare_model import check_preparation
+from train.prepare_model import check_preparation, check_tokens
 from train.row_order import RowOrder
 from train.schedule import (
     PhaseSchedule,
@@ -173,6 +173,7 @@ def _resolve_phase(
     weights, total_rows = mixture(name, part.data, rows, part.tokens, data.row_tokens)
     tokens = part.tokens if part.tokens is not None else total_rows * data.row_tokens
     _check_ramps(name, part, tokens)
+    check_tokens(config.fp8, name, part.batch.micro_rows, data.row_tokens)
     read: Counter[str] = Counter()
     for phase in earlier.values():
         if phase.data.manifest_sha256 == data.manifest_sha256:

@@ -13,8 +13,9 @@ import torch
 from common.config import ConfigError
 from common.counter_random import derive_key
 from data_prep.shards import DataSet
+from kernels.layer_norm import SMALLEST_WEIGHT
 from model.config import GEOMETRIES, ModernBertConfig, from_hugging_face
-from model.modernbert import ModernBertForMaskedLM
+from model.modernbert import ModernBertForMaskedLM, Norm
 from train.config import Train
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -77,9 +78,26 @@ def make_model(config: Train, geometry: ModernBertConfig) -> ModernBertForMasked
     read = load_checkpoint if _is_checkpoint(config.init_from) else load_pretrained
     try:
         model = read(config.init_from)
+        check_norms(model)
         return model if _same_sizes(model.config, geometry) else tile(model, geometry)
     except ValueError as error:
         raise ConfigError(f"init_from: {error}") from None
+
+
+def check_norms(model: ModernBertForMaskedLM) -> None:
+    """Raise ConfigError for a norm whose weight holds a 0, which no gradient could ever move.
+
+    See `kernels.layer_norm`: the backward divides by the weight.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Norm):
+            hidden = int((module.weight.abs() < SMALLEST_WEIGHT).sum())
+            if hidden:
+                raise ConfigError(
+                    f"{name}.weight holds {hidden} zeros (or numbers below {SMALLEST_WEIGHT:.1e}), "
+                    "which would get no gradient; take other weights, or put a small number, such "
+                    "as 1e-6, in their place"
+                )
 
 
 def read_geometry(folder: Path) -> ModernBertConfig:

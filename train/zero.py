@@ -12,7 +12,8 @@ DeepSpeed 0.19.8 steps through one of these:
 Some wait for the device: before a step, to ask on the host whether the gradient's norm is finite,
 which train/optimizer_step.py asks on the device instead; or at the end of backward, for the stream
 that reduces. `without_waits` takes both out. (train/engine.py sees to it that BF16_Optimizer is not
-used.)
+used.) And DeepSpeedZeroOptimizer passes more often over gradients than adding them up needs, which
+`without_copies` mends.
 """
 
 import types
@@ -78,6 +79,80 @@ def without_waits(wrapper: Wrapper) -> None:
         # the gradient that would divide it by 1.
         wrapper._get_norm_groups = lambda: [0.0]
         wrapper.unscale_and_clip_grads = lambda sub_group, norm: None
+
+
+def without_copies(wrapper: Wrapper) -> None:
+    """Let ZeRO 1 and 2 add bf16 gradients up in fp32 without copying them; same sums, to the bit.
+
+    DeepSpeed keeps the fp32 sums of what a rank steps in a buffer of their own. What it does before
+    that with whole gradients is passes over memory: a cast, a copy into a bucket, one out of it to
+    be reduced, and one back which nothing reads. Other dtypes, and Muon's groups, have no such
+    buffer and stay as they are.
+    """
+    if type(wrapper).__name__ != "DeepSpeedZeroOptimizer" or wrapper.cpu_offload:
+        return
+    groups = range(len(wrapper.bit16_groups))
+    if not all(wrapper._use_compact_grad_partition_buffer(group) for group in groups):
+        return
+    wrapper._fill_param_grad_accum_attribute = types.MethodType(_add_gradient, wrapper)
+    wrapper.allreduce_and_copy_with_multiple_ranks = types.MethodType(_reduce_bucket, wrapper)
+    # What travels in another dtype is rounded, also where it travels nowhere.
+    in_fp32 = wrapper.communication_data_type == torch.float32
+    if dist.get_world_size(wrapper.dp_process_group) == 1 and in_fp32:
+        wrapper.process_gradients = types.MethodType(_add_to_partition, wrapper)
+        # Elements; buckets stay empty, but are allocated all the same, and percentages reckoned.
+        wrapper.reduce_bucket_size = 1
+
+
+def _add_gradient(wrapper: Wrapper, parameter: Any) -> None:
+    """Add a gradient to the parameter's sum over micro-steps, cast as it is read (stage 1)."""
+    if parameter.grad is None:
+        return
+    if parameter.grad_accum is None:
+        parameter.grad_accum = parameter.grad.to(wrapper.gradient_accumulation_dtype)
+    else:
+        parameter.grad_accum.add_(parameter.grad)
+    parameter.grad = None
+
+
+def _add_to_partition(wrapper: Wrapper, parameter: Any, group: int) -> None:
+    """A new gradient where there is one rank: straight into what the optimizer will be given."""
+    wrapper.setup_buckets()
+    name, size = wrapper.get_param_id(parameter), parameter.numel()
+    sums = wrapper._get_compact_grad_partition_slice(group, 0, name, size)
+    sums.view_as(parameter).add_(parameter.grad)
+    parameter.grad = None
+
+
+def _reduce_bucket(
+    wrapper: Wrapper,
+    slices: list[Tensor],
+    communication_data_type: torch.dtype,
+    log: None = None,
+    divide: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    bucket_ranks: list[frozenset[int]] | None = None,
+    output_bucket: list[Tensor | None] | None = None,
+) -> None:
+    """Sum up over ranks, where they lie, the slices of a bucket; add this rank's to its own sums.
+
+    output_bucket: for each slice its place in this rank's sums, None for what other ranks step.
+    """
+    assert output_bucket is not None
+    assert not divide, "the bucket is divided by the number of ranks before it is cut"
+    first, last = slices[0], slices[-1]
+    length = last.storage_offset() + last.numel() - first.storage_offset()
+    sizes = [piece.numel() for piece in slices]
+    assert length == sum(sizes), "a bucket is cut into slices that lie one after another"
+    bucket = first.as_strided((length,), (1,))
+    reduced = bucket.to(communication_data_type)
+    dist.all_reduce(reduced, group=process_group)
+    for piece, sums in zip(reduced.split(sizes), output_bucket, strict=True):
+        if sums is not None:
+            sums.add_(piece)
+    if bucket.is_cuda:
+        # It may be given back before this stream has come so far.
+        bucket.record_stream(torch.cuda.current_stream())
 
 
 def _end_backward(wrapper: Wrapper) -> None:

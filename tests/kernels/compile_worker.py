@@ -138,10 +138,8 @@ def call_local_attention(
 ) -> None:
     qkv, *turn = rotary_case(tokens, heads, width, dtype, index)
     turn.append(empty(2, tokens, dtype=torch.int32))
-    out, turned, logsumexp = local_attention._local_attention._init_fn(qkv, *turn, window)
-    local_attention._local_attention_backward._init_fn(
-        out, qkv, turned, *turn, out, logsumexp, window
-    )
+    out, *turned, logsumexp = local_attention._local_attention._init_fn(qkv, *turn, window)
+    local_attention._local_attention_backward._init_fn(out, *turned, *turn, out, logsumexp, window)
 
 
 def call_documents(tokens: int, count: int, dtype: torch.dtype) -> None:
@@ -152,10 +150,10 @@ def call_documents(tokens: int, count: int, dtype: torch.dtype) -> None:
 
 def call_norms(rows: int, width: int, dtype: torch.dtype, weights: torch.dtype) -> None:
     x, weight = empty(rows, width, dtype=dtype), empty(width, dtype=weights)
-    normed, mean, rstd = layer_norm._layer_norm._init_fn(x, weight, 1e-5)
+    normed, rstd = layer_norm._layer_norm._init_fn(x, weight, 1e-5)
     layer_norm._add_layer_norm._init_fn(x, x, weight, 1e-5)
     for grad_sum in (None, x):
-        layer_norm._layer_norm_backward._init_fn(x, weight, mean, rstd, normed, grad_sum)
+        layer_norm._layer_norm_backward._init_fn(normed, weight, rstd, x, grad_sum)
 
 
 def call_geglu(rows: int, width: int, dtype: torch.dtype) -> None:
@@ -254,7 +252,7 @@ def tune() -> Iterator[tuple[str, Any]]:
         local_attention.NARROW = tuning
         call_local_attention(TOKENS, heads, width, torch.bfloat16, torch.int64)
 
-    for tuning in benchmark_attention.candidates():
+    for tuning in benchmark_attention.candidates(local_attention.NARROW):
         yield benchmark_attention.name_of(tuning), partial(call, tuning)
 
 

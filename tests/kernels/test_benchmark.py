@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import benchmark
-from kernels.benchmark_attention import candidates, seen_pairs
+from kernels import benchmark, benchmark_attention, local_attention
+from kernels.benchmark_attention import candidates, name_of, seen_pairs
 from kernels.benchmark_cases import _adamw, _both_passes, base_parameters
 from kernels.benchmark_layouts import Case, bucketed, layouts
 from kernels.local_attention import NARROW
@@ -92,18 +92,42 @@ def test_pairs_within_a_window(length: int, window: int) -> None:
     assert seen_pairs(length, window) == sum(near)
 
 
-def test_tuning_compares_with_what_is_in_use() -> None:
-    tunings = list(candidates())
-    assert tunings[0] == NARROW
-    assert {tuning.together for tuning in tunings} == {False, True}
+def test_tuning_varies_one_kernel_of_what_is_in_use() -> None:
+    first, *others = candidates(NARROW)
+    assert first == NARROW
+    for tuning in others:
+        changed = [field for field, tiles in vars(tuning).items() if tiles != vars(NARROW)[field]]
+        assert len(changed) == 1, tuning
+    assert len(set(others)) == len(others)
+
+
+def test_tuning_varies_the_same_in_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the layout before was measured with last."""
+    usual = local_attention.NARROW
+    monkeypatch.setattr(local_attention, "NARROW", usual)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(benchmark_attention, "random_tensor", lambda *sizes: torch.zeros(()))
+    monkeypatch.setattr(benchmark_attention, "document_bounds", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(benchmark_attention, "positions_from", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(benchmark_attention, "_local", lambda *_: ())
+    found = []
+    for case in benchmark_attention.make_local(16_384, tune=True):
+        found.append(list(case.who))
+        for measure in case.who.values():
+            measure()
+        assert vars(local_attention)["NARROW"] != usual
+    assert len(found) == 3
+    assert found == [[name_of(tuning) for tuning in candidates(usual)]] * 3
+    assert vars(local_attention)["NARROW"] == usual
 
 
 def test_buckets_are_those_of_training() -> None:
     titles = layouts(65_536)["code titles"]
     lengths, longest = bucketed(titles)
     batch = pytest.importorskip("train.batch")
-    assert len(lengths) == batch.bucket(len(titles), batch.SMALLEST_DOCUMENTS) == 4096
-    assert longest == batch.bucket(max(titles), batch.SMALLEST_SEQLEN)
+    assert len(titles) <= len(lengths) < len(titles) + batch.DOCUMENTS_MULTIPLE
+    assert len(lengths) % batch.DOCUMENTS_MULTIPLE == 0
+    assert longest == batch.seqlen_bucket(max(titles))
     assert lengths[: len(titles)] == titles
     assert sum(lengths) == 65_536
 

@@ -10,6 +10,7 @@ from kernels.documents import positions_from
 from model import attention
 from model.attention import (
     BACKENDS,
+    AttentionError,
     Choice,
     attend,
     check_attention,
@@ -221,14 +222,15 @@ def test_a_choice_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.01 * reference_attention(*values)
 
     monkeypatch.setitem(BACKENDS, "fa4", wrong)
-    with pytest.raises(RuntimeError, match="attention fa4, window None, is off by 1"):
+    with pytest.raises(AttentionError, match="attention fa4, window None, is off by 1"):
         check_attention(Choice("fa4", "backend"), *arguments)
 
     def missing(*values: Tensor) -> Tensor:
-        raise ImportError("no kernel")
+        raise ImportError("no kernel\nand much more")
 
     monkeypatch.setitem(BACKENDS, "fa4", missing)
-    with pytest.raises(RuntimeError, match=r"attention fa4 does not run\. Set `attention`"):
+    said = r"^attention fa4 does not run \(ImportError: no kernel\)\. Set `attention` to .*\.$"
+    with pytest.raises(AttentionError, match=said):
         check_attention(Choice("fa4", "backend"), *arguments)
 
 

@@ -4,9 +4,11 @@ The gradients depend on no weight, so what a rule makes of them can be computed 
 without DeepSpeed. The steps `POISONED` have an infinity in them on one rank.
 """
 
+import itertools
 import json
 import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,88 @@ def full_weights(engine: Any) -> dict[str, np.ndarray]:
     return found
 
 
+# Where DeepSpeed's passes over gradients are replaced, and where not. Buckets of 200 elements: some
+# parameters share one, one is larger.
+SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 200}}
+SUMS: dict[str, dict[str, Any]] = {
+    f"{precision}_zero{stage}{kind}": {"zero_stage": stage, "precision": precision}
+    | {"deepspeed": SMALL_BUCKETS}
+    | ({"reduce_dtype": "bf16"} if kind == "_reduced_in_bf16" else {})
+    for precision in ("fp32", "bf16")
+    for stage in (1, 2)
+    for kind in ("", "_reduced_in_bf16")
+    if precision == "bf16" or not kind
+}
+SUM_STEPS, SUM_MICRO_STEPS = 2, 3
+
+
+class Passes(TorchDispatchMode):
+    """Counts operations that write gradients: casts, copies, sums, and tensors put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func).split(".")[1]
+        if name in ("_to_copy", "copy_", "add_", "cat", "div_", "zeros"):
+            first = next(t for t in tree_leaves(out) if isinstance(t, Tensor))
+            if first.numel() > 0:
+                self.counts[name] = self.counts.get(name, 0) + 1
+        return out
+
+
+def sum_gradients(ranks: Ranks, changes: dict[str, Any], as_deepspeed: bool) -> dict[str, Any]:
+    """Weights after steps with gradients whose sums are rounded, and passes over gradients.
+
+    as_deepspeed: with DeepSpeed's own sums.
+    """
+    from train import engine as ours
+
+    replaced = ours.without_copies
+    if as_deepspeed:
+        ours.without_copies = lambda wrapper: None
+    try:
+        engine = make_engine(ranks, changes)
+    finally:
+        ours.without_copies = replaced
+    dtype = torch.bfloat16 if changes["precision"] == "bf16" else torch.float32
+    draw, shapes = torch.Generator(), SHAPES | {"again": SHAPES["tied"]}
+    passes = []
+    for number, micro_step in itertools.product(range(SUM_STEPS), range(SUM_MICRO_STEPS)):
+        draw.manual_seed(1000 * number + 10 * micro_step + ranks.rank)
+        given = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+        loss = engine({name: part.to(engine.device, dtype) for name, part in given.items()})
+        with Passes() as watch:
+            is_last = micro_step == SUM_MICRO_STEPS - 1
+            ours.backward(engine, loss, ranks.size, ranks.size, is_last)
+        passes.append(watch.counts)
+        if is_last:
+            ours.step(engine, Rates(lr_of(number), PEAK, DECAY), want_norms=False)
+    found = {"passes": passes[-SUM_MICRO_STEPS:], "weights": full_weights(engine)}
+    engine.destroy()
+    return found
+
+
+def compare_sums(ranks: Ranks, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """For each of SUMS: whether no bit depends on who adds gradients up, and passes of a step."""
+    found = {}
+    for name in names:
+        changes = SUMS[name]
+        ours, theirs = (
+            sum_gradients(ranks, changes, as_deepspeed) for as_deepspeed in (False, True)
+        )
+        pairs = [(ours["weights"][key], theirs["weights"][key]) for key in SHAPES]
+        found[name] = {
+            "same": all(a.tobytes() == b.tobytes() for a, b in pairs),
+            "finite": all(bool(np.isfinite(a).all()) for a, _ in pairs),
+            "ours": ours["passes"],
+            "theirs": theirs["passes"],
+        }
+    return found
+
+
 def run_case(ranks: Ranks, name: str, out: Path, resume_at: int | None = None) -> None:
     """Take the steps of a case; rank 0 writes the weights after every step and what else is known.
 
@@ -252,6 +336,9 @@ def main(ranks: Ranks, out: Path, kind: str) -> None:
     """The cases into `out`, and, for the kind `all`, more of them and each interrupted once."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "resumed").mkdir(exist_ok=True)
+    sums = compare_sums(ranks, SUMS)
+    if ranks.is_first:
+        (out / "sums.json").write_text(json.dumps(sums))
     for name in CASES if kind == "some" else CASES | MORE_CASES:
         run_case(ranks, name, out)
         if kind == "all":

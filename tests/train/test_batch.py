@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.shards import DataSet, Row
-from train.batch import BatchShape, bucket, pack
+from train.batch import BatchShape, pack, seqlen_bucket
 from train.masking import IGNORED, MaskedRow
 
 NOTHING = MaskedRow(*(np.empty(0, np.int64),) * 3)
@@ -84,10 +84,18 @@ def test_a_full_row_keeps_its_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(1, 64), (64, 64), (65, 256), (257, 1024), (1025, 4096)]
+    ("longest", "expected"), [(1, 128), (128, 128), (129, 512), (513, 2048), (2049, 8192)]
 )
-def test_buckets(value: int, expected: int) -> None:
-    assert bucket(value, 64) == expected
+def test_buckets_of_the_longest_document(longest: int, expected: int) -> None:
+    assert seqlen_bucket(longest) == expected
+
+
+@pytest.mark.parametrize(("documents", "slots"), [(1, 64), (64, 64), (65, 128), (260, 320)])
+def test_few_documents_are_empty(documents: int, slots: int) -> None:
+    row = make_row([0] * documents, list(range(documents + 1)), documents)
+    shape = BatchShape(1, documents, max_length=1, highest_rate=0.3, sources=("notes",))
+    batch = pack([row], [NOTHING], shape)
+    assert batch.cu_seqlens.tolist() == [*range(documents), *[documents] * (slots + 1 - documents)]
 
 
 def test_shapes_take_few_values(data_folder: Path) -> None:

@@ -123,13 +123,16 @@ def test_a_step_of_a_case_has_its_micro_batch_and_its_sums() -> None:
 # Arithmetic.
 
 
-def test_speed_and_mfu_are_medians_over_steps_for_a_gpu() -> None:
+def test_speed_and_mfu_are_those_of_all_steps_together_for_a_gpu() -> None:
+    """Of steps that differ in work: a median would leave out what the long ones cost."""
     run = tiny_run()
     flops = training_flops(ModernBertConfig(), [1024] * 64, 19_648)
     found = Measurement(
-        seconds=[0.25, 0.5, 0.125],
-        tokens=[65_536] * 3,
-        flops=[flops] * 3,
+        seconds=[0.25, 0.625, 0.25],
+        # The slowest rank of a step need not be that of the next.
+        elapsed=1.0,
+        tokens=[65_536, 131_072, 65_536],
+        flops=[flops, 2 * flops, flops],
         memory_gib=21.456,
         data_wait_share=0.001,
         parts=None,
@@ -137,16 +140,31 @@ def test_speed_and_mfu_are_medians_over_steps_for_a_gpu() -> None:
     )
     machine = results.Machine("NVIDIA H200", 800e12, 989.4e12)
     one = results.make_record(cases.TINY, "ours", 2, run, machine, found)
-    assert one["tok_per_s_per_gpu"] == 65_536 / 0.25 / 2
-    assert one["spread"] == [65_536 / 0.5 / 2, 65_536 / 0.125 / 2]
-    assert one["mfu"] == pytest.approx(flops / 0.25 / 2 / 800e12, abs=1e-4)
-    assert one["mfu_datasheet"] == pytest.approx(flops / 0.25 / 2 / 989.4e12, abs=1e-4)
+    assert one["tok_per_s_per_gpu"] == 4 * 65_536 / 1.0 / 2
+    assert one["spread"] == [round(131_072 / 0.625 / 2, 1), 65_536 / 0.25 / 2]
+    assert one["mfu"] == pytest.approx(4 * flops / 2 / 989.4e12, abs=1e-4)
+    assert one["mfu_of_measured_peak"] == pytest.approx(4 * flops / 2 / 800e12, abs=1e-4)
     # By hand: 0.82 GFLOP a token at 1,024 with the head on 30 %, 131,072 tokens a second.
-    assert one["mfu"] == pytest.approx(0.82e9 * 131_072 / 800e12, rel=0.02)
+    assert one["mfu"] == pytest.approx(0.82e9 * 131_072 / 989.4e12, rel=0.02)
     assert "800 TFLOP/s" in one["peak_source"]
     assert "MFU" in results.line(one)
     unknown = results.Machine("NVIDIA A30", 150e12, None)
-    assert results.make_record(cases.TINY, "ours", 1, run, unknown, found)["mfu_datasheet"] is None
+    assert results.make_record(cases.TINY, "ours", 1, run, unknown, found)["mfu"] is None
+
+
+@pytest.mark.usefixtures("joined")
+def test_mfu_is_the_same_share_in_records_of_training_and_of_the_benchmark() -> None:
+    """Both are of the datasheet's peak."""
+    from train.interval import peak_of
+
+    device = torch.device("cuda", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+        patch.setattr(command, "product_rate", lambda device, dtype: 7e14)
+        run = cases.resolve_case(cases.GPU_CASES[0], None, [], 1, on_gpu=True)
+        machine = command._machine(run, device)
+        assert machine.datasheet == peak_of(device, run.precision)
+    assert machine.peak == 7e14
 
 
 # Where the time goes.
@@ -184,7 +202,7 @@ def test_our_kernels_are_called_what_the_parts_are_told_by() -> None:
     from kernels import local_attention
 
     names = [name for name in vars(local_attention) if name.endswith("_kernel")]
-    assert len(names) == 2
+    assert len(names) == 3
     for name in names:
         assert parts.category(Kernel(name, 0, 1)) == "attention"
 
@@ -255,11 +273,41 @@ def test_a_trace_says_where_a_kernel_was_launched() -> None:
     assert found[0].end - found[0].start == pytest.approx(0.5)
 
 
+def test_one_step_is_timed_and_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is idle is the time of the very batches that the profiler watches."""
+    taken: list[list[str]] = []
+    clock = itertools.count()
+
+    def take(loaded: Any) -> None:
+        # The first time takes longest.
+        for _ in range(0 if taken else 9):
+            next(clock)
+        taken.append(list(loaded.micro_batches))
+
+    def profile_step(engine: Any, again: Callable[[], None], seconds: float) -> dict[str, float]:
+        assert len(taken) == 2, "timed before the profiler is on"
+        again()
+        return {"idle": seconds}
+
+    @dataclasses.dataclass(frozen=True)
+    class Loaded:
+        micro_batches: Iterator[str]
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(measure, "profile_step", profile_step)
+    loaded: Any = Loaded(iter(["one", "two"]))
+    assert measure.take_apart(None, loaded, take, CPU) == {"idle": 1.0}
+    assert taken == [["one", "two"]] * 3
+
+
 # Records.
 
 
-def made(case: str, who: str, gpus: int, speed: float | None) -> dict[str, Any]:
-    figures = {"device": "cpu", "tok_per_s_per_gpu": speed, "mfu": None, "error": None}
+def made(
+    case: str, who: str, gpus: int, speed: float | None, error: str | None = None
+) -> dict[str, Any]:
+    shares = {"mfu": None, "mfu_of_measured_peak": None}
+    figures = {"device": "cpu", "tok_per_s_per_gpu": speed, **shares, "error": error}
     return {"case": case, "who": who, "gpus": gpus, **figures, "versions": {"torch": "2.11.0"}}
 
 
@@ -275,6 +323,37 @@ def test_new_records_replace_old_ones_of_the_same_case_who_and_gpus() -> None:
         ("notes-8192", "ours", 2, 3.0),
         ("shards-1024", "ours", 1, 1.0),
     ]
+
+
+def test_a_failure_replaces_no_figures() -> None:
+    good, failed = made("tiny", "ours", 1, 1.0), made("tiny", "ours", 1, None, error="no room")
+    assert results.merge([good], [failed]) == [good]
+    assert results.merge([failed], [good]) == [good]
+    later = {**failed, "error": "another reason"}
+    assert results.merge([failed], [later]) == [later]
+
+
+def test_data_sets_of_one_length_have_names_of_their_own(
+    data_folder: Path, long_folder: Path, data_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = {"train": {"notes": 4}, "validation": {"notes": 1}}
+    other, same = (data_maker(tmp_path / name / "mimic", rows) for name in ("a", "b"))
+    assert [case.name for case in cases.shard_cases([data_folder, long_folder])] == [
+        "shards-32",
+        "shards-64",
+    ]
+    folders = [data_folder, other, long_folder, same]
+    found = command.chosen_cases(["shards"], folders, on_gpu=False)
+    around = data_folder.parent.name
+    assert [case.name for case in found] == [
+        f"shards-32-{around}",
+        "shards-32-mimic-2",
+        "shards-64",
+        "shards-32-mimic-4",
+    ]
+    assert [case.layout for case in found] == folders
+    (one,) = command.chosen_cases(["shards-32-mimic-4"], folders, on_gpu=False)
+    assert one.layout == same
 
 
 def test_comparisons_with_and_without_engine_and_of_several_gpus() -> None:
@@ -445,6 +524,27 @@ def test_two_processes_share_a_case(launcher: Any, tmp_path: Path) -> None:
     assert done.code == 0, done.out + done.err
     (one,) = json.loads(file.read_text())
     assert results.key_of(one) == ("tiny", "ours", 2)
+    before = file.read_text()
+
+    # The second process fails, and the first would wait for it for ever.
+    failing = tmp_path / "failing.py"
+    fails = (
+        "import os\n"
+        "from train.benchmark import measure\n"
+        "def no_room(*arguments):\n"
+        "    raise MemoryError('no room')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    measure.accumulate = no_room\n"
+    )
+    failing.write_text(
+        script.read_text().replace(
+            "from train.benchmark.__main__", fails + "from train.benchmark.__main__"
+        )
+    )
+    done = launcher.run(2, *words, script=failing)
+    assert done.code != 0
+    assert "error: rank 1, tiny: MemoryError: no room; with several processes" in done.err
+    assert file.read_text() == before, "figures stay"
 
 
 @pytest.mark.gpu

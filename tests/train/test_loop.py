@@ -1,11 +1,17 @@
 """When a run must not go on."""
 
 import math
+from collections.abc import Callable
 
 import pytest
+import torch
 
+from common.config import ConfigError
+from model.attention import AttentionError, Choice
+from train import loop
 from train.loop import MOST_SKIPPED_IN_A_ROW, TrainingError, check_finite
 from train.optimizer_step import Norms
+from train.resolve import Run
 from train.schedule import Rates, StepPlan
 
 PLAN = StepPlan(
@@ -37,3 +43,17 @@ def test_a_run_ends_where_its_weights_are_spoilt(norms: Norms, message: str | No
     else:
         with pytest.raises(TrainingError, match=f"at step 7 .*{message}.*lower phases.long.lr"):
             check_finite(PLAN, norms)
+
+
+def test_attention_that_does_not_work_ends_a_run_in_one_line(
+    resolved: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package can be installed and not work; it is tried out before anything depends on it."""
+
+    def check(*arguments: object) -> None:
+        raise AttentionError("attention fa4 does not run (ImportError: no kernel). Set …")
+
+    monkeypatch.setattr(loop, "choose_attention", lambda *arguments: Choice("fa4", "kernel"))
+    monkeypatch.setattr(loop, "check_attention", check)
+    with pytest.raises(ConfigError, match=r"^attention fa4 does not run .* Set …$"):
+        loop._choose_attention(resolved(), torch.device("cuda"))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,7 +18,8 @@ from model.config import ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
 from train import prepare_model as prepare
 from train.batch import PackedBatch
-from train.resolve import Run
+from train.config import Train
+from train.resolve import Run, resolve
 
 SMALL = ModernBertConfig(
     vocab_size=64,
@@ -121,7 +123,7 @@ def test_twenty_layouts_in_few_compilations(counter: CompileCounterWithBackend) 
     for layout in range(20):
         cuts = np.sort(draw.choice(np.arange(1, 256), draw.integers(1, 40), replace=False))
         lengths = np.diff([0, *cuts, 256]).tolist()
-        batch = make_batch(lengths, 256, 64 if layout % 3 else 256)
+        batch = make_batch(lengths, 256, 64 * (1 + layout % 5))
         loss, ours = loss_and_gradients(model, batch)
         expected_loss, theirs = loss_and_gradients(eager, batch)
         torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
@@ -248,6 +250,32 @@ def test_what_does_not_fit_is_refused(
     precision = "fp32" if config.precision == "fp32" else "bf16"
     with pytest.raises(ConfigError, match=message):
         prepare.check_preparation(config, precision, on_gpu)
+
+
+@pytest.mark.parametrize("fp8", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_8_bits_need_tokens_that_16_divides(
+    fp8: str, data_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All of a micro-batch, which the gradient of a weight is a sum over."""
+    rows = {"train": {"notes": 8}, "validation": {"notes": 2}}
+    data = data_maker(tmp_path / "odd", rows, row_tokens=40)
+
+    def resolve_it(micro_rows: int) -> Run:
+        batch = {"rows": 6, "micro_rows": micro_rows}
+        phase = {"data": {"dir": str(data)}, "tokens": 400, "batch": batch, "lr": {"peak": 1e-3}}
+        values = {"fp8": fp8, "phases": {"main": phase}}
+        return resolve(TypeAdapter(Train).validate_python(values), ranks=1, on_gpu=True)
+
+    assert resolve_it(2).phases["main"].shape.tokens == 80
+    if fp8 == "rowwise_with_gw_hp":
+        assert resolve_it(3).phases["main"].shape.tokens == 120, "that gradient is in bf16"
+        return
+    with pytest.raises(ConfigError) as caught:
+        resolve_it(3)
+    assert str(caught.value) == (
+        "phases.main.batch.micro_rows = 3 makes micro-batches of 120 tokens, which fp8="
+        f"{fp8} needs to be a multiple of 16; set it to a multiple of 2, or fp8=rowwise_with_gw_hp"
+    )
 
 
 def test_auto_compiles_on_a_gpu_but_not_with_zero_3(resolved: Callable[..., Run]) -> None:

@@ -137,6 +137,20 @@ def test_a_device_without_a_peak_has_no_mfu(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unwritten")
+def test_a_step_without_a_finite_loss_has_a_dash(tmp_path: Path) -> None:
+    """The plots leave it out."""
+    sources = {"pubmed": {"loss": None, "masked_tokens": 300}}
+    bad = {**record(2), "loss": None, "by_source": sources}
+    for records in ([start(0), record(1), bad], [start(0), bad]):
+        write_run(tmp_path, records)
+        assert main([str(tmp_path)]) == 0
+        page = (tmp_path / "report.html").read_text()
+        rows = dict(re.findall("<tr><td>([^<]*)</td><td[^>]*>([^<]*)</td></tr>", page))
+        assert rows["training loss, last record (nats)"] == "–"
+        assert "None" not in page
+
+
+@pytest.mark.usefixtures("unwritten")
 def test_records_of_before_there_were_parts_of_steps_are_shown(tmp_path: Path) -> None:
     old = {name: value for name, value in record(1).items() if name in OLD.split()}
     write_run(tmp_path, [old, VALIDATION, start(1), record(2)])

@@ -154,6 +154,26 @@ def test_init_from_with_a_key_missing_is_refused(
         start_of(resolved(init_from=start, model={}))
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.attn_norm.weight", "head.norm.weight"])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-39])
+def test_a_norm_with_a_weight_of_zero_is_refused(
+    resolved: Callable[..., Any], tmp_path: Path, name: str, value: float
+) -> None:
+    """Also where the model is tiled from it; a small weight, or a 0 elsewhere, is taken."""
+    model = ModernBertForMaskedLM(resolved().start)
+    model.decoder.bias.data.zero_()
+    weight = model.get_parameter(name).data
+    weight[3] = -1e-6
+    taken = save_start(model, tmp_path / "taken")
+    assert torch.equal(start_of(resolved(init_from=taken, model={})).get_parameter(name), weight)
+    weight[5] = value
+    start = save_start(model, tmp_path / "start")
+    larger = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    for sizes in ({}, larger):
+        with pytest.raises(ConfigError, match=rf"init_from: .*{name} holds 1 zeros"):
+            start_of(resolved(init_from=start, model=sizes))
+
+
 def test_a_hugging_face_folder_has_no_optimizer_to_keep(
     resolved: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -175,8 +195,10 @@ class Saved:
         torch.save({"module": self.model.state_dict()}, state / "mp_rank_00_model_states.pt")
 
 
-def write_checkpoint(run: Any) -> tuple[Path, ModernBertForMaskedLM]:
+def write_checkpoint(run: Any, norm: float = 1.0) -> tuple[Path, ModernBertForMaskedLM]:
+    """norm: a weight of the last norm."""
     model = ModernBertForMaskedLM(run.start, torch.Generator().manual_seed(3))
+    model.model.final_norm.weight.data[2] = norm
     path = checkpoint.save(Saved(model), run, Ranks(), Progress(4, {"main": {"notes": 32}}))
     return path, model
 
@@ -203,6 +225,20 @@ def test_a_kept_optimizer_is_that_of_the_checkpoint_and_counters_start_anew(
     write_tokenizer(data_folder, path / "tokenizer", other=[9])
     with pytest.raises(ConfigError, match="1 ids stand for other tokens, the first is 9"):
         resolved(**kept)
+
+
+def test_a_checkpoint_with_a_norm_weight_of_zero_is_refused(
+    resolved: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Whether its optimizer is kept or not; a run that goes on with its own is not stopped."""
+    own = resolved(zero_stage=0)
+    path, _ = write_checkpoint(own, norm=0.0)
+    start = {"init_from": path, "model": {}, "zero_stage": 0, "run_dir": tmp_path / "other"}
+    with pytest.raises(ConfigError, match=r"init_from: model\.final_norm\.weight holds 1 zeros"):
+        start_of(resolved(**start))
+    with pytest.raises(CheckpointError, match=r"cannot be kept: model\.final_norm\.weight holds 1"):
+        checkpoint.find(resolved(**start, init_optimizer="kept"), Ranks())
+    assert checkpoint.find(own, Ranks()).path == path
 
 
 def test_what_is_no_model_is_named(resolved: Callable[..., Any], tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import stepped
 
+from train.ranks import Ranks
+
 optimi = pytest.importorskip(
     "optimi", reason="the reference implementation: pip install torch-optimi"
 )
@@ -151,12 +153,49 @@ def test_gradients_are_summed_in_the_dtypes_that_the_keys_say(
         assert step["reduced"] == [f"torch.{reduced}"]
 
 
+def check_sums(found: dict[str, dict[str, Any]]) -> None:
+    """No bit depends on the passes that are left out, and some are."""
+    for name, case in found.items():
+        assert case["finite"], name
+        assert case["same"], name
+        for ours, theirs in zip(case["ours"], case["theirs"], strict=True):
+            saved = sum(theirs.values()) - sum(ours.values())
+            assert (saved == 0) == ("fp32" in name or theirs == FIRST_GRADIENTS), f"{name} {saved}"
+
+
+# Of a stage 1's first micro-step on several ranks, where sums begin: six casts, which stay, and
+# seven of the model's own.
+FIRST_GRADIENTS = {"_to_copy": 13}
+
+
+def test_fewer_passes_give_the_same_sums_on_two_ranks(two_ranks: Any) -> None:
+    found = json.loads((two_ranks.folder / "steps" / "sums.json").read_text())
+    assert found.keys() == stepped.SUMS.keys()
+    check_sums(found)
+    # Six parameters in three buckets, two of them cut in two: no cast, nothing is put together to
+    # be reduced and copied back.
+    *_, last = found["bf16_zero1"]["ours"]
+    assert last == {"_to_copy": 7, "add_": 6 + 4, "copy_": 5, "div_": 3, "zeros": 2}
+
+
+@pytest.mark.usefixtures("joined")
+def test_one_rank_adds_each_gradient_up_in_one_operation() -> None:
+    found = stepped.compare_sums(Ranks(), ["bf16_zero1", "bf16_zero2"])
+    for case in found.values():
+        assert case["same"]
+        first, *later = case["ours"]
+        assert first == {"_to_copy": 7, "add_": 6, "zeros": 2}
+        assert later == [{"_to_copy": 7, "add_": 6}] * 2
+    assert found["bf16_zero1"]["theirs"][1] == {"_to_copy": 7 + 6, "add_": 6}
+
+
 @pytest.mark.slow
 def test_three_ranks_follow_the_rule_and_take_it_up_again(launcher: Any) -> None:
     """All stages with all rules; going on from a checkpoint changes no bit."""
     script, folder = Path(__file__).parent / "launched.py", launcher.folder / "steps"
     done = launcher.run(3, f"steps:all:{folder}", script=script)
     assert done.code == 0, done.out + done.err
+    check_sums(json.loads((folder / "sums.json").read_text()))
     for name in stepped.CASES | stepped.MORE_CASES:
         if "muon" not in name:
             check_case(folder, name, ranks=3)
@@ -181,6 +220,8 @@ def test_on_a_gpu_the_rule_is_the_same_and_ours_waits_for_nothing(launcher: Any)
     script, folder = Path(__file__).parent / "launched.py", launcher.folder / "steps"
     done = launcher.run(1, f"steps:some:{folder}", script=script)
     assert done.code == 0, done.out + done.err
+    for name, case in json.loads((folder / "sums.json").read_text()).items():
+        assert case["same"], name
     ours = {path.name for path in (Path(__file__).parents[2] / "train").glob("*.py")}
     ours |= {"stable_adamw.py"}
     for name in stepped.CASES:

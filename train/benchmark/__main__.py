@@ -7,10 +7,10 @@
     python -m train.benchmark --case --json FILE --plot FILE            # only draw
 
 Words `key=value` are keys of the `train:` section and go over what a case sets. Records replace
-those of the same case, who and number of GPUs in FILE. Without a GPU only the case tiny is
-measured, which shows that it runs. The exit code is 1 if something could not be measured, with the
-reason in its record, and 2 for what the user can put right. docs/training.md says what the figures
-mean.
+those of the same case, who and number of GPUs in FILE; a failure replaces no figures. Without a
+GPU only the case tiny is measured, which shows that it runs. The exit code is 1 if something could
+not be measured, with the reason in its record, and 2 for what the user can put right.
+docs/training.md says what the figures mean.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from common.files import write_json
 from common.process import run_and_exit
 from data_prep.shards import DataError
 from train.benchmark import results
-from train.benchmark.cases import GPU_CASES, TINY, Case, resolve_case, shard_case
+from train.benchmark.cases import GPU_CASES, TINY, Case, resolve_case, shard_cases
 from train.benchmark.measure import (
     Measurement,
     StartEngine,
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def chosen_cases(names: Sequence[str] | None, data: Sequence[Path], on_gpu: bool) -> list[Case]:
     """The cases to measure; ConfigError for a name there is none of, DataError for bad data."""
-    shards = [shard_case(folder) for folder in data]
+    shards = shard_cases(data)
     if names is None:
         return [*GPU_CASES, *shards] if on_gpu else [TINY, *shards]
     known = {case.name: [case] for case in (*GPU_CASES, TINY, *shards)} | {"shards": shards}
@@ -145,9 +145,6 @@ def _measure_all(
                 found = measure_it(run)
                 record = results.make_record(case, name, ranks.size, run, machine, found)
             except Exception as error:
-                # Among several ranks one that fails leaves the others waiting for it.
-                if ranks.size > 1 and not ranks.is_first:
-                    raise
                 record = results.failed(case, name, ranks.size, machine, error)
             new.append(record | {"words": asked.overrides})
             if ranks.is_first:
@@ -155,7 +152,14 @@ def _measure_all(
                 if asked.json is not None:
                     write_json(asked.json, results.merge(records, new))
             if ranks.size > 1 and record["error"] is not None:
-                raise ConfigError("with several processes nothing goes on after a failure")
+                # The others wait for this one, which could not join them in what comes next.
+                print(
+                    f"error: rank {ranks.rank}, {case.name}: {record['error']}; with several "
+                    "processes nothing goes on after a failure",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return
 
 
 def _everybody(case: Case, ranks: Ranks, device: torch.device, repeats: int) -> dict[str, Measure]:

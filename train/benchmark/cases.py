@@ -8,6 +8,7 @@ log-uniform, which is Zipf's law.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,13 +102,21 @@ TINY = Case(
 """small enough for any machine; its speed says nothing"""
 
 
-def shard_case(folder: Path) -> Case:
-    """The case of a real data set, named after the length of its documents.
+def shard_cases(folders: Sequence[Path]) -> list[Case]:
+    """The cases of real data sets, named after the length of their documents.
 
-    Raises DataError where `folder` is none.
+    Where several have one length, also after the folder that each lies in, and numbered where that
+    has the same name, too. Raises DataError where a folder is no data set.
     """
-    length = DataSet(folder).max_length
-    return Case(f"shards-{length}", folder, None)
+    names = [f"shards-{DataSet(folder).max_length}" for folder in folders]
+    around = [folder.resolve().parent.name for folder in folders]
+    for told_apart in (around, range(1, len(folders) + 1)):
+        times = Counter(names)
+        names = [
+            f"{name}-{more}" if times[name] > 1 else name
+            for name, more in zip(names, told_apart, strict=True)
+        ]
+    return [Case(name, folder, None) for name, folder in zip(names, folders, strict=True)]
 
 
 def resolve_case(

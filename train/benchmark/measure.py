@@ -5,13 +5,12 @@ host runs ahead as it does in training, otherwise by the host's clock. Steps who
 wait for the device; none of the timed ones is.
 """
 
-import functools
 import gc
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,13 +39,15 @@ StartEngine = Callable[[nn.Module, Run], Engine]
 class Measurement:
     """Steps that were timed, one after another.
 
-    seconds: of each, on the slowest rank; tokens, flops: real tokens and model FLOPs of each, over
-    all ranks. memory_gib: peak of what tensors took, on the rank with most; None on a CPU.
-    data_wait_share: share of the time in which the host waited for a batch, on the worst rank; None
-    where no loader is at work. parts: milliseconds of a step by what they go into.
+    seconds: of each, on the slowest rank; elapsed: of all together, on the rank that took longest;
+    tokens, flops: real tokens and model FLOPs of each, over all ranks. memory_gib: peak of what
+    tensors took, on the rank with most; None on a CPU. data_wait_share: share of the time in which
+    the host waited for a batch, on the worst rank; None where no loader is at work. parts:
+    milliseconds of one step by what they go into.
     """
 
     seconds: list[float]
+    elapsed: float
     tokens: list[int]
     flops: list[float]
     memory_gib: float | None
@@ -58,11 +59,13 @@ class Measurement:
         """Real tokens a second and rank, of each step."""
         return [n / s / ranks for n, s in zip(self.tokens, self.seconds, strict=True)]
 
+    def speed(self, ranks: int) -> float:
+        """Real tokens a second and rank, of all steps together."""
+        return sum(self.tokens) / self.elapsed / ranks
+
     def flop_rate(self, ranks: int) -> float:
-        """Model FLOPs a second and rank, the median of the steps."""
-        return (
-            statistics.median(f / s for f, s in zip(self.flops, self.seconds, strict=True)) / ranks
-        )
+        """Model FLOPs a second and rank, of all steps together."""
+        return sum(self.flops) / self.elapsed / ranks
 
 
 class Clock:
@@ -144,14 +147,14 @@ def measure(
             peak = memory.peak_gib()
             parts = None
             for loaded in steps:
-                last = functools.partial(take, loaded)
-                parts = profile_step(engine, last, statistics.median(seconds))
+                parts = take_apart(engine, loaded, take, device)
     finally:
         engine.destroy()
     counts = [StepMaker(run, ranks.rank).counts(plan) for plan in timed]
     return Measurement(
         # A step takes as long as its slowest rank.
         seconds=[max(times) for times in zip(*gather(seconds), strict=True)],
+        elapsed=max(gather(sum(seconds))),
         tokens=[one.tokens for one in counts],
         flops=[
             training_flops(phase.model_config, document_lengths(phase, plan), one.masked_tokens)
@@ -179,6 +182,27 @@ def _time(
     clock.mark()
     seconds = clock.seconds()
     return seconds, (loader.wait_seconds - waited) / (time.perf_counter() - begin)
+
+
+def take_apart(
+    engine: Engine, loaded: LoadedStep, take: Callable[[LoadedStep], None], device: torch.device
+) -> Parts:
+    """Where the time of this one step goes: taken by the clock and, again, under the profiler.
+
+    Steps differ in work, so that neither another's time nor a median would tell what is idle.
+    """
+    batches = list(loaded.micro_batches)
+
+    def again() -> None:
+        take(replace(loaded, micro_batches=iter(batches)))
+
+    # Once before, so that the host is ahead of the device, as it is in training.
+    again()
+    clock = Clock(device)
+    clock.mark()
+    again()
+    clock.mark()
+    return profile_step(engine, again, clock.seconds()[0])
 
 
 def document_lengths(phase: RunPhase, plan: StepPlan) -> NDArray[np.int64]:

@@ -4,8 +4,8 @@ A kernel's part follows from its name and from what was going on when it was lau
 the optimizer (norm of the gradient included), the rest of the engine's step, what the engine does
 around backward (sums of gradients), or the model. Time in which several kernels run counts once,
 for the part that stands first in PARTS: communication that hides behind products costs nothing.
-`idle` is what is left of a step as it was timed without the profiler, which slows the host but not
-the kernels.
+`idle` is what is left of the same step as it was timed without the profiler, which slows the host
+but not the kernels.
 """
 
 import bisect
@@ -89,7 +89,7 @@ def split(kernels: Iterable[Kernel], step_seconds: float) -> Parts:
 
 
 def profile_step(engine: Engine, take: Callable[[], None], step_seconds: float) -> Parts:
-    """Take a step under the profiler; its parts, of a step that takes `step_seconds` without."""
+    """Take a step under the profiler; its parts, where it took `step_seconds` without."""
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with labelled(engine):
         torch.cuda.synchronize()

@@ -152,6 +152,7 @@ def _measure(
     size = statistics.median(len(batch.lengths) for batch in batches)
     return Measurement(
         seconds=seconds,
+        elapsed=sum(seconds),
         tokens=[sum(batch.lengths) for batch in taken],
         flops=[training_flops(config, batch.lengths, batch.masked) for batch in taken],
         memory_gib=memory.peak_gib(),

@@ -42,7 +42,7 @@ class Machine:
 
     @property
     def peak_source(self) -> str | None:
-        """What `mfu` is a share of."""
+        """What `mfu_of_measured_peak` is a share of."""
         if self.peak is None:
             return None
         return f"product of 8192 x 8192 matrices in this run, {self.peak / 1e12:.0f} TFLOP/s"
@@ -68,10 +68,10 @@ def make_record(
     is_ours = who.startswith(OURS)
     return {
         **_identity(case, who, gpus, machine),
-        "tok_per_s_per_gpu": round(statistics.median(speeds), 1),
+        "tok_per_s_per_gpu": round(found.speed(gpus), 1),
         "spread": [round(speeds[0], 1), round(speeds[-1], 1)],
-        "mfu": share(rate, machine.peak),
-        "mfu_datasheet": share(rate, machine.datasheet),
+        "mfu": share(rate, machine.datasheet),
+        "mfu_of_measured_peak": share(rate, machine.peak),
         "peak_source": machine.peak_source,
         "memory_gib": None if found.memory_gib is None else round(found.memory_gib, 2),
         "data_wait_share": (
@@ -126,15 +126,15 @@ def line(record: Record) -> str:
     words = [f"{record['tok_per_s_per_gpu']:>10,.0f} tok/s ({low:,.0f} to {high:,.0f})"]
     if record["mfu"] is not None:
         words.append(f"MFU {record['mfu']:.1%}")
-    if record["mfu_datasheet"] is not None:
-        words.append(f"({record['mfu_datasheet']:.1%} of the datasheet)")
+    if record["mfu_of_measured_peak"] is not None:
+        words.append(f"({record['mfu_of_measured_peak']:.1%} of the measured peak)")
     if record["memory_gib"] is not None:
         words.append(f"{record['memory_gib']:.1f} GiB")
     if record["data_wait_share"] is not None:
         words.append(f"data wait {record['data_wait_share']:.2%}")
     if record["parts"] is not None:
         parts = ", ".join(f"{key} {value:.1f}" for key, value in record["parts"].items())
-        words.append(f"{record['step_ms']:.1f} ms: {parts}")
+        words.append(f"a step of {sum(record['parts'].values()):.1f} ms: {parts}")
     return f"{name}{'  '.join(words)}"
 
 
@@ -144,8 +144,15 @@ def key_of(record: Record) -> Key:
 
 
 def merge(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
-    """Both, the new in place of the old of the same case, who and GPUs; by case, GPUs, who."""
-    merged = {key_of(record): record for record in (*old, *new)}
+    """Both, the new in place of the old of the same case, who and GPUs; by case, GPUs, who.
+
+    What could not be measured takes the place of nothing that was.
+    """
+    merged: dict[Key, Record] = {}
+    for record in (*old, *new):
+        before = merged.get(key_of(record))
+        if before is None or record["error"] is None or before["error"] is not None:
+            merged[key_of(record)] = record
     order = [case.name for case in (*GPU_CASES, TINY)]
 
     def place(record: Record) -> tuple[int, str, int, bool, str]:
@@ -228,8 +235,9 @@ def plot(path: Path, records: Sequence[Record]) -> None:
     axes.barh(places, speeds, 0.7, color=colors)
     for place, record, speed in zip(places, shown, speeds, strict=True):
         text = f"{speed:,.1f}"
+        if share_of_peak := record["mfu_of_measured_peak"]:
+            axes.plot([speed / share_of_peak] * 2, [place - 0.35, place + 0.35], "k:", lw=1)
         if record["mfu"]:
-            axes.plot([speed / record["mfu"]] * 2, [place - 0.35, place + 0.35], "k:", lw=1)
             text += f"   MFU {record['mfu']:.0%}"
         # Beside a bar that is too short for it.
         inside = speed > 0.3 * max(speeds)
