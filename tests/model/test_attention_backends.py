@@ -357,7 +357,11 @@ def test_gpu_registration(name: str, window: int, cuda: str) -> None:
         with FakeTensorMode() as mode:
             said = operation(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs))
         for real, fake in zip(operation(*inputs), said, strict=True):
-            assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+            assert (real.shape, real.dtype, real.stride()) == (
+                fake.shape,
+                fake.dtype,
+                fake.stride(),
+            )
     leaves = tuple(x.clone().requires_grad_() for x in qkv)
     results = torch.library.opcheck(operations[0], (*leaves, *others), test_utils=checks)
     assert set(results.values()) == {"SUCCESS"}
