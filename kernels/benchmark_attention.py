@@ -155,13 +155,23 @@ def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]
     if version_of("flash-attn"):
         who |= {f"flash-attn{note}": _fa2(ends, longest, window, mode) for mode, note in modes}
 
-    def torch_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def torch_attend(deterministic: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         size = (-1, -1) if window is None else (window, window)
         out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=size)
         assert isinstance(out, Tensor)
+        if deterministic and out.grad_fn is not None:
+            # Its backward asks torch, whenever it comes; set around that alone.
+            out.grad_fn.register_prehook(lambda _: _set_deterministic(True))
+            out.grad_fn.register_hook(lambda *_: _set_deterministic(False))
         return out
 
-    return who | {"varlen_attn": torch_attend}
+    return who | {f"varlen_attn{note}": partial(torch_attend, mode) for mode, note in modes}
+
+
+def _set_deterministic(asked: bool) -> None:
+    torch.use_deterministic_algorithms(asked)
+    # Else the mode would also fill fresh memory, which takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = not asked
 
 
 def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:

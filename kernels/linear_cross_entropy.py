@@ -28,7 +28,8 @@ IGNORED = -100
 _ROWS_MULTIPLE = 64
 # At most so many rows of a chunk × vocabulary: 6,656 rows of 50,368 logits, 640 MiB in bf16. Fewer
 # rows leave the product that makes the gradient of `hidden` with too few tiles for the chip, and
-# add up the weight's gradient more often.
+# add up the weight's gradient more often. Nor can an offset in a pass reach 2³¹, however many
+# labels there are: a chunk ends here, or is one row.
 _ELEMENTS_A_CHUNK = 6656 * 50368
 # In PyTorch logits are fp32 and have temporaries of their size.
 _ELEMENTS_A_PLAIN_CHUNK = 64 * 2**20
@@ -250,8 +251,8 @@ def _linear_cross_entropy(
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     elements = _ELEMENTS_A_CHUNK if in_triton else _ELEMENTS_A_PLAIN_CHUNK
     most = min(max(1, elements // vocabulary), _MOST_ROWS)
-    buffer = hidden.new_empty((min(rows, most), vocabulary))
     rows = min(rows, -(-counted // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+    buffer = hidden.new_empty((min(rows, most), vocabulary))
     grad_hidden[rows:] = 0
     chunk = -(-rows // max(1, -(-rows // most)))  # as even as can be
     for start in range(0, rows, max(1, chunk)):

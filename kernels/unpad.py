@@ -15,6 +15,7 @@ documents of their own behind the real ones, none longer than S, so that attenti
 token outside a document.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,9 +58,11 @@ def unpad(
     mask: (B, S), nonzero at real tokens (in any place). tensors: (B, S, …), any dtype.
     capacity: number of packed places T; must hold all real tokens (checked on the device, without
     waiting for it). None means exactly as many as there are, which waits for the device.
-    Returns the packing and, for each tensor, (T, …) with zeros as filler. Raises ValueError where
-    places in the batch, or filler behind it, would not be int32 numbers.
+    Returns the packing and, for each tensor, (T, …) with zeros as filler. Raises ValueError for
+    other shapes, tensors on other devices than the mask, a negative capacity, and where places in
+    the batch, or filler behind it, would not be int32 numbers; TypeError for complex numbers.
     """
+    _check_padded(mask_BS, tensors, capacity)
     mask_BS = mask_BS.contiguous()
     if mask_BS.numel() + (capacity or 0) + mask_BS.shape[1] >= 2**31:
         raise ValueError(
@@ -78,8 +81,10 @@ def unpad(
 def pad(packing: Packing, tensors: Sequence[Tensor], fill: float = 0.0) -> list[Tensor]:
     """The way back: each packed (T, …) tensor as (B, S, …), `fill` where there is no token.
 
-    Differentiable in each tensor; filler gets a gradient of zero.
+    Differentiable in each tensor; filler gets a gradient of zero. Raises ValueError for tensors of
+    another length than the packing, or on another device; TypeError for complex numbers.
     """
+    _check_packed(packing, tensors)
     slot = packing.slot_BS.flatten()
     return [
         padded.unflatten(0, packing.slot_BS.shape)
@@ -91,6 +96,7 @@ def unpad_reference(
     mask_BS: Tensor, tensors: Sequence[Tensor], capacity: int | None = None
 ) -> tuple[Packing, list[Tensor]]:
     """What `unpad` computes, in plain PyTorch."""
+    _check_padded(mask_BS, tensors, capacity)
     real_BS = mask_BS != 0
     lengths_B = real_BS.sum(1)
     capacity, max_seqlen, fillers = _bounds(mask_BS.shape[1], lengths_B, capacity)
@@ -110,9 +116,47 @@ def unpad_reference(
 
 def pad_reference(packing: Packing, tensors: Sequence[Tensor], fill: float = 0.0) -> list[Tensor]:
     """What `pad` computes, in plain PyTorch."""
+    _check_packed(packing, tensors)
     slot = packing.slot_BS.flatten()
     shape = packing.slot_BS.shape
     return [_gather_reference(t, slot, fill).unflatten(0, shape) for t in tensors]
+
+
+def _check_padded(mask: Tensor, tensors: Sequence[Tensor], capacity: int | None) -> None:
+    """Raise ValueError or TypeError for what the places of the mask do not lie in."""
+    if mask.dim() != 2:
+        raise ValueError(f"unpad needs a mask (B, S), not {tuple(mask.shape)}")
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"unpad: the capacity is {capacity}, it is negative")
+    for number, tensor in enumerate(tensors):
+        if tensor.dim() < 2 or tensor.shape[:2] != mask.shape:
+            raise ValueError(
+                f"unpad: tensor {number} must be ({mask.shape[0]}, {mask.shape[1]}, …) like the "
+                f"mask, not {tuple(tensor.shape)}"
+            )
+    _check_all("unpad", [mask, *tensors], "the mask", mask.device)
+
+
+def _check_packed(packing: Packing, tensors: Sequence[Tensor]) -> None:
+    """The same for tensors that the packing says how to pad."""
+    places = packing.index_T.shape[0]
+    for number, tensor in enumerate(tensors):
+        if tensor.dim() < 1 or tensor.shape[0] != places:
+            raise ValueError(
+                f"pad: tensor {number} must be ({places}, …), as many places as the packing has, "
+                f"not {tuple(tensor.shape)}"
+            )
+    _check_all("pad", tensors, "the packing", packing.index_T.device)
+
+
+def _check_all(who: str, tensors: Sequence[Tensor], what: str, device: torch.device) -> None:
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(
+                f"{who}: a tensor is on {tensor.device}, {what} on {device}; move one of them"
+            )
+        if tensor.is_complex():
+            raise TypeError(f"{who} takes whole and floating numbers and bools, not {tensor.dtype}")
 
 
 def _gather_reference(source: Tensor, which: Tensor, fill: float) -> Tensor:
@@ -316,7 +360,7 @@ def _gather_rows(
     arguments: dict[str, Tensor | int | None] = {}
     for i in range(_TENSORS_A_LAUNCH):
         source, out = pairs[i] if i < len(pairs) else (None, None)
-        width = 0 if out is None else out.numel() // rows
+        width = 0 if out is None else math.prod(out.shape[1:])
         arguments |= {f"source_{i}": source, f"out_{i}": out, f"WIDTH_{i}": width}
         arguments[f"BLOCK_{i}"] = min(triton.next_power_of_2(max(width, 1)), most)
     with torch.cuda.device_of(which):

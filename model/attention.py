@@ -40,7 +40,8 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
 
 _INSTALL = {
     "fa4": "pip install -r requirements-gpu.txt (FlashAttention-4, for Hopper and Blackwell)",
-    "fa2": "pip install --no-build-isolation flash-attn (FlashAttention-2; needs nvcc)",
+    "fa2": "pip install --no-build-isolation flash-attn==2.8.3.post2 "
+    "(FlashAttention-2; needs nvcc)",
 }
 
 

@@ -1,11 +1,13 @@
 """Fixtures that several test folders share."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 # Tests on a GPU need none of it, and a machine with one may have little more than torch.
 if find_spec("hypothesis"):
@@ -38,3 +40,27 @@ def shared_data() -> Path:
     if not (folder / "pubmed").is_dir():
         pytest.skip(f"the real input files are not at {folder}; set SHARED_DATA to their folder")
     return folder
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    """The rule for kernels and attention: at most 1.5 times the error of plain PyTorch, plus 2 ulp.
+
+    terms: the size of fp32 terms that cancel in the result; 2 ulp of these may be left.
+    """
+
+    def check(what: str, actual: Tensor, plain: Tensor, exact: Tensor, terms: float = 0) -> None:
+        assert actual.dtype == plain.dtype
+        assert actual.shape == plain.shape == exact.shape
+        if exact.numel() == 0:
+            return
+        actual, plain, exact = actual.detach(), plain.detach(), exact.detach()
+        error = (actual.double() - exact).abs()
+        allowed = 1.5 * (plain.double() - exact).abs().max()
+        allowed += 2 * torch.finfo(torch.float32).eps * terms
+        ulp = torch.finfo(actual.dtype).eps * exact.abs()
+        relative = float(error.norm() / exact.norm().clamp(min=1e-300))
+        print(f"{what}: relative error {relative:.2e}")
+        assert bool((error <= allowed + 2 * ulp).all()), f"{what}: off by {float(error.max())}"
+
+    return check

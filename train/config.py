@@ -119,6 +119,9 @@ class Train:
     """layers with a window; auto: kernels.local_attention on a GPU; backend: as in `attention`"""
     compile: Literal["auto", "layers", "none"] = "auto"
     """layers: each layer is one compiled graph; auto: so on a GPU, but not with zero_stage 3"""
+    deterministic: bool = False
+    """the same bits in every run on as many GPUs of one kind: torch's deterministic algorithms, and
+    attention's; slower"""
     recompute: Recompute = "none"
     """what the backward computes again to save memory: the activation of each layer, its MLP, or
     all of it (layer)"""

@@ -29,7 +29,7 @@ from train.engine import Engine, Norms, backward, start_engine, step
 from train.interval import Interval, peak_of
 from train.loader import LoadedStep, Loader, StepMaker
 from train.metrics import Metrics, counters
-from train.prepare_model import compiles, prepare_model
+from train.prepare_model import compiles, prepare_model, set_deterministic
 from train.ranks import Ranks, only_run_in, problem_of_any
 from train.resolve import Run, RunPhase
 from train.schedule import StepPlan
@@ -206,7 +206,11 @@ def _choose_attention(run: Run, device: torch.device) -> Choice:
 
 
 def make_ready(run: Run, device: torch.device) -> tuple[ModernBertForMaskedLM, Choice]:
-    """The model as an engine takes it: on the device, attention tried out, compiled as asked."""
+    """The model as an engine takes it: on the device, attention tried out, compiled as asked.
+
+    Sets for the whole process whether it computes deterministically.
+    """
+    set_deterministic(run.config.deterministic)
     model = make_model(run.config, run.start).to(device)
     attention = model.attention = _choose_attention(run, device)
     prepare_model(model, run.config, device)

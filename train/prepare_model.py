@@ -15,6 +15,7 @@ each T and each bucket of `max_seqlen`. A break in a graph is an error.
 """
 
 import math
+import os
 
 import torch
 
@@ -25,6 +26,9 @@ from train.config import Train
 MOST_COMPILATIONS = 64
 """of layers, in a run; some four for each length of row and each bucket of max_seqlen"""
 BACKEND = "inductor"
+
+# What cuBLAS works in so that it adds up in one order; it reads the variable at its first product.
+_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # What 8-bit products take: multiples of this along every axis, on a GPU that has them.
 _FP8_MULTIPLE = 16
@@ -73,6 +77,20 @@ def check_tokens(fp8: str, phase: str, micro_rows: int, row_tokens: int) -> None
             f"{micro_rows * row_tokens:,} tokens, which fp8={fp8} needs to be a multiple of "
             f"{_FP8_MULTIPLE}; set it to a multiple of {fitting}, or fp8=rowwise_with_gw_hp"
         )
+
+
+def set_deterministic(asked: bool) -> None:
+    """Have this process compute the same bits each time, as `deterministic` asks, or not care.
+
+    For the whole process, and before its first product on a GPU: torch ends a run whose cuBLAS has
+    started without a fixed workspace. One that the environment gives is left as it is.
+    """
+    if asked:
+        os.environ.setdefault(*_WORKSPACE)
+    torch.use_deterministic_algorithms(asked)
+    # With the mode torch also fills fresh memory, lest its content be read. Nothing here reads it,
+    # which tests in that mode show, and filling takes as long as writing does.
+    torch.utils.deterministic.fill_uninitialized_memory = not asked
 
 
 def prepare_model(model: ModernBertForMaskedLM, config: Train, device: torch.device) -> None:

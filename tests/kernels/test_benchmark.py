@@ -145,3 +145,33 @@ def test_the_optimizers_compared_take_a_step() -> None:
         apart = [torch.ones(n) for _ in range(4) for n in (5, 3)]
         _adamw(fused, *apart, torch.ones(()), torch.ones(()))
         assert all(bool((weights < 1).all()) for weights in apart[6:])
+
+
+class _Asks(torch.autograd.Function):
+    """Attention whose backward says whether torch is set to deterministic algorithms."""
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        return q.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        return torch.full_like(grad, float(torch.are_deterministic_algorithms_enabled()))
+
+
+def test_torch_attention_is_measured_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mode is on in the backward of the one that has it in its name, whenever it is called."""
+    monkeypatch.setattr(benchmark_attention, "varlen_attn", lambda q, *_, **__: _Asks.apply(q))
+    monkeypatch.setattr(benchmark_attention, "version_of", lambda package: None)
+    who = benchmark_attention._others(torch.tensor([0, 2]), 2, None)
+    assert list(who) == ["varlen_attn", "varlen_attn, deterministic"]
+    q, others = torch.ones(2, 1, 4, requires_grad=True), [torch.ones(2, 1, 4)] * 2
+    outs = [attend(q, *others) for attend in who.values()]
+    for _ in range(2):
+        for asked, out in enumerate(outs):
+            (gradient,) = torch.autograd.grad(out, q, torch.ones_like(out), retain_graph=True)
+            assert bool((gradient == asked).all())
+            assert not torch.are_deterministic_algorithms_enabled()
+            assert torch.utils.deterministic.fill_uninitialized_memory
+    with torch.no_grad():
+        assert not who["varlen_attn, deterministic"](q, *others).requires_grad

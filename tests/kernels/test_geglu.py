@@ -10,7 +10,7 @@ from kernels.geglu import _geglu, _geglu_backward, geglu, geglu_reference
 
 # Rows and half a row: no multiple of a tile, one element, the base and large widths, none.
 SHAPES = [(5, 24), (37, 130), (1, 1), (3, 1152), (2, 2624), (9, 300), (0, 24)]
-ROWS = [7, 300, 64, 2, 129, 1000, 31, 512, 77, 78]
+ROWS = [7, 300, 64, 2, 129, 1000, 31, 512, 77, 78, *range(3, 120, 12)]
 
 
 def run(function: Callable, x: Tensor, grad: Tensor) -> list[Tensor]:

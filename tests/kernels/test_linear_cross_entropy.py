@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import linear_cross_entropy as module
@@ -34,6 +35,18 @@ def make_case(
     labels = torch.randint(0, vocabulary, (rows,), generator=generator)
     labels[::3] = -100
     return leaves, labels.to(device)
+
+
+class LargestMade(TorchDispatchMode):
+    """Elements of the largest floating tensor that an operation returns within."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_floating_point():
+            self.elements = max(self.elements, out.numel())
+        return out
 
 
 def in_triton(*arguments: Tensor) -> Tensor:
@@ -163,6 +176,37 @@ def test_filler_at_the_end_costs_nothing(
         assert torch.equal(one, two)
 
 
+def test_the_buffer_is_as_long_as_what_counts(device: torch.device) -> None:
+    """Of 4096 rows 70 count: the largest thing made is 128 rows of logits, not 4096."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4096, 8, generator=generator), torch.randn(512, 8)
+    labels = torch.full((4096,), -100)
+    labels[:70] = 3
+    arguments = [value.to(device) for value in (hidden, weight, torch.zeros(512), labels)]
+    for triton in (False, True):
+        sizes = LargestMade()
+        with sizes:
+            _linear_cross_entropy._init_fn(*arguments, 70, True, triton)
+        assert sizes.elements == 128 * 512
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_non_contiguous_input(triton: bool, device: torch.device) -> None:
+    """Loss and gradients, whatever lies between the elements and in whatever order they lie."""
+    leaves, labels = make_case(9, torch.float32, device)
+    function = in_triton if triton else linear_cross_entropy
+    expected = run(function, leaves, labels)
+    for move in (
+        lambda value: value.repeat_interleave(2, dim=0)[::2],
+        lambda value: value.T.contiguous().T if value.dim() > 1 else value,
+        lambda value: value.repeat_interleave(3, dim=-1)[..., ::3],
+    ):
+        moved = [move(leaf.detach()).requires_grad_() for leaf in leaves]
+        assert not moved[0].is_contiguous()
+        for one, two in zip(run(function, moved, move(labels)), expected, strict=True):
+            assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("triton", [False, True])
 def test_each_label_has_its_own_loss(
     triton: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
@@ -240,9 +284,10 @@ def test_registration(device: torch.device, opcheck: Callable[..., None]) -> Non
 @pytest.mark.gpu
 def test_one_graph_for_every_number_of_rows(compiles_twice: Callable[..., None]) -> None:
     cases = []
-    for rows in (7, 300, 64, 2, 129, 40, 31):
+    for rows in (7, 300, 64, 2, 129, 40, 31, *range(3, 120, 9)):
         leaves, labels = make_case(rows, torch.bfloat16, "cuda")
         cases.append([leaf.detach() for leaf in leaves] + [labels])
+    assert len(cases) >= 20
     compiles_twice(linear_cross_entropy, cases)
 
 

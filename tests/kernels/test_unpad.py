@@ -193,3 +193,121 @@ def test_nothing_waits_for_the_gpu_when_the_capacity_is_given() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_same(packing, unpad_reference(mask, tensors, 250)[0])
+
+
+@pytest.mark.parametrize("function", [unpad, unpad_reference])
+@pytest.mark.parametrize(
+    ("mask", "tensor", "message"),
+    [
+        ((3, 6), (3, 5, 1), r"tensor 1 must be \(3, 6, …\) like the mask, not \(3, 5, 1\)"),
+        ((3, 6), (2, 6), r"not \(2, 6\)"),
+        ((3, 6), (6, 3), r"not \(6, 3\)"),
+        ((3, 6), (18,), r"not \(18,\)"),
+        ((3, 6), (), r"not \(\)"),
+        ((18,), (18,), r"needs a mask \(B, S\), not \(18,\)"),
+        ((3, 2, 3), (3, 2, 3), r"needs a mask \(B, S\), not \(3, 2, 3\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("capacity", [None, 18])
+def test_a_batch_that_does_not_fit_its_mask_is_refused(
+    function: Callable,
+    mask: tuple[int, ...],
+    tensor: tuple[int, ...],
+    message: str,
+    capacity: int | None,
+    device: torch.device,
+) -> None:
+    ones, other = torch.ones(mask, device=device), torch.ones(tensor, device=device)
+    with pytest.raises(ValueError, match=message):
+        function(ones, [ones, other], capacity)
+
+
+@pytest.mark.parametrize("function", [unpad, unpad_reference])
+def test_a_negative_capacity_and_complex_numbers_are_refused(
+    function: Callable, device: torch.device
+) -> None:
+    mask = MASKS["holes"].to(device)
+    with pytest.raises(ValueError, match="capacity is -1, it is negative"):
+        function(mask, [], -1)
+    with pytest.raises(TypeError, match=r"unpad takes .* not torch\.complex64"):
+        function(mask, [mask.to(torch.complex64)], 6)
+    with pytest.raises(TypeError, match=r"unpad takes .* not torch\.complex64"):
+        function(mask.to(torch.complex64), [], 6)
+
+
+@pytest.mark.parametrize("function", [pad, pad_reference])
+def test_packed_tensors_that_do_not_fit_the_packing_are_refused(
+    function: Callable, device: torch.device
+) -> None:
+    packing, (packed,) = unpad(MASKS["holes"].to(device), [MASKS["holes"].to(device)], 12)
+    for rows in (5, 11, 13, 0):
+        with pytest.raises(ValueError, match=rf"tensor 1 must be \(12, …\).* not \({rows}, 2\)"):
+            function(packing, [packed, torch.ones(rows, 2, device=device)])
+    with pytest.raises(ValueError, match=r"not \(\)"):
+        function(packing, [torch.ones((), device=device)])
+    with pytest.raises(TypeError, match=r"pad takes .* not torch\.complex64"):
+        function(packing, [packed.to(torch.complex64)])
+
+
+def test_tensors_on_another_device_are_refused(device: torch.device) -> None:
+    """A kernel would read an address of one machine as one of the other's."""
+    mask, elsewhere = MASKS["holes"].to(device), torch.ones(2, 4, device="meta")
+    packing, _ = unpad(mask, [], 6)
+    for function in (unpad, unpad_reference):
+        with pytest.raises(ValueError, match="unpad: a tensor is on meta, the mask on"):
+            function(mask, [mask, elsewhere], 6)
+    for function in (pad, pad_reference):
+        with pytest.raises(ValueError, match="pad: a tensor is on meta, the packing on"):
+            function(packing, [torch.ones(6, 4, device="meta")])
+
+
+def test_non_contiguous_input(device: torch.device) -> None:
+    """Masks, batches, packed rows and gradients whose elements lie anywhere."""
+    mask = MASKS["empty rows"].to(device)
+    hidden = torch.randn(5, 9, 6, generator=torch.Generator().manual_seed(3)).to(device)
+    packing, (packed,) = unpad(mask, [hidden], 20)
+    (padded,) = pad(packing, [packed])
+    apart = [value.repeat_interleave(2, dim=1)[:, ::2] for value in (mask, hidden, packed)]
+    turned = hidden.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert not any(value.is_contiguous() for value in (*apart, turned))
+    for values in (apart[1], turned):
+        again, (ours,) = unpad(apart[0], [values], 20)
+        assert_same(again, packing)
+        assert torch.equal(ours, packed)
+    assert torch.equal(pad(packing, [apart[2]])[0], padded)
+    gradients = []
+    for values in (hidden, turned):
+        leaf = values.detach().requires_grad_()
+        (rows,) = unpad(apart[0], [leaf], 20)[1]
+        (out,) = pad(packing, [rows.T.contiguous().T])
+        # The gradients have strides of zero, and then lie the other way round.
+        gradients.append(torch.autograd.grad(out.sum() + (rows.T @ rows).sum(), leaf)[0])
+    assert bool(gradients[0].any())
+    assert torch.equal(*gradients)
+
+
+# Twenty batches of 24 columns: one, some or no real token in a row, at either end.
+BATCHES = [
+    ragged([(7 * row * row + rows) % 25 for row in range(rows)], 24, left=rows % 2 == 0)
+    for rows in range(2, 22)
+]
+
+
+@pytest.mark.gpu
+def test_one_graph_for_every_batch(compiles_twice: Callable[..., None]) -> None:
+    """With the capacity given: any number of rows, whatever is real in them."""
+
+    def there_and_back(mask: Tensor, ids: Tensor, hidden: Tensor) -> Tensor:
+        packing, (packed_ids, packed) = unpad(mask, [ids, hidden], 504)
+        states = packed * (packed_ids[:, None] % 7) + packing.cu_seqlens.sum() % 7
+        (padded,) = pad(packing, [states], 2.0)
+        return padded.sum(1)
+
+    cases = []
+    for mask in BATCHES:
+        assert int(mask.sum()) <= 504
+        ids, _, hidden = make_tensors(mask, torch.device("cuda"))
+        cases.append([mask.cuda(), ids, hidden.flatten(2).bfloat16()])
+    assert len(cases) == 20
+    compiles_twice(there_and_back, cases)

@@ -292,4 +292,4 @@ def test_gpu_attention_agrees_with_the_reference(
             continue
         errors = [float((x - c).norm() / c.norm().clamp(min=1e-30)) for x in (a, b)]
         print(f"{name} {layout} window {window} {what}: {errors[0]:.1e}, PyTorch {errors[1]:.1e}")
-        assert errors[0] < 2 * errors[1] + 2 * torch.finfo(dtype).eps
+        assert errors[0] <= 1.5 * errors[1] + 2 * torch.finfo(dtype).eps

@@ -1,18 +1,27 @@
 """The wrapping of others' attention, on a CPU with stand-ins that have their signatures."""
 
+import importlib
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
+from model.attention import _INSTALL, why_not
 from model.attention_backends import fa2_attention, fa4_attention, register
 
 LENGTHS, BEHIND = [20, 0, 7, 1], 6
-LAYOUTS = [[34], [17, 17], [30, 3, 1], [8] * 4, [2] * 17, [1] * 20, [5, 0, 12]]
+# Twenty, of up to 34 tokens.
+LAYOUTS = [
+    [34], [17, 17], [30, 3, 1], [8] * 4, [2] * 17, [1] * 20, [5, 0, 12],
+    *([long, *[1] * (33 - long)] for long in range(3, 29, 2)),
+]  # fmt: skip
 
 
 def weights(q: Tensor, k: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
@@ -120,6 +129,7 @@ def test_one_graph_whatever_the_documents() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(stand_in, fullgraph=True, backend=counter)
+    assert len(LAYOUTS) == 20
     for lengths in LAYOUTS:
         leaves, cu_seqlens, grad = make_row(lengths, 34 - sum(lengths))
         results = []
@@ -144,7 +154,9 @@ def test_registration() -> None:
     )
 
 
-# The documented parameters of flash-attn 2.8.3 and of flash-attn-4 4.0.0b36, as far as they go.
+# The parameters of flash-attn 2.8.3.post2 (flash_attn/flash_attn_interface.py) and of flash-attn-4
+# 4.0.0b36 (flash_attn/cute/interface.py), all of the former's and the latter's as far as they go.
+# Each backward says in `asked` what it was told of `deterministic`.
 def _fa2_module() -> ModuleType:
     def varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
@@ -165,7 +177,7 @@ def _fa2_module() -> ModuleType:
         assert (dropout_p, causal, softcap, alibi_slopes) == (0.0, False, 0.0, None)
         assert softmax_scale == q.shape[-1] ** -0.5
         assert window_size_left == window_size_right
-        assert not deterministic
+        module.asked.append(deterministic)
         grads = backward(
             dout, q, k, v, out, softmax_lse, cu_seqlens_k, max_seqlen_k, window_size_left
         )
@@ -174,6 +186,7 @@ def _fa2_module() -> ModuleType:
         return softmax_lse
 
     module = ModuleType("flash_attn.flash_attn_interface")
+    module.asked = []
     module._wrapped_flash_attn_varlen_forward = varlen_forward
     module._wrapped_flash_attn_varlen_backward = varlen_backward
     return module
@@ -199,26 +212,156 @@ def _fa4_module() -> ModuleType:
         window_size_left=None, window_size_right=None, *, cu_seqlens_q=None, cu_seqlens_k=None,
         max_seqlen_q=None, max_seqlen_k=None, deterministic=False,
     ):  # fmt: skip
-        assert not deterministic
+        module.asked.append(deterministic)
         width = side(window_size_left, window_size_right)
         return backward(dout, q, k, v, out, lse, cu_seqlens_k, max_seqlen_k, width)
 
     module = ModuleType("flash_attn.cute.interface")
+    module.asked = []
     module._flash_attn_fwd, module._flash_attn_bwd = fwd, bwd
     return module
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize(
-    ("attend", "module"), [(fa2_attention, _fa2_module()), (fa4_attention, _fa4_module())]
-)
-def test_calls_fit_the_documented_signatures(
-    attend: Callable[..., Tensor],
-    module: ModuleType,
-    window: int | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture(params=["fa2", "fa4"])
+def stand_in_for(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Callable[..., Tensor], ModuleType]:
+    """A backend, and the module that takes the place of its package."""
+    attend, make = {"fa2": (fa2_attention, _fa2_module), "fa4": (fa4_attention, _fa4_module)}[
+        request.param
+    ]
+    module = make()
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    return attend, module
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_calls_fit_the_documented_signatures(
+    stand_in_for: tuple[Callable[..., Tensor], ModuleType], window: int | None
+) -> None:
+    attend, module = stand_in_for
     check(attend, window)
+    assert module.asked == [False]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_deterministic_algorithms_are_asked_for_where_torch_is_told_to(
+    stand_in_for: tuple[Callable[..., Tensor], ModuleType],
+    window: int | None,
+    deterministic: None,
+) -> None:
+    attend, module = stand_in_for
+    check(attend, window)
+    assert module.asked == [True]
+
+
+def fits(stand_in: Callable[..., object], real: Callable[..., object]) -> bool:
+    """Whether a call that the stand-in takes means the same to the package's function.
+
+    By position the same names in the same places; by name at least those, defaults alike.
+    """
+    real = getattr(real, "_init_fn", real)  # of a custom operation, the function itself
+    ours, theirs = (inspect.signature(one).parameters for one in (stand_in, real))
+    placed = [name for name, p in ours.items() if p.kind is not p.KEYWORD_ONLY]
+    return (
+        list(theirs)[: len(placed)] == placed
+        and ours.keys() <= theirs.keys()
+        and all(p.default == theirs[name].default for name, p in ours.items())
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (_fa2_module, ["flash_attn_varlen_forward", "flash_attn_varlen_backward"]),
+        (_fa4_module, ["flash_attn_fwd", "flash_attn_bwd"]),
+    ],
+    ids=["fa2", "fa4"],
+)
+def test_stand_ins_have_the_signatures_of_what_is_installed(
+    make: Callable[[], ModuleType], names: list[str]
+) -> None:
+    module = make()
+    try:
+        installed = importlib.import_module(module.__name__)
+    except ImportError as error:
+        pytest.skip(f"{module.__name__} cannot be imported here: {error}")
+    for name in names:
+        stand_in = getattr(module, f"_wrapped_{name}", None) or getattr(module, f"_{name}")
+        assert fits(stand_in, getattr(installed, f"_{name}")), name
+
+
+def test_another_signature_is_seen() -> None:
+    def ours(q, k, *, window=None):  # type: ignore[no-untyped-def]
+        pass
+
+    def longer(q, k, scale=1.0, window=None, more=0):  # type: ignore[no-untyped-def]
+        pass
+
+    def turned(k, q, window=None):  # type: ignore[no-untyped-def]
+        pass
+
+    def renamed(q, k, *, windows=None):  # type: ignore[no-untyped-def]
+        pass
+
+    def other_default(q, k, *, window=0):  # type: ignore[no-untyped-def]
+        pass
+
+    assert fits(ours, longer)
+    assert not any(fits(ours, other) for other in (turned, renamed, other_default))
+
+
+def test_what_to_install_is_what_was_checked() -> None:
+    pins = (Path(__file__).parent.parent.parent / "requirements-gpu.txt").read_text()
+    (pin,) = (word for word in _INSTALL["fa2"].split() if word.startswith("flash-attn=="))
+    assert pin in pins
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["varlen", "fa4", "fa2"])
+@pytest.mark.parametrize("window", [-1, 64])
+def test_gpu_registration(name: str, window: int, cuda: str) -> None:
+    """Of both operations: the schema, autograd, and what the compiler is told of their results.
+
+    `test_aot_dispatch_dynamic` is left out: it wants the gradients of two runs to be close in each
+    element, and a backward that adds up in the order in which blocks end does not give that. One
+    graph for all layouts, with gradients, is tested on the whole model.
+    """
+    if reason := why_not(name, cuda, None, torch.bfloat16, 64):
+        pytest.skip(reason)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    lengths = [300, 0, 16, 1, 77]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(cuda)
+    draw = torch.Generator(cuda).manual_seed(0)
+    values = torch.randn(4, sum(lengths) + 6, 3, 64, generator=draw, device=cuda).bfloat16()
+    *qkv, grad = values.unbind()
+    others = (cu_seqlens, 300, window)
+    operations = [
+        getattr(torch.ops.clinical_modernbert, f"{name}_attention{end}").default
+        for end in ("", "_backward")
+    ]
+    forward_inputs = (*qkv, *others)
+    backward_inputs = (grad, *qkv, *operations[0](*forward_inputs), *others)
+    for operation, inputs in zip(operations, (forward_inputs, backward_inputs), strict=True):
+        results = torch.library.opcheck(operation, inputs, test_utils=checks)
+        assert set(results.values()) == {"SUCCESS"}
+        with FakeTensorMode() as mode:
+            said = operation(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs))
+        for real, fake in zip(operation(*inputs), said, strict=True):
+            assert (real.shape, real.dtype, real.stride()) == (
+                fake.shape,
+                fake.dtype,
+                fake.stride(),
+            )
+    leaves = tuple(x.clone().requires_grad_() for x in qkv)
+    results = torch.library.opcheck(operations[0], (*leaves, *others), test_utils=checks)
+    assert set(results.values()) == {"SUCCESS"}

@@ -12,8 +12,11 @@ from model.attention import BACKENDS
 from model.config import ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
 
-# All of 512 tokens.
-LAYOUTS = [[512], [256, 256], [500, 3, 9], [64] * 8, [16] * 32, [1] * 12 + [500], [300, 212]]
+# Twenty, all of 512 tokens.
+LAYOUTS = [
+    [512], [256, 256], [500, 3, 9], [64] * 8, [16] * 32, [1] * 12 + [500], [300, 212],
+    *([512 - 5 * short, *[5] * short] for short in range(1, 100, 8)),
+]  # fmt: skip
 
 
 def dense_attention(
@@ -38,6 +41,7 @@ def check(
     places = torch.arange(0, 512, 4, device=device)
     labels = torch.randint(3, 320, places.shape).to(device)
     names = [name for name, _ in model.named_parameters()]
+    assert len(LAYOUTS) == 20
     for lengths in LAYOUTS:
         row = packed_row(lengths).to(device)
         counted = 128 - len(lengths)

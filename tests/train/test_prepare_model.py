@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from common.config import ConfigError
 from model.config import ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
+from train import loop
 from train import prepare_model as prepare
 from train.batch import PackedBatch
 from train.config import Train
+from train.loop import make_ready
 from train.resolve import Run, resolve
 
 SMALL = ModernBertConfig(
@@ -185,6 +188,7 @@ def test_compiled_runs_follow_the_eager_one_and_go_on_bit_for_bit(
     later = {"run_dir": str(launcher.folder / "begun")}
     kinds = {"eager": eager, "whole": {}, "begun": begun, "later": later}
     kinds |= {f"zero{stage}": {"zero_stage": stage} for stage in (0, 2)}
+    kinds["same bits"] = {"deterministic": True}
     configs = [launcher.write(name, data_folder, **changes | kinds[name]) for name in kinds]
     waits = launcher.write("waits", data_folder)
     tasks = [*(f"traced:{config}" for config in configs), f"waits:{waits}"]
@@ -194,7 +198,7 @@ def test_compiled_runs_follow_the_eager_one_and_go_on_bit_for_bit(
     whole = launcher.losses("whole")
     assert len(whole) == 12
     assert launcher.losses("begun") == whole
-    for name in ("eager", "zero0", "zero2"):
+    for name in ("eager", "zero0", "zero2", "same bits"):
         np.testing.assert_allclose(launcher.losses(name), whole, rtol=1e-5)
     assert "waited: []" in done.out
 
@@ -285,6 +289,47 @@ def test_auto_compiles_on_a_gpu_but_not_with_zero_3(resolved: Callable[..., Run]
     assert not prepare.compiles(config, on_gpu=False)
     object.__setattr__(config, "zero_stage", 3)
     assert not prepare.compiles(config, on_gpu=True)
+
+
+@pytest.fixture
+def not_deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a process begins; and so it is left behind."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    prepare.set_deterministic(False)
+
+
+def test_deterministic_sets_what_torch_and_cublas_need(
+    not_deterministic: None, resolved: Callable[..., Run]
+) -> None:
+    for asked in (False, True):
+        model, _ = make_ready(resolved(deterministic=asked), CPU)
+        assert torch.are_deterministic_algorithms_enabled() == asked
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory == (not asked)
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if asked else None)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+    prepare.set_deterministic(True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    make_ready(resolved(), CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_deterministic_comes_before_anything_is_multiplied(
+    not_deterministic: None, resolved: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS reads its variable once; on a GPU the trial of attention already multiplies."""
+    seen = []
+
+    def look(*arguments: Any) -> ModernBertForMaskedLM:
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        return make_model()
+
+    monkeypatch.setattr(loop, "make_model", look)
+    make_ready(resolved(deterministic=True), CPU)
+    assert seen == [":4096:8"]
 
 
 def scaled(values: Tensor, dtype: torch.dtype, dim: int | None, by_powers: bool) -> Tensor:
@@ -392,6 +437,21 @@ def test_on_a_gpu_8_bits_are_near(recipe: str) -> None:
     (loss, ours), (expected, theirs) = (loss_and_gradients(model, batch) for model in models)
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
     assert_alike(ours, theirs, 0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_deterministic_runs_are_the_same_to_the_bit(
+    launcher: Any, data_folder: Path
+) -> None:
+    """Compiled layers, engine and optimizer: nothing refuses the mode, and losses are the same."""
+    launcher.accelerator = "cuda"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 1}
+    changes = {"deterministic": True, "model": sizes}
+    configs = [launcher.write(name, data_folder, **changes) for name in ("one", "two")]
+    done = launcher.run(1, *(f"train:{config}" for config in configs), script=SCRIPT)
+    assert done.code == 0, done.out + done.err
+    assert launcher.losses("one") == launcher.losses("two")
 
 
 @pytest.mark.gpu
