@@ -171,7 +171,7 @@ def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]
 def _set_deterministic(asked: bool) -> None:
     torch.use_deterministic_algorithms(asked)
     # Else the mode would also fill fresh memory, which takes time.
-    torch.utils.deterministic.fill_uninitialized_memory = not asked
+    torch.utils.deterministic.fill_uninitialized_memory = not asked  # type: ignore[attr-defined]
 
 
 def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:

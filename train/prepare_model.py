@@ -90,7 +90,7 @@ def set_deterministic(asked: bool) -> None:
     torch.use_deterministic_algorithms(asked)
     # With the mode torch also fills fresh memory, lest its content be read. Nothing here reads it,
     # which tests in that mode show, and filling takes as long as writing does.
-    torch.utils.deterministic.fill_uninitialized_memory = not asked
+    torch.utils.deterministic.fill_uninitialized_memory = not asked  # type: ignore[attr-defined]
 
 
 def prepare_model(model: ModernBertForMaskedLM, config: Train, device: torch.device) -> None:

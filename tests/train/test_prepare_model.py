@@ -304,7 +304,7 @@ def test_deterministic_sets_what_torch_and_cublas_need(
     not_deterministic: None, resolved: Callable[..., Run]
 ) -> None:
     for asked in (False, True):
-        model, _ = make_ready(resolved(deterministic=asked), CPU)
+        make_ready(resolved(deterministic=asked), CPU)
         assert torch.are_deterministic_algorithms_enabled() == asked
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert torch.utils.deterministic.fill_uninitialized_memory == (not asked)
