@@ -40,7 +40,7 @@ SMALLEST_WEIGHT = 2.0**-126
 # walk over the rows on each multiprocessor.
 _FORWARD_TILE = (4, 4)
 _BACKWARD_TILE = (1, 1)
-_PROGRAMS_A_MULTIPROCESSOR = 16
+_PROGRAMS_A_MULTIPROCESSOR = 12
 # Without a GPU, where Triton interprets.
 _PROGRAMS_INTERPRETED = 3
 

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from data_prep.shards import DataError, DataSet
+from data_prep.shards import DataError, DataSet, Row
 from train.loader import Ahead, Loader, RowCounts, StepMaker
 from train.schedule import Progress, StepPlan
+
+PAD = 2
 
 
 def maker_of(run: Any, rank: int = 0) -> StepMaker:
@@ -25,8 +28,18 @@ def test_counts_of_the_index_are_those_of_the_rows(data_folder: Path) -> None:
     for source, rows in data.sources("train").items():
         for number in range(rows):
             ids = data.read("train", source, number).input_ids
-            assert counts.tokens(source, number) == (ids != 2).sum()
+            assert counts.tokens(source, number) == (ids != PAD).sum()
             assert counts.maskable(source, number) == (ids > 4).sum()
+
+
+def documents_of(rows: list[Row]) -> list[NDArray[np.int64]]:
+    """The tokens of the documents of some rows, longest first."""
+    documents = [
+        row.input_ids[a:b].astype(int)
+        for row in rows
+        for a, b in itertools.pairwise(row.cu_seqlens[: len(row.documents) + 1])
+    ]
+    return sorted(documents, key=len, reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -41,18 +54,22 @@ def test_ranks_share_the_same_rows_and_know_the_step(
     parts = [list(maker_of(run, rank).micro_batches(plan)) for rank in range(ranks)]
     assert {len(part) for part in parts} == {phase.micro_steps}
     # Micro-step by micro-step, rank by rank, the rows are those of the order.
-    ids = torch.cat([part[k].input_ids for k in range(phase.micro_steps) for part in parts])
-    for number, found in enumerate(ids.view(plan.rows, 64)):
-        at = phase.order[plan.first_row + number]
-        read = phase.data.read("train", at.source, at.row).input_ids.astype(int)
-        same = found.numpy() == read
-        assert same[read < 5].all(), "special tokens stay"
-        assert not same.all(), "something is masked"
+    batches = [part[k] for k in range(phase.micro_steps) for part in parts]
+    rows = itertools.count(plan.first_row)
+    for batch in batches:
+        ats = [phase.order[next(rows)] for _ in range(phase.shape.rows)]
+        read = documents_of([phase.data.read("train", at.source, at.row) for at in ats])
+        found = [batch.input_ids[a:b].numpy() for a, b in itertools.pairwise(batch.cu_seqlens)]
+        found = [tokens for tokens in found if len(tokens) and tokens[0] != PAD]
+        for masked, tokens in zip(found, read, strict=True):
+            assert (masked == tokens)[tokens < 5].all(), "special tokens stay"
+        assert (np.concatenate(found) != np.concatenate(read)).any(), "something is masked"
+    ids = torch.cat([batch.input_ids for batch in batches])
     counts = maker_of(run).counts(plan)
     masked = sum((batch.labels != -100).sum() for part in parts for batch in part)
     assert counts.masked_tokens == masked
     assert counts.masked_tokens == sum(b.masked_tokens for part in parts for b in part)
-    assert counts.tokens == (ids != 2).sum()
+    assert counts.tokens == (ids != PAD).sum()
     assert counts.tokens == sum(b.lengths.sum() for part in parts for b in part)
     for number, source in enumerate(phase.shape.sources):
         found = [(b.masked_sources == number) & (b.labels != -100) for p in parts for b in p]
