@@ -1,7 +1,7 @@
 """Fixtures that several test folders share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,6 +40,15 @@ def shared_data() -> Path:
     if not (folder / "pubmed").is_dir():
         pytest.skip(f"the real input files are not at {folder}; set SHARED_DATA to their folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """After a test on a GPU its memory is free for others: for runs that it starts, and for the
+    processes of `pytest -n`, each of which would keep the most that any of its tests took."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
