@@ -17,9 +17,10 @@ the last place. In a row's mean square that moves dx by no more than rounding dy
 does (u g / σ); dw is moved by Σ u n dy, so that a dw in fp32 from y in half precision is as exact
 as half precision.
 
-A weight of 0 hides n, and below 2⁻¹²⁶, the smallest normal fp32, 1 / w may be infinite. There n is
-taken as 0: that weight gets a gradient of 0 and so stays as it is, and its column of dx lacks
-n mean(n g) / σ. Training from other weights meets an exact 0 by accident alone.
+In fp16 that holds for weights from about 0.01 on, whose results are no subnormal numbers; runs are
+in bf16 or fp32. A weight of 0 hides n, and below 2⁻¹²⁶, the smallest normal fp32, 1 / w may be
+infinite. There n is taken as 0: that weight gets a gradient of 0 and so stays as it is, and its
+column of dx lacks n mean(n g) / σ. Training from other weights meets an exact 0 by accident alone.
 
 Arithmetic, 1 / σ and the weight's gradient are fp32. That gradient is summed in a fixed order: each
 program over the rows it walks through, then over programs; no atomics, so two runs on one kind of

@@ -55,8 +55,8 @@ class PackedBatch:
     multiple of DOCUMENTS_MULTIPLE. max_seqlen: at least the longest document.
     masked_indices, labels: (M,) int64; what is left of M points to position 0 with label -100.
     masked_sources: (M,) int64, the number of the source that each of them is of; 0 for what is
-    left. masked_tokens: how many labels count; lengths: (documents,) tokens of each document,
-    padding not counted; both are known on the host.
+    left. masked_tokens: how many labels count; lengths: (documents,) tokens of each document
+    in the order of the rows, padding not counted; both are known on the host.
     """
 
     input_ids: Tensor

@@ -32,6 +32,7 @@ REFUSED = {
     "optimizer": _OWN,
     "scheduler": _OWN,
     "fp16": _OWN,
+    "bfloat16": _OWN,
     "data_types": _OWN,
     "communication_data_type": _OWN,
     "zero_allow_untested_optimizer": _OWN,
@@ -88,11 +89,11 @@ changes no step but has the host wait for the device, to measure what that costs
 
 def check_deepspeed_keys(keys: dict[str, Any]) -> None:
     """Raise ConfigError for keys of `deepspeed:` that a run may not set, with the reason."""
-    inner = {
-        f"{section}.{key}": value
-        for section in ("zero_optimization", "bf16")
-        for key, value in (keys.get(section) or {}).items()
-    }
+    inner: dict[str, Any] = {}
+    for name in ("zero_optimization", "bf16"):
+        section = keys.get(name) or {}
+        require(isinstance(section, dict), f"deepspeed.{name} must hold keys, not {section!r}")
+        inner |= {f"{name}.{key}": value for key, value in section.items()}
     for key in sorted(keys.keys() | inner.keys()):
         require(key not in REFUSED, f"deepspeed.{key}: {REFUSED.get(key)}")
         require(

@@ -21,7 +21,7 @@ def no_trace(settings: Profile, step: int, last_step: int) -> str | None:
     step: the last that has been taken; last_step: that of the run.
     """
     first, last = settings.first_step, settings.first_step + settings.steps - 1
-    if step < last and first <= last_step:
+    if step < min(last, last_step) and first <= last_step:
         return None
     ahead = f"steps {step + 1:,} to {last_step:,} are" if step < last_step else "none is"
     return (

@@ -145,7 +145,7 @@ def test_what_lies_behind_all_documents_is_never_read(device: torch.device) -> N
         assert torch.equal(one, two)
 
 
-def test_what_is_not_finite_is_not_hidden(device: torch.device) -> None:
+def test_what_is_no_number_is_not_hidden(device: torch.device) -> None:
     """The mask is a minimum, which must not take a bound for a score that is not a number."""
     qkv, turn, cu_seqlens, grad = make_case(([20, 7], 0), 1, 16, torch.float16, device)
     qkv[3, 0] = float("nan")

@@ -29,6 +29,7 @@ def folder(data_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     for name, lengths, sources in (
         ("base", (1024, 8192), SOURCES),
         ("paper", (1024,), SOURCES),
+        ("sample_gpu", (1024, 8192), SOURCES),
         ("clinical_base", (8192,), SOURCES[:3]),
     ):
         rows = {"train": dict.fromkeys(sources, 2), "validation": dict.fromkeys(sources, 1)}
@@ -48,7 +49,7 @@ def resolved(name: str, ranks: int, *words: str) -> Run:
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
-@pytest.mark.parametrize("name", ["base", "large", "clinical_base", "paper"])
+@pytest.mark.parametrize("name", ["base", "large", "clinical_base", "paper", "sample_gpu"])
 def test_a_dry_run_describes_every_phase(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, ranks: int
 ) -> None:

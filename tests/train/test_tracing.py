@@ -66,6 +66,7 @@ def test_steps_begin_at_1() -> None:
         (21, 0, "steps 21 to 23 are asked for, steps 1 to 20 are ahead"),
         (7, 9, "steps 7 to 9 are asked for, steps 10 to 20 are ahead"),
         (7, 20, "steps 7 to 9 are asked for, none is ahead"),
+        (19, 20, "steps 19 to 21 are asked for, none is ahead"),
     ],
 )
 def test_a_trace_of_no_step_that_is_left_is_said(

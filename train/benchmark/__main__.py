@@ -38,6 +38,7 @@ from train.benchmark.measure import (
 from train.benchmark.peers import measure_peer, peers
 from train.benchmark.plain import without_engine
 from train.flops import peak_flops
+from train.prepare_model import set_deterministic
 from train.ranks import Ranks, choose_device, find_ranks, join
 from train.resolve import Run
 
@@ -131,6 +132,8 @@ def _measure_all(
     machine: results.Machine | None = None
     for case, run in runs:
         if machine is None:
+            # Before the first product, which measures the machine's.
+            set_deterministic(run.config.deterministic)
             machine = _machine(run, device)
             if ranks.is_first:
                 print(
