@@ -28,6 +28,7 @@ from kernels.benchmark_layouts import (
     random_tensor,
     sets_of,
 )
+from kernels.determinism import use_deterministic_algorithms
 from kernels.documents import document_bounds, positions_from
 from kernels.local_attention import Tiles, Tuning, local_attention
 from kernels.rope import rope, rope_tables
@@ -161,17 +162,11 @@ def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]
         assert isinstance(out, Tensor)
         if deterministic and out.grad_fn is not None:
             # Its backward asks torch, whenever it comes; set around that alone.
-            out.grad_fn.register_prehook(lambda _: _set_deterministic(True))
-            out.grad_fn.register_hook(lambda *_: _set_deterministic(False))
+            out.grad_fn.register_prehook(lambda _: use_deterministic_algorithms(True))
+            out.grad_fn.register_hook(lambda *_: use_deterministic_algorithms(False))
         return out
 
     return who | {f"varlen_attn{note}": partial(torch_attend, mode) for mode, note in modes}
-
-
-def _set_deterministic(asked: bool) -> None:
-    torch.use_deterministic_algorithms(asked)
-    # Else the mode would also fill fresh memory, which takes time.
-    torch.utils.deterministic.fill_uninitialized_memory = not asked  # type: ignore[attr-defined]
 
 
 def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:

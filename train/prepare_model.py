@@ -20,6 +20,7 @@ import os
 import torch
 
 from common.config import ConfigError
+from kernels.determinism import use_deterministic_algorithms
 from model.modernbert import ModernBertForMaskedLM
 from train.config import Train
 
@@ -87,10 +88,7 @@ def set_deterministic(asked: bool) -> None:
     """
     if asked:
         os.environ.setdefault(*_WORKSPACE)
-    torch.use_deterministic_algorithms(asked)
-    # With the mode torch also fills fresh memory, lest its content be read. Nothing here reads it,
-    # which tests in that mode show, and filling takes as long as writing does.
-    torch.utils.deterministic.fill_uninitialized_memory = not asked  # type: ignore[attr-defined]
+    use_deterministic_algorithms(asked)
 
 
 def prepare_model(model: ModernBertForMaskedLM, config: Train, device: torch.device) -> None:

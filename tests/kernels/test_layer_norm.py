@@ -46,6 +46,15 @@ def run_alone(function: Callable, values: list[Tensor], wide: bool = False) -> l
     return [out, *torch.autograd.grad(out, leaves, grad)]
 
 
+def check_sum_norm(what: str, values: list[Tensor], assert_close: Callable[..., None]) -> None:
+    """Both results of `add_layer_norm`, and its gradients, by the rule for kernels."""
+    ours, plain = run(add_layer_norm, values), run(add_layer_norm_reference, values)
+    exact = run(add_layer_norm_reference, values, wide=True)
+    names = ("normed", "sum", "gradient by x", "gradient by residual", "gradient by weight")
+    for name, *results in zip(names, ours, plain, exact, strict=True):
+        assert_close(f"{what} {name}", *results)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_layer_norm_is_as_exact_as_pytorch(
     shape: tuple[int, int],
@@ -54,11 +63,7 @@ def test_add_layer_norm_is_as_exact_as_pytorch(
     assert_close: Callable[..., None],
 ) -> None:
     values = make_case(*shape, dtype, device)
-    ours, plain = run(add_layer_norm, values), run(add_layer_norm_reference, values)
-    exact = run(add_layer_norm_reference, values, wide=True)
-    names = ("normed", "sum", "gradient by x", "gradient by residual", "gradient by weight")
-    for name, *results in zip(names, ours, plain, exact, strict=True):
-        assert_close(f"add_layer_norm {shape} {name}", *results)
+    check_sum_norm(f"add_layer_norm {shape}", values, assert_close)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -147,11 +152,7 @@ def test_weights_of_every_sign_and_size(
 ) -> None:
     values = make_case(*shape, dtype, device)
     values[2] = draw_weight(kind, shape[1], dtype).to(device, dtype)
-    ours, plain = run(add_layer_norm, values), run(add_layer_norm_reference, values)
-    exact = run(add_layer_norm_reference, values, wide=True)
-    names = ("normed", "sum", "gradient by x", "gradient by residual", "gradient by weight")
-    for name, *results in zip(names, ours, plain, exact, strict=True):
-        assert_close(f"weights {kind} {shape} {name}", *results)
+    check_sum_norm(f"weights {kind} {shape}", values, assert_close)
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0, SMALLEST_WEIGHT / 2])
