@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.optim.adamw import adamw
 
 from kernels.benchmark_attention import make_global, make_local, version_of
@@ -20,7 +21,7 @@ from kernels.benchmark_layouts import (
     random_tensor,
     sets_of,
 )
-from kernels.geglu import geglu, geglu_reference
+from kernels.geglu import _geglu_backward, geglu, geglu_reference
 from kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.rope import rope, rope_in_place, rope_reference, rope_tables
@@ -224,6 +225,21 @@ def _geglu(tokens: int) -> Iterator[Case]:
     who = {"ours": geglu, "reference": geglu_reference, "torch.compile": _compiled(geglu_reference)}
     least = {"forward": 3 * unit, "backward": 5 * unit, "both": 8 * unit}
     yield Case("geglu", "exact erf", inputs, who, least)
+    # What the model's backward launches: beside the gradient it writes the result again.
+    with_grads = [[x.detach(), random_tensor(tokens, INTERMEDIATE, grad=False)] for (x,) in inputs]
+    who = {
+        "ours": partial(_geglu_backward, again=True),
+        "reference": _geglu_backward_reference,
+        "torch.compile": _compiled(_geglu_backward_reference),
+    }
+    yield Case("geglu", "backward and result", with_grads, who, {"forward": 6 * unit})
+
+
+def _geglu_backward_reference(x: Tensor, grad: Tensor) -> Outputs:
+    a, b = x.chunk(2, dim=-1)
+    gelu = functional.gelu(a)
+    grad_a = torch.ops.aten.gelu_backward(grad * b, a)
+    return torch.cat([grad_a, grad * gelu], dim=-1), gelu * b
 
 
 def _linear_cross_entropy(tokens: int) -> Iterator[Case]:

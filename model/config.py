@@ -9,7 +9,7 @@ from typing import Any, Literal
 # What `model.attention` may be asked for: everywhere, and in layers with a window.
 Backend = Literal["auto", "fa4", "fa2", "varlen", "reference"]
 Local = Literal["auto", "kernel", "backend"]
-Recompute = Literal["none", "activation", "mlp", "layer"]
+Recompute = Literal["none", "mlp", "layer"]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

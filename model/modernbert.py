@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.geglu import geglu, geglu_reference
+from kernels.geglu import geglu_linear, geglu_linear_reference
 from kernels.layer_norm import (
     add_layer_norm,
     add_layer_norm_reference,
@@ -64,21 +64,24 @@ class Attention(nn.Module):
         return self.Wo(out_THD.flatten(1))
 
 
-class GeGlu(nn.Module):
-    """Wo(gelu(a) · b) with a, b the two halves of Wi(x); gelu with the exact error function."""
+class GeGluLinear(nn.Linear):
+    """Wo(gelu(a) · b) of the product [a | b]; gelu with the exact error function."""
+
+    def forward(self, product_TI2: Tensor) -> Tensor:
+        apply = geglu_linear if runs_in_triton(product_TI2) else geglu_linear_reference
+        return apply(product_TI2, self.weight)
+
+
+class Mlp(nn.Module):
+    """Wo(gelu(a) · b) with a, b the two halves of Wi(x)."""
 
     def __init__(self, config: ModernBertConfig):
         super().__init__()
         self.Wi = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.Wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.Wo = GeGluLinear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_TD: Tensor, again: bool) -> Tensor:
-        """again: keep Wi(x) alone for the backward, not what the activation makes of it."""
-        return _run(self._finish, again, self.Wi(hidden_TD))
-
-    def _finish(self, product_TI2: Tensor) -> Tensor:
-        activate = geglu if runs_in_triton(product_TI2) else geglu_reference
-        return self.Wo(activate(product_TI2))
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return self.Wo(self.Wi(hidden_TD))
 
 
 class Norm(nn.LayerNorm):
@@ -113,7 +116,7 @@ class Layer(nn.Module):
         self.attn_norm = nn.Identity() if layer == 0 else AddNorm(config)
         self.attn = Attention(config, layer)
         self.mlp_norm = AddNorm(config)
-        self.mlp = GeGlu(config)
+        self.mlp = Mlp(config)
         self.recompute: Recompute = "none"
 
     def forward(
@@ -130,8 +133,7 @@ class Layer(nn.Module):
                 normed_TD, hidden_TD = self.attn_norm(branch_TD, hidden_TD)
             branch_TD = self.attn(normed_TD, documents, tables, backends)
             normed_TD, hidden_TD = self.mlp_norm(branch_TD, hidden_TD)
-            again = self.recompute == "activation"
-            return hidden_TD, _run(self.mlp, self.recompute == "mlp", normed_TD, again)
+            return hidden_TD, _run(self.mlp, self.recompute == "mlp", normed_TD)
 
         result: tuple[Tensor, Tensor] = _run(whole, self.recompute == "layer", hidden_TD, branch_TD)
         return result
@@ -269,8 +271,8 @@ class ModernBertForMaskedLM(nn.Module):
     def set_recompute(self, recompute: Recompute) -> None:
         """Say what of every layer the backward computes again.
 
-        none: nothing; activation: the result of GeGLU; mlp: all that its MLP makes of the norm
-        before it; layer: all of it. Gradients stay the same, to the bit.
+        none: nothing; mlp: what its MLP makes of the norm before it; layer: all of it. Gradients
+        stay the same, to the bit.
         """
         for layer in self.model.layers:
             assert isinstance(layer, Layer)

@@ -18,10 +18,13 @@ import math
 import os
 
 import torch
+from torch import Tensor
 
 from common.config import ConfigError
 from kernels.determinism import use_deterministic_algorithms
+from kernels.geglu import geglu, geglu_reference
 from model.modernbert import ModernBertForMaskedLM
+from model.rotary import runs_in_triton
 from train.config import Train
 
 MOST_COMPILATIONS = 64
@@ -115,16 +118,27 @@ def use_fp8(model: ModernBertForMaskedLM, recipe: str, emulate: bool = False) ->
     """Let the layers' linear maps multiply in 8 bits, forward and backward, by torchao's recipe.
 
     Weights stay what they are; they, activations and gradients are scaled and rounded before each
-    product. emulate: the same rounding with products in fp32, for tests without such a GPU.
+    product. Torchao's map keeps what it multiplies, so the result of GeGLU is kept beside what it
+    is made of. emulate: the same rounding with products in fp32, for tests without such a GPU.
     """
     # Only here: it takes seconds to import, and few runs need it.
     import dataclasses
 
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8.float8_linear import Float8Linear
 
-    settings = Float8LinearConfig.from_recipe_name(recipe)
+    class Float8GeGluLinear(Float8Linear):
+        def forward(self, product_TI2: Tensor) -> Tensor:
+            activate = geglu if runs_in_triton(product_TI2) else geglu_reference
+            return super().forward(activate(product_TI2))
+
+    settings = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
+    for layer in model.model.layers:
+        layer.mlp.Wo = Float8GeGluLinear.from_float(layer.mlp.Wo, settings)
     convert_to_float8_training(
-        model.model.layers, config=dataclasses.replace(settings, emulate=emulate)
+        model.model.layers,
+        config=settings,
+        module_filter_fn=lambda module, _: not isinstance(module, Float8Linear),
     )
 
 

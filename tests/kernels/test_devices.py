@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.documents import clear_behind_documents, document_bounds, positions_from
-from kernels.geglu import geglu
+from kernels.geglu import geglu_linear
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.linear_cross_entropy import _linear_cross_entropy
 from kernels.local_attention import local_attention
@@ -50,7 +50,7 @@ def call_norms(device: torch.device) -> list[Tensor]:
 
 def call_geglu(device: torch.device) -> list[Tensor]:
     x = torch.ones(2, 4, device=device, requires_grad=True)
-    out = geglu(x)
+    out = geglu_linear(x, torch.ones(3, 2, device=device))
     return [out, *torch.autograd.grad(out.sum(), x)]
 
 

@@ -1,4 +1,4 @@
-"""GeGLU: the kernels against fp64."""
+"""GeGLU, alone and with the linear map behind it: the kernels against fp64."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.geglu import _geglu, _geglu_backward, geglu, geglu_reference
+from kernels.geglu import (
+    _geglu,
+    _geglu_backward,
+    _geglu_linear,
+    geglu,
+    geglu_linear,
+    geglu_linear_reference,
+    geglu_reference,
+)
 
 # Rows and half a row: no multiple of a tile, one element, the base and large widths, none.
 SHAPES = [(5, 24), (37, 130), (1, 1), (3, 1152), (2, 2624), (9, 300), (0, 24)]
@@ -26,6 +34,23 @@ def make_case(rows: int, width: int, dtype: torch.dtype, device: torch.device) -
     return [x.to(device, dtype), grad.to(device, dtype)]
 
 
+def run_linear(function: Callable, x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    leaves = [value.clone().requires_grad_() for value in (x, weight)]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+def make_linear_case(
+    rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """x, a weight to 17 features, and a gradient."""
+    x, _ = make_case(rows, width, dtype, device)
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randn(17, width, generator=generator) / width**0.5
+    grad = torch.randn(rows, 17, generator=generator)
+    return [x, weight.to(device, dtype), grad.to(device, dtype)]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_gradient_are_as_exact_as_pytorch(
     shape: tuple[int, int],
@@ -38,6 +63,43 @@ def test_forward_and_gradient_are_as_exact_as_pytorch(
     exact = run(geglu_reference, x.double(), grad)
     for what, *values in zip(("forward", "gradient"), *results, exact, strict=True):
         assert_close(f"geglu {shape} {what}", *values)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_backward_makes_again_what_the_forward_made_to_the_bit(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    x, grad = make_case(*shape, dtype, device)
+    alone, nothing = _geglu_backward(x, grad, False)
+    beside, again = _geglu_backward(x, grad, True)
+    assert torch.equal(beside, alone)
+    assert torch.equal(again, _geglu(x))
+    assert nothing.numel() == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_with_its_linear_map_it_is_as_exact_as_pytorch(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Callable[..., None],
+) -> None:
+    x, weight, grad = make_linear_case(*shape, dtype, device)
+    ours = run_linear(geglu_linear, x, weight, grad)
+    plain = run_linear(geglu_linear_reference, x, weight, grad)
+    exact = run_linear(geglu_linear_reference, x.double(), weight.double(), grad)
+    names = ("forward", "gradient", "gradient of the weight")
+    for what, *values in zip(names, ours, plain, exact, strict=True):
+        assert_close(f"geglu_linear {shape} {what}", *values)
+
+
+def test_with_its_linear_map_it_keeps_its_input_alone(device: torch.device) -> None:
+    x, weight, _ = make_linear_case(37, 130, torch.float32, device)
+    leaves = [value.clone().requires_grad_() for value in (x, weight)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        geglu_linear(*leaves)
+    assert {t.data_ptr() for t in kept} == {leaf.data_ptr() for leaf in leaves}
 
 
 def test_the_whole_range_of_the_error_function(
@@ -67,6 +129,8 @@ def test_not_a_number_stays_one(device: torch.device) -> None:
 def test_every_output_is_written(device: torch.device, poisoned: None) -> None:
     x, grad = make_case(37, 130, torch.float32, device)
     assert all(bool(value.isfinite().all()) for value in run(geglu, x, grad))
+    found = run_linear(geglu_linear, *make_linear_case(37, 130, torch.float32, device))
+    assert all(bool(value.isfinite().all()) for value in found)
 
 
 def test_leading_dimensions_and_non_contiguous_input(device: torch.device) -> None:
@@ -83,6 +147,26 @@ def test_leading_dimensions_and_non_contiguous_input(device: torch.device) -> No
     assert torch.equal(leaf.grad, run(geglu, x, torch.ones_like(grad))[1])
 
 
+def test_leading_dimensions_and_non_contiguous_input_of_the_linear_map(
+    device: torch.device,
+) -> None:
+    x, weight, grad = make_linear_case(6, 20, torch.float32, device)
+    expected = run_linear(geglu_linear, x, weight, grad)
+    twice = x.repeat_interleave(2, dim=0)[::2]
+    standing = weight.T.contiguous().T
+    assert not twice.is_contiguous()
+    assert not standing.is_contiguous()
+    torch.testing.assert_close(geglu_linear(twice, standing), expected[0])
+    folded = run_linear(geglu_linear, x.view(2, 3, 40), weight, grad.view(2, 3, 17))
+    for ours, theirs in zip(folded, expected, strict=True):
+        assert torch.equal(ours.reshape(theirs.shape), theirs)
+    leaves = [value.clone().requires_grad_() for value in (x, weight)]
+    geglu_linear(*leaves).sum().backward()  # its gradient has strides of zero
+    ones = run_linear(geglu_linear, x, weight, torch.ones_like(grad))
+    for leaf, theirs in zip(leaves, ones[1:], strict=True):
+        torch.testing.assert_close(leaf.grad, theirs)
+
+
 def test_twice_the_same_bits(device: torch.device) -> None:
     x, grad = make_case(37, 130, torch.float32, device)
     for one, two in zip(run(geglu, x, grad), run(geglu, x, grad), strict=True):
@@ -94,13 +178,23 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         geglu(torch.zeros(2, 4, dtype=torch.float64, device=device))
     with pytest.raises(ValueError, match="2 I"):
         geglu(torch.zeros(2, 3, device=device))
+    x = torch.zeros(2, 4, device=device)
+    with pytest.raises(TypeError, match=r"one dtype, not torch\.float32, torch\.float16"):
+        geglu_linear(x, torch.zeros(3, 2, device=device, dtype=torch.float16))
+    for shape in ((3, 4), (3,), (3, 2, 1)):
+        with pytest.raises(ValueError, match=r"takes \(…, 2 I\) and \(D, I\), not \(2, 4\)"):
+            geglu_linear(x, torch.zeros(*shape, device=device))
 
 
 def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
     x, grad = make_case(5, 24, torch.float32, device)
     opcheck(_geglu, (x,))
     opcheck(_geglu, (x.clone().requires_grad_(),))
-    opcheck(_geglu_backward, (x, grad))
+    for again in (False, True):
+        opcheck(_geglu_backward, (x, grad, again))
+    weight = torch.randn(7, 24, device=device)
+    opcheck(_geglu_linear, (x, weight))
+    opcheck(_geglu_linear, (x.clone().requires_grad_(), weight.requires_grad_()))
 
 
 @pytest.mark.gpu
@@ -108,6 +202,15 @@ def test_one_graph_for_every_number_of_rows(compiles_twice: Callable[..., None])
     compiles_twice(
         geglu, [make_case(rows, 96, torch.bfloat16, torch.device("cuda"))[:1] for rows in ROWS]
     )
+
+
+@pytest.mark.gpu
+def test_one_graph_for_every_number_of_rows_of_the_linear_map(
+    compiles_twice: Callable[..., None],
+) -> None:
+    gpu = torch.device("cuda")
+    cases = [make_linear_case(rows, 96, torch.bfloat16, gpu)[:2] for rows in ROWS]
+    compiles_twice(geglu_linear, cases)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.benchmark_layouts import layouts
 from kernels.documents import document_bounds, positions_from
-from kernels.geglu import geglu
+from kernels.geglu import geglu_linear
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.linear_cross_entropy import _linear_cross_entropy
 from kernels.local_attention import local_attention
@@ -101,7 +101,9 @@ def run_norms(row: Row) -> list[Tensor]:
 
 
 def run_geglu(row: Row) -> list[Tensor]:
-    return with_gradients(row, geglu, row.random(row.sizes.tokens, 2 * row.sizes.inner))
+    sizes = row.sizes
+    x = row.random(sizes.tokens, 2 * sizes.inner)
+    return with_gradients(row, geglu_linear, x, row.random(sizes.hidden, sizes.inner))
 
 
 def run_loss(row: Row) -> list[Tensor]:

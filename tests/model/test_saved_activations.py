@@ -27,7 +27,7 @@ def kept_gib(recompute: str, layers: int, how: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recompute", "gib"),
-    [("none", 22.1), ("activation", 19.0), ("mlp", 12.8), ("layer", 4.4)],
+    [("none", 19.0), ("mlp", 12.8), ("layer", 4.4)],
 )
 def test_what_base_keeps_of_65_536_tokens(recompute: str, gib: float) -> None:
     assert kept_gib(recompute, 22, "eager") == pytest.approx(gib, abs=0.1)
