@@ -23,7 +23,7 @@ from torch import Tensor
 from common.config import ConfigError
 from kernels.determinism import use_deterministic_algorithms
 from kernels.geglu import geglu, geglu_reference
-from model.modernbert import ModernBertForMaskedLM
+from model.modernbert import Mlp, ModernBertForMaskedLM
 from model.rotary import runs_in_triton
 from train.config import Train
 
@@ -133,8 +133,9 @@ def use_fp8(model: ModernBertForMaskedLM, recipe: str, emulate: bool = False) ->
             return super().forward(activate(product_TI2))
 
     settings = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
-    for layer in model.model.layers:
-        layer.mlp.Wo = Float8GeGluLinear.from_float(layer.mlp.Wo, settings)
+    for mlp in model.modules():
+        if isinstance(mlp, Mlp):
+            mlp.Wo = Float8GeGluLinear.from_float(mlp.Wo, settings)
     convert_to_float8_training(
         model.model.layers,
         config=settings,
