@@ -254,7 +254,9 @@ def _linear_cross_entropy(
     rows = min(rows, -(-counted // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
     buffer = hidden.new_empty((min(rows, most), vocabulary))
     grad_hidden[rows:] = 0
-    chunk = -(-rows // max(1, -(-rows // most)))  # as even as can be
+    # As even as can be, and of whole multiples, for the library and for the passes' compiler.
+    chunk = -(-rows // max(1, -(-rows // most)))
+    chunk = min(-(-chunk // _ROWS_MULTIPLE) * _ROWS_MULTIPLE, most)
     for start in range(0, rows, max(1, chunk)):
         part = slice(start, min(start + chunk, rows))
         logits = buffer[: part.stop - part.start]

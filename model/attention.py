@@ -62,11 +62,15 @@ class Choice(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Where the documents of a packed row lie; bounds_2T only for `kernels.local_attention`."""
+    """Where the documents of a packed row lie.
+
+    longest: (max_seqlen, 0), nothing but a length, which a compiled layer takes as it comes; for
+    each new number it would be compiled anew. bounds_2T only for `kernels.local_attention`.
+    """
 
     position_ids_T: Tensor
     cu_seqlens: Tensor
-    max_seqlen: int
+    longest: Tensor
     bounds_2T: Tensor | None
 
 
@@ -77,7 +81,10 @@ def describe_documents(
     bounds_2T = None
     if choice.local == "kernel":
         bounds_2T = document_bounds(cu_seqlens, position_ids_T.shape[0])
-    return Documents(position_ids_T, cu_seqlens, max_seqlen, bounds_2T)
+    longest = cu_seqlens.new_empty(max_seqlen, 0)
+    if not torch.compiler.is_compiling():
+        torch._dynamo.maybe_mark_dynamic(longest, 0)
+    return Documents(position_ids_T, cu_seqlens, longest, bounds_2T)
 
 
 def attend(
@@ -96,7 +103,7 @@ def attend(
         )
     q_THD, k_THD, v_THD = tables(qkv_T3HD, documents.position_ids_T)
     return BACKENDS[choice.backend](
-        q_THD, k_THD, v_THD, documents.cu_seqlens, documents.max_seqlen, window
+        q_THD, k_THD, v_THD, documents.cu_seqlens, documents.longest.shape[0], window
     )
 
 

@@ -9,9 +9,9 @@ could reduce none of them meanwhile, and would be compiled layer by layer anyhow
 across the borders, where our norms read and write. What is around them runs as it is: the loss is
 one operation, and the compiler's gradient of an embedding would add up in no fixed order.
 
-All shapes are compiled in as constants but the number of documents (`train.batch` marks it).
-So there is one compilation for each kind of layer (the first; global; local), for the head, for
-each T and each bucket of `max_seqlen`. A break in a graph is an error.
+All shapes are compiled in as constants but the number of documents (`train.batch` marks it) and
+`max_seqlen` (`model.attention.Documents`). So there is one compilation for each kind of layer (the
+first; global; local) and for the head, for each T. A break in a graph is an error.
 """
 
 import math
@@ -28,7 +28,7 @@ from model.rotary import runs_in_triton
 from train.config import Train
 
 MOST_COMPILATIONS = 64
-"""of layers, in a run; some four for each length of row and each bucket of max_seqlen"""
+"""of layers, in a run; four for each length of micro-batch"""
 BACKEND = "inductor"
 
 # What cuBLAS works in so that it adds up in one order; it reads the variable at its first product.

@@ -112,6 +112,17 @@ def test_a_chunk_has_no_more_rows_than_a_grid(
     assert rows == [7, 7, 6]
 
 
+def test_chunks_are_even_and_of_whole_multiples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 rows in three chunks: 100 each would change what the passes are compiled for."""
+    leaves, labels = make_case(300)
+    rows = []
+    turn = module._turn_plain
+    monkeypatch.setattr(module, "_ELEMENTS_A_PLAIN_CHUNK", 149 * VOCABULARY)
+    monkeypatch.setattr(module, "_turn_plain", lambda *a: rows.append(len(a[0])) or turn(*a))
+    run(linear_cross_entropy, leaves, labels)
+    assert rows == [128, 128, 44]
+
+
 @pytest.mark.parametrize("function", [linear_cross_entropy, in_triton])
 def test_large_logits_do_not_overflow(function: Callable, device: torch.device) -> None:
     hidden = torch.full((1, 1), 1e4, device=device)
