@@ -205,7 +205,10 @@ def speed_plot(curves: Curves) -> str:
 
 
 def time_plot(curves: Curves) -> str:
-    """A step's time by part, and the share of it that the slowest rank waited for data."""
+    """A step's time by part, and the share of it that the slowest rank waited for data.
+
+    Steps many times as long as most, such as the first, which compiles, reach beyond the plot.
+    """
 
     def parts(axes: Axes) -> None:
         steps, whole = points(curves.train, lambda r: r["step_s"] if "step_parts_s" in r else None)
@@ -220,7 +223,8 @@ def time_plot(curves: Curves) -> str:
             colors=["C3", "C0", "C1", "0.75"],
             linewidth=0,
         )
-        axes.set(title="seconds of a step", ylim=(0, None))
+        most = min(whole.max(initial=0.0), 3 * float(np.median(whole))) if len(whole) else 1.0
+        axes.set(title="seconds of a step", ylim=(0, 1.05 * most))
         axes.legend(loc="lower right", fontsize=8, framealpha=0.8, frameon=True)
 
     def waits(axes: Axes) -> None:
