@@ -68,23 +68,24 @@ def linear_cross_entropy(
     but the labels. On a GPU the two passes are Triton kernels, elsewhere and in fp64 PyTorch.
     Raises TypeError or ValueError for other dtypes and shapes.
     """
-    return linear_cross_entropies(hidden_MD, weight_VD, bias_V, labels_M, counted)[0]
+    return linear_cross_entropy_each(hidden_MD, weight_VD, bias_V, labels_M, counted)[0]
 
 
-def linear_cross_entropies(
+def linear_cross_entropy_each(
     hidden_MD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor,
     labels_M: Tensor,
     counted: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same sum and the cross-entropy (M,) fp32 of each label, 0 where it is −100.
+    """The same sum and, for each label, (2, M) fp32: its cross-entropy, and 1 if no token is
+    likelier, otherwise 0; both 0 where it is −100.
 
     The sum alone is differentiable: the gradients are made for it, and the others have none.
     """
     _check(hidden_MD, weight_VD, bias_V, labels_M)
     in_triton = hidden_MD.is_cuda and hidden_MD.dtype != torch.float64
-    loss, *_, losses_M = _linear_cross_entropy(
+    loss, *_, each_2M = _linear_cross_entropy(
         hidden_MD,
         weight_VD,
         bias_V,
@@ -93,7 +94,7 @@ def linear_cross_entropies(
         torch.is_grad_enabled(),
         in_triton,
     )
-    return loss.float(), losses_M.detach().float()
+    return loss.float(), each_2M.detach().float()
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> None:
@@ -114,15 +115,17 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> None
 
 @triton.jit
 def _first_pass_kernel(  # type: ignore[no-untyped-def]
-    logits, labels, top, total, loss, VOCABULARY: tl.constexpr, LANES: tl.constexpr
+    logits, labels, top, total, loss, is_top, VOCABULARY: tl.constexpr, LANES: tl.constexpr
 ):
-    """The highest logit of each row, Σ exp(z − highest), and its loss; 0, 1, 0 if ignored."""
+    """The highest logit of each row, Σ exp(z − highest), its loss, and whether the label's is the
+    highest; 0, 1, 0, 0 if ignored."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     if label == -100:
         tl.store(top + row, 0.0)
         tl.store(total + row, 1.0)
         tl.store(loss + row, 0.0)
+        tl.store(is_top + row, 0.0)
     else:
         # Each lane keeps a maximum and a sum of its own: eight logits share one correction of the
         # sum, and lanes meet only once, at the end.
@@ -145,6 +148,7 @@ def _first_pass_kernel(  # type: ignore[no-untyped-def]
         tl.store(total + row, sum_of_all)
         at_label = tl.load(start + label).to(tl.float32)
         tl.store(loss + row, tl.log(sum_of_all) + (highest - at_label))
+        tl.store(is_top + row, (at_label >= highest).to(tl.float32))
 
 
 @triton.jit
@@ -181,17 +185,27 @@ def _second_pass_kernel(  # type: ignore[no-untyped-def]
 
 
 def _turn(logits: Tensor, labels: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss of each row and, with gradients, logits become d, whose column sums are returned."""
+    """The loss of each row and whether its label is on top, (2, rows); with gradients, logits
+    become d, whose column sums are returned."""
     rows, vocabulary = logits.shape
-    top, total, loss = torch.empty(3, rows, dtype=torch.float32, device=logits.device).unbind()
+    values = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
+    top, total, loss, is_top = values.unbind()
     lanes, warps = _FIRST_PASS
     lanes = min(lanes, triton.next_power_of_2(triton.cdiv(vocabulary, 8)))
     with torch.cuda.device_of(logits):
         _first_pass_kernel[(rows,)](
-            logits, labels, top, total, loss, VOCABULARY=vocabulary, LANES=lanes, num_warps=warps
+            logits,
+            labels,
+            top,
+            total,
+            loss,
+            is_top,
+            VOCABULARY=vocabulary,
+            LANES=lanes,
+            num_warps=warps,
         )
     if not with_gradients:
-        return loss, None
+        return values[2:], None
     block_r, block_v, warps = _SECOND_PASS
     groups = triton.cdiv(rows, _ROWS_A_PROGRAM)
     partial = torch.empty(groups, vocabulary, dtype=torch.float32, device=logits.device)
@@ -209,7 +223,7 @@ def _turn(logits: Tensor, labels: Tensor, with_gradients: bool) -> tuple[Tensor,
             BLOCK_V=block_v,
             num_warps=warps,
         )
-    return loss, partial.sum(0)
+    return values[2:], partial.sum(0)
 
 
 def _turn_plain(
@@ -220,12 +234,14 @@ def _turn_plain(
     live = (labels[:, None] != IGNORED).to(wide)
     target = labels[:, None].clamp(min=0)
     log_sum = wide.logsumexp(-1, keepdim=True)
-    loss = (live * (log_sum - wide.gather(-1, target))).flatten()
+    at_label = wide.gather(-1, target)
+    is_top = at_label >= wide.amax(-1, keepdim=True)
+    each = torch.cat([log_sum - at_label, is_top.to(wide)], dim=-1).mul_(live).T
     if not with_gradients:
-        return loss, None
+        return each, None
     slope = wide.sub_(log_sum).exp_().mul_(live).scatter_add_(-1, target, -live)
     logits.copy_(slope)
-    return loss, slope.sum(0)
+    return each, slope.sum(0)
 
 
 # An operation of its own, opaque to the compiler, which would unroll the loop over chunks.
@@ -239,12 +255,13 @@ def _linear_cross_entropy(
     with_gradients: bool,
     in_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, its gradients by hidden, weight and bias, and the loss of each row.
+    """The loss, its gradients by hidden, weight and bias, and what `linear_cross_entropy_each` says
+    of each row.
 
     All of them are fp32 (or fp64). Without gradients these are empty.
     """
     gradients = _empty_gradients(hidden, weight, bias, with_gradients)
-    losses = gradients[0].new_zeros(labels.shape)
+    each = gradients[0].new_zeros((2, *labels.shape))
     grad_hidden, grad_weight, grad_bias = gradients
     grad_weight.zero_()
     grad_bias.zero_()
@@ -262,12 +279,12 @@ def _linear_cross_entropy(
         logits = buffer[: part.stop - part.start]
         torch.addmm(bias, hidden[part], weight.T, out=logits)
         turn = _turn if in_triton else _turn_plain
-        losses[part], column_sums = turn(logits, labels[part].contiguous(), with_gradients)
+        each[:, part], column_sums = turn(logits, labels[part].contiguous(), with_gradients)
         if column_sums is not None:
             grad_bias += column_sums
             _product(grad_hidden[part], logits, weight, accumulate=False)
             _product(grad_weight, logits.T, hidden[part], accumulate=True)
-    return losses[:rows].sum(), *gradients, losses
+    return each[0, :rows].sum(), *gradients, each
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
@@ -293,8 +310,8 @@ def _(
     in_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss, losses = (hidden.new_empty(shape, dtype=wide) for shape in ((), labels.shape))
-    return loss, *_empty_gradients(hidden, weight, bias, with_gradients), losses
+    loss, each = (hidden.new_empty(shape, dtype=wide) for shape in ((), (2, *labels.shape)))
+    return loss, *_empty_gradients(hidden, weight, bias, with_gradients), each
 
 
 def _empty_gradients(

@@ -26,7 +26,7 @@ from kernels.layer_norm import (
     layer_norm,
     layer_norm_reference,
 )
-from kernels.linear_cross_entropy import linear_cross_entropies
+from kernels.linear_cross_entropy import linear_cross_entropy_each
 from kernels.unpad import pad, pad_reference, unpad, unpad_reference
 from model.attention import Choice, Documents, attend, choose_attention, describe_documents
 from model.config import ModernBertConfig, Recompute
@@ -200,7 +200,8 @@ class Head(nn.Module):
 class Decoder(nn.Linear):
     """Logits over the vocabulary or, given labels, the cross-entropy without holding them all.
 
-    The cross-entropy is its sum, an fp32 scalar, and that of each label, (M,) without a gradient.
+    The cross-entropy is its sum, an fp32 scalar, and what is known of each label, (2, M) without a
+    gradient.
     The loss is computed in here so that the weight is used within this module's call alone:
     ZeRO-3 gathers a module's parameters for just that long.
     """
@@ -210,7 +211,7 @@ class Decoder(nn.Linear):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if labels_M is None:
             return super().forward(hidden)
-        return linear_cross_entropies(hidden, self.weight, self.bias, labels_M, counted)
+        return linear_cross_entropy_each(hidden, self.weight, self.bias, labels_M, counted)
 
 
 class ModernBertForMaskedLM(nn.Module):
@@ -254,13 +255,13 @@ class ModernBertForMaskedLM(nn.Module):
         there, −100 for entries that only fill the list up. M may be 0 and every label ignored:
         then the loss is 0 and so are the gradients. counted: how many entries are not filler, where
         all filler comes last; the decoder then skips it. Callers divide by the number of labels of
-        the whole step. each: return with it the cross-entropy (M,) fp32 of each label, 0 for
-        filler, which has no gradient.
+        the whole step. each: return with it, of each label, (2, M) fp32 without a gradient: its
+        cross-entropy, and 1 if no token is likelier; 0 and 0 for filler.
         """
         hidden_TD = self.encode(input_ids_T, position_ids_T, cu_seqlens, max_seqlen)
         hidden_MD = self.head(hidden_TD.index_select(0, masked_indices_M))
-        loss, losses_M = self.decoder(hidden_MD, labels_M, counted)
-        return (loss, losses_M) if each else loss
+        loss, each_2M = self.decoder(hidden_MD, labels_M, counted)
+        return (loss, each_2M) if each else loss
 
     def encode(
         self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int

@@ -1,4 +1,5 @@
-"""What is measured over the steps between two records: loss by source, speed, waits, memory."""
+"""What is measured over the steps between two records: loss and accuracy by source, speed, waits,
+memory."""
 
 import resource
 import time
@@ -27,11 +28,11 @@ def peak_of(device: torch.device, precision: str) -> float | None:
 
 
 class Interval:
-    """Loss and speed over the steps since the last record.
+    """Loss, accuracy and speed over the steps since the last record.
 
-    The loss is exact: sums of cross-entropy over all ranks and steps divided by their masked
-    tokens. Steps whose loss is not finite are not in it: the optimizer leaves them out as well.
-    Nothing is waited for until the interval is closed: sums stay on the device.
+    Loss and accuracy are exact: sums over all ranks and steps divided by their masked tokens. Steps
+    whose loss is not finite are not in them: the optimizer leaves them out as well. Nothing is
+    waited for until the interval is closed: sums stay on the device.
     """
 
     def __init__(self, loader: Loader, device: torch.device, peak: float | None) -> None:
@@ -46,8 +47,8 @@ class Interval:
         """Begin the next interval, in `phase`, here; what lies between it and a close is no
         step's."""
         self._phase = phase
-        # Of each step: this rank's sums of cross-entropy, and the masked tokens of all ranks.
-        self._loss_sums: list[Tensor] = []
+        # Of each step: this rank's sums, and the masked tokens of all ranks.
+        self._sums: list[Tensor] = []
         self._masked: list[list[int]] = []
         self._steps = self._tokens = self._slots = 0
         self._flops = 0.0
@@ -68,10 +69,10 @@ class Interval:
             yield batch
             self._clock.mark("forward_backward")
 
-    def add(self, loaded: LoadedStep, loss_sums: Tensor) -> None:
-        """Add a step that has just been taken: this rank's sums of cross-entropy, (sources,)."""
+    def add(self, loaded: LoadedStep, sums: Tensor) -> None:
+        """Add a step that has just been taken: what `train.loop.accumulate` returned."""
         self._clock.mark("optimizer")
-        self._loss_sums.append(loss_sums)
+        self._sums.append(sums)
         masked = loaded.counts.masked_by_source
         self._masked.append([masked.get(source, 0) for source in self._phase.shape.sources])
         self._steps += 1
@@ -80,7 +81,7 @@ class Interval:
 
     def close(self) -> dict[str, Any]:
         """Figures over all ranks; waits for the device. Every rank calls this."""
-        loss_sums = sum_over_ranks(torch.stack(self._loss_sums)).cpu()
+        sums = sum_over_ranks(torch.stack(self._sums)).cpu()
         parts = self._clock.read()
         now = time.perf_counter()
         seconds, pause = now - self._start, self._start - self._paused
@@ -93,7 +94,7 @@ class Interval:
         on_gpu = self._device.type == "cuda"
         allocated, reserved, resident = most[2 + len(PARTS) :]
         return {
-            **_losses(self._phase.shape.sources, loss_sums, torch.tensor(self._masked)),
+            **_figures(self._phase.shape.sources, sums, torch.tensor(self._masked)),
             "tok_per_s": self._tokens / seconds,
             "padded_tok_per_s": self._slots / seconds,
             "tflop_per_s": flops / seconds / 1e12,
@@ -112,22 +113,28 @@ class Interval:
         }
 
 
-def _losses(sources: Sequence[str], loss_sums: Tensor, masked: Tensor) -> dict[str, Any]:
-    """The mean loss of the steps in which it is finite, and by source; None without such a step.
+def _figures(sources: Sequence[str], sums: Tensor, masked: Tensor) -> dict[str, Any]:
+    """Mean loss and accuracy of the steps whose loss is finite, and by source; None without one.
 
-    loss_sums, masked: (steps, sources), over all ranks.
+    sums: (steps, 2, sources), of cross-entropy and of tokens guessed right; masked: (steps,
+    sources), all over all ranks.
     """
-    finite = loss_sums.isfinite().all(1)
-    sums, counts = loss_sums[finite].sum(0).tolist(), masked[finite].sum(0).tolist()
-    return {
-        "loss": sum(sums) / sum(counts) if sum(counts) else None,
-        "masked_tokens": sum(counts),
-        "by_source": {
-            name: {"loss": loss / count, "masked_tokens": count}
-            for name, loss, count in zip(sources, sums, counts, strict=True)
-            if count
-        },
+    finite = sums[:, 0].isfinite().all(1)
+    (losses, right), counts = sums[finite].sum(0).tolist(), masked[finite].sum(0).tolist()
+
+    def means(loss: float, right: float, count: int) -> dict[str, Any]:
+        return {
+            "loss": loss / count if count else None,
+            "accuracy": right / count if count else None,
+            "masked_tokens": count,
+        }
+
+    by_source = {
+        name: means(*of_source)
+        for name, *of_source in zip(sources, losses, right, counts, strict=True)
+        if of_source[-1]
     }
+    return {**means(sum(losses), sum(right), sum(counts)), "by_source": by_source}
 
 
 def _memory(device: torch.device) -> list[float]:

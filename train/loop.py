@@ -95,9 +95,9 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
             # whose time is none of training's.
             logs = plan.step % config.log.every_steps == 0 or plan.step == 1 or saves or validates
 
-            loss_sums = accumulate(engine, interval.watch(loaded), ranks, device)
+            sums = accumulate(engine, interval.watch(loaded), ranks, device)
             norms = step(engine, plan.rates, want_norms=logs)
-            interval.add(loaded, loss_sums)
+            interval.add(loaded, sums)
             counts = loaded.counts
             progress = progress.after(plan, counts.rows_by_source, counts.tokens_by_source)
             if console is not None:
@@ -146,12 +146,13 @@ def check_finite(plan: StepPlan, norms: Norms) -> None:
 def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.device) -> Tensor:
     """Forward and backward of every micro-batch.
 
-    Returns this rank's sums of cross-entropy by source, (sources,) fp64, on the device.
+    Returns this rank's sums of cross-entropy and of tokens guessed right, by source, (2, sources)
+    fp64, on the device.
     """
-    loss_sums = torch.zeros(len(loaded.sources), dtype=torch.float64, device=device)
+    sums = torch.zeros(2, len(loaded.sources), dtype=torch.float64, device=device)
     for number, host_batch in enumerate(loaded.micro_batches, start=1):
         batch = host_batch.to(device)
-        loss, losses_M = engine(
+        loss, each_2M = engine(
             batch.input_ids,
             batch.position_ids,
             batch.cu_seqlens,
@@ -163,8 +164,8 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
         )
         is_last = number == loaded.micro_steps
         backward(engine, loss, ranks.size, loaded.counts.masked_tokens, is_last)
-        loss_sums.index_add_(0, batch.masked_sources, losses_M.double())
-    return loss_sums
+        sums.index_add_(1, batch.masked_sources, each_2M.double())
+    return sums
 
 
 def _circumstances(

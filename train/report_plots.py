@@ -130,6 +130,13 @@ def source_plot(curves: Curves) -> str:
 
     def of_validation(key: str, title: str) -> Draw:
         def draw(axes: Axes) -> None:
+            if key == "accuracy":
+                for source in curves.sources:
+                    at, values = points(curves.train, _of(source, key))
+                    _, weights = points(curves.train, _of(source, "masked_tokens"))
+                    if len(at) == len(weights):  # older records have no accuracy
+                        line = thinned(at, smoothed(values, weights))
+                        axes.plot(*line, color=color_of(source), linewidth=0.8, alpha=0.5)
             drawn = [points(curves.validation, _of(source, key)) for source in curves.sources]
             for source, line in zip(curves.sources, drawn, strict=True):
                 axes.plot(*line, marker="o", markersize=2.5, linewidth=1, color=color_of(source))
@@ -149,7 +156,7 @@ def source_plot(curves: Curves) -> str:
         curves,
         [
             [of_training, of_validation("loss", "validation loss, nats")],
-            [of_validation("accuracy", "validation accuracy on masked tokens"), of_epochs],
+            [of_validation("accuracy", "accuracy on masked tokens (dots: validation)"), of_epochs],
         ],
         height=5.2,
     )

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import linear_cross_entropy as module
 from kernels.linear_cross_entropy import (
     _linear_cross_entropy,
-    linear_cross_entropies,
     linear_cross_entropy,
+    linear_cross_entropy_each,
     linear_cross_entropy_reference,
 )
 
@@ -181,8 +181,8 @@ def test_filler_at_the_end_costs_nothing(
     alone, flops_alone = run_part(rounded)
     assert flops == flops_alone == 3 * 2 * rounded * VOCABULARY * 16
     assert not bool(whole[1][rounded:].any())
-    assert not bool(whole[4][counted:].any())
-    whole[1], whole[4] = whole[1][:rounded], whole[4][:rounded]
+    assert not bool(whole[4][:, counted:].any())
+    whole[1], whole[4] = whole[1][:rounded], whole[4][:, :rounded]
     for one, two in zip(whole, alone, strict=True):
         assert torch.equal(one, two)
 
@@ -219,22 +219,27 @@ def test_non_contiguous_input(triton: bool, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("triton", [False, True])
-def test_each_label_has_its_own_loss(
+def test_each_label_has_its_own_loss_and_is_on_top_or_not(
     triton: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """Beside the sum, over several chunks; they carry no gradient, and the sum's stays."""
     for name in ("_ELEMENTS_A_CHUNK", "_ELEMENTS_A_PLAIN_CHUNK"):
         monkeypatch.setattr(module, name, 7 * VOCABULARY)
     leaves, labels = make_case(40, torch.float32, device)
-    expected = F.cross_entropy(F.linear(*leaves), labels, reduction="none").detach()
+    logits = F.linear(*leaves).detach()
+    labels[1::2] = logits[1::2].argmax(-1)  # guessed right; every third is ignored again
+    labels[::3] = -100
+    expected = F.cross_entropy(logits, labels, reduction="none")
     if triton:
         loss, *_, each = _linear_cross_entropy(*leaves, labels, 40, True, True)
     else:
-        loss, each = linear_cross_entropies(*leaves, labels)
+        loss, each = linear_cross_entropy_each(*leaves, labels)
         assert not each.requires_grad
         assert loss.requires_grad
-    assert torch.allclose(each, expected, rtol=1e-5, atol=1e-6)
-    assert not bool(each[labels == -100].any())
+    assert torch.allclose(each[0], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(each[1], (logits.argmax(-1) == labels).float())
+    assert 0 < each[1].sum() < (labels != -100).sum()
+    assert not bool(each[:, labels == -100].any())
     assert loss.item() == pytest.approx(expected.sum().item(), rel=1e-5)
 
 

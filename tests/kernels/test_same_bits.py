@@ -112,8 +112,8 @@ def run_loss(row: Row) -> list[Tensor]:
     leaves = [row.random(*shape).mul_(0.3).requires_grad_() for shape in shapes]
     labels = torch.arange(sizes.masked, device=row.device) * 7 % sizes.vocabulary
     labels[::9] = -100
-    loss, *_, losses = _linear_cross_entropy(*leaves, labels, sizes.masked, True, True)
-    return [loss.detach(), losses.detach(), *torch.autograd.grad(loss, leaves)]
+    loss, *_, each = _linear_cross_entropy(*leaves, labels, sizes.masked, True, True)
+    return [loss.detach(), each.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 def run_unpad_and_pad(row: Row) -> list[Tensor]:

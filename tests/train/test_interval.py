@@ -46,12 +46,17 @@ def losses_of(labels: Tensor) -> Tensor:
     return torch.where(labels == -100, 0.0, labels % 7 + 0.5).float()
 
 
+def right_of(labels: Tensor) -> Tensor:
+    """Some labels are guessed right, none of them filler."""
+    return ((labels != -100) & (labels % 3 == 0)).float()
+
+
 class Engine:
     """What training calls of an engine, without a model."""
 
     def __call__(self, *batch: Any, each: bool) -> tuple[Tensor, Tensor]:
         losses_M = losses_of(batch[5])
-        return losses_M.sum(), losses_M
+        return losses_M.sum(), torch.stack([losses_M, right_of(batch[5])])
 
     def set_gradient_accumulation_boundary(self, is_last: bool) -> None:
         """Nothing is accumulated."""
@@ -89,14 +94,16 @@ def test_figures_are_those_of_the_rows(resolved: Callable[..., Any], seconds: li
     found = interval.close()
 
     sums: dict[str, list[float]] = {"notes": [], "papers": []}
+    rights: dict[str, list[float]] = {"notes": [], "papers": []}
     flops = tokens = 0.0
     for number, batch in enumerate(batches):
-        losses, at = losses_of(batch.labels), 0
+        losses, right, at = losses_of(batch.labels), right_of(batch.labels), 0
         for row in range(2):
             address = phase.order[2 * number + row]
             read = phase.data.read("train", address.source, address.row)
             masked = masked_count(0.3, int((read.input_ids > 4).sum()))
             sums[address.source] += losses[at : at + masked].tolist()
+            rights[address.source] += right[at : at + masked].tolist()
             at += masked
             lengths = np.diff(read.cu_seqlens)[: len(read.documents)]
             flops += training_flops(phase.model_config, lengths, masked)
@@ -104,9 +111,11 @@ def test_figures_are_those_of_the_rows(resolved: Callable[..., Any], seconds: li
     for source, values in sums.items():
         part = found["by_source"][source]
         assert part["loss"] == pytest.approx(np.mean(values))
+        assert part["accuracy"] == pytest.approx(np.mean(rights[source]))
         assert part["masked_tokens"] == len(values)
     together = [*sums["notes"], *sums["papers"]]
     assert found["loss"] == pytest.approx(np.mean(together))
+    assert found["accuracy"] == pytest.approx(np.mean([*rights["notes"], *rights["papers"]]))
     assert found["masked_tokens"] == len(together)
     assert found["tok_per_s"] == tokens / 4
     assert found["padded_tok_per_s"] == 2 * 8 * 64 / 4
@@ -131,18 +140,19 @@ def test_a_step_without_a_finite_loss_is_not_in_the_mean(resolved: Callable[...,
 
     def spoilt(plan: StepPlan) -> None:
         loaded = LoadedStep(plan, maker.counts(plan), 1, maker.sources(plan), iter(()))
-        interval.add(loaded, torch.tensor([1.0, float("nan")]))
+        interval.add(loaded, torch.tensor([[1.0, float("nan")], [1.0, 1.0]]))
 
     interval.restart(phase)
     take_step(interval, maker, plans[0])
     spoilt(plans[1])
     together = interval.close()
-    for key in ("loss", "masked_tokens", "by_source"):
+    for key in ("loss", "accuracy", "masked_tokens", "by_source"):
         assert together[key] == alone[key]
     interval.restart(phase)
     spoilt(plans[1])
     nothing = interval.close()
-    assert (nothing["loss"], nothing["masked_tokens"], nothing["by_source"]) == (None, 0, {})
+    assert (nothing["loss"], nothing["accuracy"], nothing["masked_tokens"]) == (None, None, 0)
+    assert nothing["by_source"] == {}
 
 
 @pytest.mark.usefixtures("joined")

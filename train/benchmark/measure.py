@@ -135,9 +135,9 @@ def measure(
             interval.restart(phase)
 
             def take(loaded: LoadedStep) -> None:
-                loss_sums = accumulate(engine, interval.watch(loaded), ranks, device)
+                sums = accumulate(engine, interval.watch(loaded), ranks, device)
                 step(engine, loaded.plan.rates, want_norms=False)
-                interval.add(loaded, loss_sums)
+                interval.add(loaded, sums)
 
             steps = iter(loader)
             for loaded in itertools.islice(steps, WARM_UP):
