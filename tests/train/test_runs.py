@@ -46,8 +46,9 @@ KEYS = {
         sources/NAME/epochs lr mask_rate loss accuracy masked_tokens
         by_source/NAME/loss by_source/NAME/accuracy by_source/NAME/masked_tokens grad_norm
         update_norm skipped_steps tok_per_s padded_tok_per_s tflop_per_s mfu step_s
-        step_parts_s/data step_parts_s/forward_backward step_parts_s/optimizer data_wait_s data_wait_rank pause_s eta_s memory_allocated_gib
-        memory_reserved_gib memory_resident_gib""",
+        step_parts_s/data step_parts_s/forward_backward step_parts_s/optimizer data_wait_s
+        data_wait_rank pause_s eta_s memory_allocated_gib memory_reserved_gib
+        memory_resident_gib""",
     "validation": """kind time step phase loss accuracy masked_tokens by_source/NAME/loss
         by_source/NAME/accuracy by_source/NAME/masked_tokens""",
 }
