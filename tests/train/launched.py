@@ -58,7 +58,7 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
     maker = StepMaker(run, ranks.rank)
     with Loader(maker, run.plans(Progress()), pin=False) as loader:
         loaded = next(iter(loader))
-        loss = accumulate(engine, loaded, ranks, device).sum()
+        loss = accumulate(engine, loaded, ranks, device)[0].sum()
     mine = float(loss)
     loss = float(sum_over_ranks(loss)) / loaded.counts.masked_tokens
     if ranks.is_first:
