@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from common.config import ConfigError
+from train.benchmark import interruptions
 from train.benchmark.cases import GPU_CASES, TINY, Case
 from train.benchmark.measure import Measurement
 from train.benchmark.parts import PARTS
@@ -31,21 +32,31 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is measured. peak: FLOP/s of a product measured in this run; None on a CPU.
+    """Where it is measured.
 
-    datasheet: the manufacturer's, None where it is not known.
+    datasheet: FLOP/s that the manufacturer names; None where it is not known. products: FLOP/s of a
+    product right before and right after the measurement; none on a CPU.
     """
 
     device: str
-    peak: float | None
-    datasheet: float | None
+    datasheet: float | None = None
+    products: tuple[float, ...] = ()
+
+    @property
+    def peak(self) -> float | None:
+        """The better of the products; None on a CPU."""
+        return max(self.products, default=None)
 
     @property
     def peak_source(self) -> str | None:
         """What `mfu_of_measured_peak` is a share of."""
-        if self.peak is None:
+        if not self.products:
             return None
-        return f"product of 8192 x 8192 matrices in this run, {self.peak / 1e12:.0f} TFLOP/s"
+        before, after = (f"{rate / 1e12:.0f} TFLOP/s" for rate in self.products)
+        return (
+            f"the better of two products of 8192 x 8192 matrices on the hot GPU, {before} before "
+            f"and {after} after"
+        )
 
 
 def versions() -> dict[str, str]:
@@ -79,9 +90,12 @@ def make_record(
         ),
         "step_ms": round(1000 * statistics.median(found.seconds), 3),
         "steps": len(found.seconds),
+        "seconds": [round(seconds, 5) for seconds in found.seconds],
+        "interruptions": found.interruptions,
         "parts": (
             None if found.parts is None else {name: round(found.parts[name], 3) for name in PARTS}
         ),
+        "parts_steps": found.parts_steps,
         "parameters": parameter_count(run.start),
         "micro_batch": shape.tokens,
         "micro_steps": run.phases["main"].micro_steps,
@@ -136,6 +150,17 @@ def line(record: Record) -> str:
         parts = ", ".join(f"{key} {value:.1f}" for key, value in record["parts"].items())
         words.append(f"a step of {sum(record['parts'].values()):.1f} ms: {parts}")
     return f"{name}{'  '.join(words)}"
+
+
+def warning(record: Record) -> str | None:
+    """A line where something came between steps that were timed; None where nothing did."""
+    happened = interruptions.in_words(record.get("interruptions") or {})
+    if happened is None:
+        return None
+    return (
+        f"warning: {record['case']}, {record['who']}: while steps were timed there were "
+        f"{happened}; `seconds` in the record shows what that came to"
+    )
 
 
 def key_of(record: Record) -> Key:
