@@ -264,6 +264,35 @@ def test_records_of_older_runs_are_read_compared_and_drawn(tmp_path: Path) -> No
     results.plot(tmp_path / "drawn.png", everything)
 
 
+def git(folder: Path, *words: str) -> str:
+    who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    command = ["git", "-C", str(folder), *who, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_is_that_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, result = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "new.json"
+    result.parent.mkdir(parents=True)
+    file.write_text("1")
+    result.write_text("1")
+    assert results.commit(tmp_path) is None, "no checkout"
+    git(tmp_path, "init", "--quiet")
+    assert results.commit(tmp_path) is None, "nothing in it"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message", "one")
+    number = git(tmp_path, "rev-parse", "--short=10", "HEAD")
+    assert results.commit(tmp_path) == number
+    result.write_text("2")
+    assert results.commit(tmp_path) == number, "what is measured changes no code"
+    file.write_text("2")
+    assert results.commit(tmp_path) == f"{number} and changes"
+    assert results.commit(tmp_path / "benchmarks") is None, "a folder in a checkout"
+    monkeypatch.setenv("PATH", "")
+    assert results.commit(tmp_path) is None, "no git"
+
+
 # Peers.
 
 
@@ -336,6 +365,7 @@ def test_a_whole_run_on_a_cpu(measured: dict[str, Any]) -> None:
         assert one["memory_gib"] is None
         assert 1 < one["spread"][0] <= one["tok_per_s_per_gpu"] <= one["spread"][1]
         assert one["versions"]["torch"] == torch.__version__
+        assert "commit" in one["versions"]
         assert len(one["seconds"]) == one["steps"] >= 2
         assert one["interruptions"]["recompilations"] == 0
         if name.startswith("ours"):

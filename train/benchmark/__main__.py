@@ -143,7 +143,8 @@ def _measure_all(
             set_deterministic(run.config.deterministic)
             peak = Peak(run, device)
             if ranks.is_first:
-                print(peak.machine.device, flush=True)
+                commit = results.versions()["commit"] or "not known"
+                print(f"{peak.machine.device}; the project's commit: {commit}", flush=True)
         least = asked.repeats or max(8, 20 // run.phases["main"].micro_steps)
         effort = usual_effort(least, device.type == "cuda")
         for who, measure_it in _everybody(case, ranks, device, effort).items():

@@ -1,8 +1,10 @@
 """The records of what was measured: made, merged into a file, compared and drawn."""
 
+import functools
 import json
 import platform
 import statistics
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,9 @@ OURS, PLAIN = "ours", "ours, without engine"
 AIM = 0.97
 """of the engine against the step without it, and of a GPU among several against one alone"""
 _PACKAGES = ("torch", "triton", "deepspeed", "transformers", "flash-attn-4", "flash-attn")
+
+_ROOT = Path(__file__).parents[2]
+_RESULTS = "benchmarks/results"
 
 Record = dict[str, Any]
 Key = tuple[str, str, int]
@@ -59,14 +64,44 @@ class Machine:
         )
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter, where they are installed."""
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Of Python, of the packages that matter, where they are installed, and of this project.
+
+    Once for the process: what it runs is what it read when it began.
+    """
     found = {name: version_of(name) for name in _PACKAGES}
     # Of the build, with its CUDA.
     found["torch"] = torch.__version__
-    return {"python": platform.python_version()} | {
-        name: number for name, number in found.items() if number is not None
+    return {
+        "commit": commit(_ROOT),
+        "python": platform.python_version(),
+        **{name: number for name, number in found.items() if number is not None},
     }
+
+
+def commit(root: Path) -> str | None:
+    """The short hash of the commit checked out in `root`, "… and changes" where files differ from
+    it; None without git, or where `root` is no checkout.
+
+    Results do not count as changes: measuring writes them.
+    """
+    words = ("rev-parse", "--short=10", "HEAD")
+    changed = ("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{_RESULTS}")
+    said = [_git(root, *words), _git(root, *changed)] if (root / ".git").exists() else [None]
+    if None in said:
+        return None
+    number, changes = said
+    return f"{number} and changes" if changes else number
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """What git says, without the end of the last line; None where it fails or is not there."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def make_record(
