@@ -48,8 +48,8 @@ from train.resolve import Run
 Measure = Callable[[Run], Measurement]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line asks for; its `key=value` are `overrides`."""
     parser = argparse.ArgumentParser(
         prog="python -m train.benchmark",
         description=__doc__,
@@ -83,6 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     for taken in (asked.case or [], asked.who or []):
         asked.overrides += [word for word in taken if "=" in word]
         taken[:] = [word for word in taken if "=" not in word]
+    return asked
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    asked = parse(arguments)
     try:
         ranks = find_ranks()
         device = choose_device(ranks)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -82,15 +83,16 @@ def versions() -> dict[str, str | None]:
 
 def commit(root: Path) -> str | None:
     """The short hash of the commit checked out in `root`, "… and changes" where files differ from
-    it; None without git, or where `root` is no checkout.
+    it; without git, or where `root` is no checkout, what PROJECT_COMMIT says, or None.
 
     Results do not count as changes: measuring writes them.
     """
     words = ("rev-parse", "--short=10", "HEAD")
     changed = ("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{_RESULTS}")
+    # A checkout above `root` is another project's.
     said = [_git(root, *words), _git(root, *changed)] if (root / ".git").exists() else [None]
     if None in said:
-        return None
+        return os.environ.get("PROJECT_COMMIT")
     number, changes = said
     return f"{number} and changes" if changes else number
 
