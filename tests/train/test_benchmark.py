@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.config import ConfigError
 from model.config import ModernBertConfig
 from train.benchmark import __main__ as command
 from train.benchmark import cases, interruptions, measure, peers, results
@@ -118,6 +119,13 @@ def test_a_step_of_a_case_has_its_micro_batch_and_its_sums() -> None:
     assert plan.rows == 2 * 8 * 8
     lengths = measure.document_lengths(phase, plan)
     assert lengths.sum() == StepMaker(run, 0).counts(plan).tokens
+
+
+def test_a_run_that_ends_before_it_is_measured_is_refused() -> None:
+    steps: Any = ["one", "two"]
+    assert list(measure._exactly(2, iter(steps))) == steps
+    with pytest.raises(ConfigError, match="1 steps too early to be measured"):
+        list(measure._exactly(3, iter(steps)))
 
 
 # Arithmetic.

@@ -108,7 +108,8 @@ def split(kernels: Sequence[Kernel]) -> tuple[Parts, int] | None:
         covered = _union([*covered, *by_part[name]])
         total = sum(end - start for start, end in covered)
         parts[name], before = (total - before) / 1000 / steps, total
-    parts["idle"] = (end - begin - before) / 1000 / steps
+    # Sums of times may be off in their last bits.
+    parts["idle"] = max(0.0, end - begin - before) / 1000 / steps
     return parts, steps
 
 
