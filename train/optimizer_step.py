@@ -101,9 +101,9 @@ class OptimizerStep:
     def _read_flags(self, wait: bool) -> None:
         while self._flags:
             flag, arrived = self._flags[0]
-            if arrived is not None and not wait and not arrived.query():
-                return
-            if arrived is not None:
+            if arrived is not None and not arrived.query():
+                if not wait:
+                    return
                 arrived.synchronize()
             self._flags.popleft()
             # numpy() refuses what is not on the host.

@@ -117,7 +117,8 @@ def freed(words: list[str]) -> dict[str, Any]:
         return measure.with_engine(model, run)
 
     run = cases.resolve_case(cases.TINY, None, words, 1, on_gpu=False)
-    steps = len(measure.measure(run, Ranks(), CPU, start, repeats=2).seconds)
+    effort = measure.Effort(2)
+    steps = len(measure.measure(run, Ranks(), CPU, start, effort).seconds)
     gc.collect()
     return {"steps": steps, "freed": models[0]() is None}
 

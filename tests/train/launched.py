@@ -70,10 +70,12 @@ def save_gradients(run: Run, ranks: Ranks, device: torch.device, out: str) -> No
 def refuse_to_wait(run: Run, ranks: Ranks, device: torch.device) -> None:
     """Take steps that are not logged as the loop takes them, and say what waited in them.
 
-    On a GPU torch raises if anything does; on a CPU what would wait on a GPU is noted. The first
-    steps are free to wait: they compile, and put tables on the device.
+    What waits is an error as far as waits.py sees it; numbers that are read on a CPU, which would
+    wait on a GPU, are noted. The first steps are free to wait: they compile, and put tables on the
+    device.
     """
     import stepped
+    import waits
 
     from train.engine import start_engine, step
     from train.loader import Loader, StepMaker
@@ -84,16 +86,14 @@ def refuse_to_wait(run: Run, ranks: Ranks, device: torch.device) -> None:
     engine = start_engine(model, run.config, run.deepspeed)
     with Loader(StepMaker(run, ranks.rank), run.plans(Progress()), pin=on_gpu) as loader:
         for number, loaded in enumerate(loader):
-            if on_gpu:
-                torch.cuda.set_sync_debug_mode("error" if number >= 6 else "default")
             # A mode that looks at operations keeps layers from being compiled.
-            with contextlib.nullcontext() if on_gpu else stepped.Watch() as watch:
+            watching = contextlib.nullcontext() if on_gpu else stepped.Watch()
+            refusing = waits.refuse_waits(on_gpu) if number >= 6 else contextlib.nullcontext()
+            with refusing, watching as watch:
                 accumulate(engine, loaded, ranks, device)
                 step(engine, loaded.plan.rates, want_norms=False)
             if watch is not None and number >= 6:
                 places |= set(watch.places)
-    if on_gpu:
-        torch.cuda.set_sync_debug_mode("default")
     print(f"waited: {sorted(places)}")
 
 

@@ -166,7 +166,7 @@ class Watch(TorchDispatchMode):
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         if torch.cuda.is_available():
-            # On a GPU, whatever waits for it: torch warns of it.
+            # On a GPU, copies and numbers that wait for it: torch warns of these.
             torch.cuda.set_sync_debug_mode("warn")
             warnings.simplefilter("always")
             warnings.showwarning = self.note

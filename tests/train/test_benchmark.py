@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.config import ConfigError
 from model.config import ModernBertConfig
 from train.benchmark import __main__ as command
-from train.benchmark import cases, measure, peers, results
+from train.benchmark import cases, interruptions, measure, peers, results
 from train.benchmark.measure import Measurement
 from train.flops import training_flops
 from train.loader import StepMaker
@@ -31,6 +32,8 @@ SMALL = [
 ]
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+UNDISTURBED = dict.fromkeys(interruptions.NAMES, 0)
 
 
 @pytest.fixture
@@ -118,6 +121,13 @@ def test_a_step_of_a_case_has_its_micro_batch_and_its_sums() -> None:
     assert lengths.sum() == StepMaker(run, 0).counts(plan).tokens
 
 
+def test_a_run_that_ends_before_it_is_measured_is_refused() -> None:
+    steps: Any = ["one", "two"]
+    assert list(measure._exactly(2, iter(steps))) == steps
+    with pytest.raises(ConfigError, match="1 steps too early to be measured"):
+        list(measure._exactly(3, iter(steps)))
+
+
 # Arithmetic.
 
 
@@ -134,9 +144,11 @@ def test_speed_and_mfu_are_those_of_all_steps_together_for_a_gpu() -> None:
         memory_gib=21.456,
         data_wait_share=0.001,
         parts=None,
+        parts_steps=0,
+        interruptions=UNDISTURBED,
         note="",
     )
-    machine = results.Machine("NVIDIA H200", 800e12, 989.4e12)
+    machine = results.Machine("NVIDIA H200", 989.4e12, (780e12, 800e12))
     one = results.make_record(cases.TINY, "ours", 2, run, machine, found)
     assert one["tok_per_s_per_gpu"] == 4 * 65_536 / 1.0 / 2
     assert one["spread"] == [round(131_072 / 0.625 / 2, 1), 65_536 / 0.25 / 2]
@@ -145,8 +157,10 @@ def test_speed_and_mfu_are_those_of_all_steps_together_for_a_gpu() -> None:
     # By hand: 0.82 GFLOP a token at 1,024 with the head on 30 %, 131,072 tokens a second.
     assert one["mfu"] == pytest.approx(0.82e9 * 131_072 / 989.4e12, rel=0.02)
     assert "800 TFLOP/s" in one["peak_source"]
+    assert one["seconds"] == [0.25, 0.625, 0.25]
+    assert one["interruptions"] == UNDISTURBED
     assert "MFU" in results.line(one)
-    unknown = results.Machine("NVIDIA A30", 150e12, None)
+    unknown = results.Machine("NVIDIA A30", None, (150e12, 150e12))
     assert results.make_record(cases.TINY, "ours", 1, run, unknown, found)["mfu"] is None
 
 
@@ -158,11 +172,8 @@ def test_mfu_is_the_same_share_in_records_of_training_and_of_the_benchmark() -> 
     device = torch.device("cuda", 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-        patch.setattr(command, "product_rate", lambda device, dtype: 7e14)
         run = cases.resolve_case(cases.GPU_CASES[0], None, [], 1, on_gpu=True)
-        machine = command._machine(run, device)
-        assert machine.datasheet == peak_of(device, run.precision)
-    assert machine.peak == 7e14
+        assert command.Peak(run, device).machine.datasheet == peak_of(device, run.precision)
 
 
 # Records.
@@ -240,6 +251,60 @@ def test_comparisons_with_and_without_engine_and_of_several_gpus() -> None:
     ]
 
 
+def test_a_line_warns_of_what_came_between_timed_steps() -> None:
+    one = made("tiny", "ours", 1, 1.0)
+    assert results.warning(one) is None, "as older records, which do not say"
+    assert results.warning({**one, "interruptions": UNDISTURBED}) is None
+    happened = UNDISTURBED | {"device_allocations": 2}
+    said = results.warning({**one, "interruptions": happened})
+    assert said is not None
+    assert "tiny, ours: while steps were timed there were 2 device allocations" in said
+
+
+def test_records_of_older_runs_are_read_compared_and_drawn(tmp_path: Path) -> None:
+    records = results.read(ROOT / "benchmarks" / "results" / "train_h200.json")
+    needed = {"case", "who", "gpus", "tok_per_s_per_gpu", "mfu", "memory_gib", "data_wait_share"}
+    assert all(needed | {"versions"} <= one.keys() for one in records)
+    assert all("tok/s" in results.line(one) for one in records)
+    everything = results.merge(records, [made("notes-8192", "A peer", 1, 1.0)])
+    assert len(everything) == len(records) + 1
+    assert any("without the engine" in text for text in results.comparisons(everything))
+    results.plot(tmp_path / "drawn.png", everything)
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    command = ["git", "-C", str(folder), *who, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_is_that_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, result = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "new.json"
+    result.parent.mkdir(parents=True)
+    file.write_text("1")
+    result.write_text("1")
+    assert results.commit(tmp_path) is None, "no checkout"
+    git(tmp_path, "init", "--quiet")
+    assert results.commit(tmp_path) is None, "nothing in it"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message", "one")
+    number = git(tmp_path, "rev-parse", "--short=10", "HEAD")
+    assert results.commit(tmp_path) == number
+    result.write_text("2")
+    assert results.commit(tmp_path) == number, "what is measured changes no code"
+    file.write_text("2")
+    assert results.commit(tmp_path) == f"{number} and changes"
+    assert results.commit(tmp_path / "benchmarks") is None, "a folder in a checkout"
+    monkeypatch.setenv("PROJECT_COMMIT", "another")
+    assert results.commit(tmp_path) == f"{number} and changes"
+    assert results.commit(tmp_path / "benchmarks") == "another"
+    monkeypatch.delenv("PROJECT_COMMIT")
+    monkeypatch.setenv("PATH", "")
+    assert results.commit(tmp_path) is None, "no git"
+
+
 # Peers.
 
 
@@ -312,6 +377,9 @@ def test_a_whole_run_on_a_cpu(measured: dict[str, Any]) -> None:
         assert one["memory_gib"] is None
         assert 1 < one["spread"][0] <= one["tok_per_s_per_gpu"] <= one["spread"][1]
         assert one["versions"]["torch"] == torch.__version__
+        assert "commit" in one["versions"]
+        assert len(one["seconds"]) == one["steps"] >= 2
+        assert one["interruptions"]["recompilations"] == 0
         if name.startswith("ours"):
             assert 0 <= one["data_wait_share"] < 1
         else:
@@ -381,6 +449,10 @@ def test_two_processes_share_a_case(launcher: Any, tmp_path: Path) -> None:
     root = str(Path(command.__file__).parents[2])
     script.write_text(
         f"import sys\nsys.path.insert(0, {root!r})\n"
+        # By the clock, as on GPUs: how many steps that is, the two must agree.
+        "from train.benchmark import __main__ as command\n"
+        "from train.benchmark.measure import Effort\n"
+        "command.usual_effort = lambda steps, on_gpu: Effort(steps, seconds=1, warm_up_s=1)\n"
         "from train.benchmark.__main__ import main\nsys.exit(main())\n"
     )
     file = tmp_path / "new.json"
@@ -403,7 +475,7 @@ def test_two_processes_share_a_case(launcher: Any, tmp_path: Path) -> None:
     )
     failing.write_text(
         script.read_text().replace(
-            "from train.benchmark.__main__", fails + "from train.benchmark.__main__"
+            "from train.benchmark import", fails + "from train.benchmark import", 1
         )
     )
     done = launcher.run(2, *words, script=failing)

@@ -1,8 +1,7 @@
 """Where the time of a step goes: the parts of kernels, of traces, and of a step on a GPU."""
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ import torch
 from train.benchmark import cases, measure, parts, plain
 from train.benchmark.parts import Kernel
 from train.ranks import Ranks
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -53,18 +50,25 @@ def test_our_kernels_are_called_what_the_parts_are_told_by() -> None:
 
 
 def test_time_counts_once_and_the_rest_is_idle() -> None:
+    def bound(start: float, step: int) -> Kernel:
+        return Kernel("_start_of_a_step", start, start, step=step)
+
     kernels = [
-        Kernel("nvjet_one", 0, 4000),
+        bound(-1000, 0),
+        Kernel("nvjet_one", 0, 4000, step=1),
         # Hidden behind a product but for its last millisecond.
-        Kernel("ncclDevKernel_ReduceScatter", 1000, 5000),
-        Kernel("_local_attention_forward_kernel", 6000, 8000),
+        Kernel("ncclDevKernel_ReduceScatter", 1000, 5000, step=1),
+        Kernel("_local_attention_forward_kernel", 6000, 8000, step=1),
         # Two at once.
-        Kernel("triton_poi_fused_add_1", 8000, 9000),
-        Kernel("triton_poi_fused_add_2", 8500, 9500),
-        Kernel("_apply_kernel", 9500, 10_000, "optimizer"),
+        Kernel("triton_poi_fused_add_1", 8000, 9000, step=1),
+        Kernel("triton_poi_fused_add_2", 8500, 9500, step=1),
+        Kernel("_apply_kernel", 9500, 10_000, "optimizer", step=1),
+        bound(12_000, 2),
     ]
-    found = parts.split(kernels, step_seconds=0.012)
-    assert found == pytest.approx(
+    found = parts.split(kernels)
+    assert found is not None
+    assert found[1] == 1
+    assert found[0] == pytest.approx(
         {
             "gemm": 4,
             "attention": 2,
@@ -74,17 +78,100 @@ def test_time_counts_once_and_the_rest_is_idle() -> None:
             "idle": 12 - 9,
         }
     )
-    # A step as timed may be a little shorter than its kernels under the profiler.
-    assert parts.split(kernels, step_seconds=0.008)["idle"] == 0
+
+
+def event(kind: str, name: str, thread: int, ts: float, dur: float, **more: Any) -> dict[str, Any]:
+    """An event of a trace in Chrome's format, times in microseconds."""
+    known = {"ph": "X", "cat": kind, "name": name, "tid": thread, "ts": ts, "dur": dur}
+    return known | {"args": more}
+
+
+# Kind, name, stream, start and end on the device, and the recorded step that launched it.
+WORK = [
+    ("kernel", "nvjet_of_the_step_before", 7, 500, 1500, None),
+    ("kernel", "nvjet", 7, 1500, 2500, 0),
+    # The first whole step; what is idle before it is not its own.
+    ("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 7, 3000, 3100, 1),
+    ("kernel", "nvjet", 7, 3100, 5100, 1),
+    ("kernel", "ncclDevKernel_ReduceScatter", 20, 4100, 6100, 1),
+    ("kernel", "triton_poi_fused_add", 7, 6500, 7000, 1),
+    # The second one.
+    ("kernel", "void at::native::FillFunctor", 7, 7200, 7210, 2),
+    ("kernel", "nvjet", 7, 7250, 9250, 2),
+    ("gpu_memset", "Memset (Device)", 20, 9250, 9450, 2),
+    ("kernel", "ncclDevKernel_AllGather", 20, 9450, 9900, 2),
+    # Where it ends.
+    ("kernel", "void at::native::FillFunctor", 7, 9500, 9510, 3),
+    ("kernel", "nvjet", 7, 9900, 12_000, 3),
+]
+
+
+def trace() -> list[dict[str, Any]]:
+    """Four steps of which the device does what WORK says, and the host launches it long before."""
+    events = [event("user_annotation", "benchmark: one step", 1, 100 * n, 90) for n in range(4)]
+    for link, (kind, name, stream, start, end, step) in enumerate(WORK):
+        if step is not None:
+            # Half of it from autograd's thread.
+            at = 100 * step + 1 + link
+            events.append(event("cuda_runtime", "launch", 1 + link % 2, at, 1, correlation=link))
+        events.append(event(kind, name, stream, start, end - start, correlation=link))
+    events.append(event("gpu_user_annotation", "benchmark: one step", 7, 0, 50_000))
+    # A trace is in no order.
+    return events[::-1]
+
+
+def test_a_whole_step_is_from_its_first_kernel_to_the_first_of_the_next() -> None:
+    """Two steps on two streams: gaps within and between them, copies and overlaps."""
+    found = parts.split(parts.read_kernels(trace()))
+    assert found is not None
+    idle = (6500 - 6100) + (7200 - 7000) + (7250 - 7210)
+    sums = {
+        "gemm": 2000 + 2000,
+        "attention": 0,
+        "memory_bound": 100 + 500 + 10 + 200,
+        "optimizer": 0,
+        "engine": (6100 - 5100) + (9500 - 9450),
+        "idle": idle,
+    }
+    assert sum(sums.values()) == 9500 - 3000
+    assert found[0] == pytest.approx({name: us / 1000 / 2 for name, us in sums.items()})
+    assert found[1] == 2
+
+
+@pytest.mark.parametrize("without", [{1, 2, 3}, {1, 2}, {0, 1, 2, 3}])
+def test_without_a_whole_step_nothing_is_said(without: set[int]) -> None:
+    kernels = [one for one in parts.read_kernels(trace()) if one.step not in without]
+    assert parts.split(kernels) is None
+
+
+class Idle:
+    """An engine of which the profiler may watch what the loop calls."""
+
+    def optimizer_step(self) -> None: ...
+
+    def step(self) -> None: ...
+
+    def backward(self) -> None: ...
+
+
+def test_steps_are_recorded_right_behind_those_that_warm_up() -> None:
+    taken = []
+
+    def take() -> None:
+        engine.step()
+        taken.append(torch.ones(3).cos())
+
+    engine = Idle()
+    events = parts.record(engine, take, warm_up=4, steps=3)
+    assert len(taken) == 7
+    names = [one["name"] for one in events if one.get("cat") in ("user_annotation", "cpu_op")]
+    for name in ("benchmark: one step", "benchmark: step", "aten::cos"):
+        assert names.count(name) == 3, name
+    assert not vars(engine)
 
 
 def test_a_trace_says_where_a_kernel_was_launched() -> None:
     """Two threads: the main one, 1, and autograd's, 2."""
-
-    def event(kind: str, name: str, thread: int, ts: float, dur: float, **more: Any) -> dict:
-        return {"ph": "X", "cat": kind, "name": name, "tid": thread, "ts": ts, "dur": dur} | {
-            "args": more
-        }
 
     evaluate = "autograd::engine::evaluate_function: "
     events: list[dict[str, Any]] = [
@@ -118,33 +205,6 @@ def test_a_trace_says_where_a_kernel_was_launched() -> None:
     assert found[0].end - found[0].start == pytest.approx(0.5)
 
 
-def test_one_step_is_timed_and_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is idle is the time of the very batches that the profiler watches."""
-    taken: list[list[str]] = []
-    clock = itertools.count()
-
-    def take(loaded: Any) -> None:
-        # The first time takes longest.
-        for _ in range(0 if taken else 9):
-            next(clock)
-        taken.append(list(loaded.micro_batches))
-
-    def profile_step(engine: Any, again: Callable[[], None], seconds: float) -> dict[str, float]:
-        assert len(taken) == 2, "timed before the profiler is on"
-        again()
-        return {"idle": seconds}
-
-    @dataclasses.dataclass(frozen=True)
-    class Loaded:
-        micro_batches: Iterator[str]
-
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(measure, "profile_step", profile_step)
-    loaded: Any = Loaded(iter(["one", "two"]))
-    assert measure.take_apart(None, loaded, take, CPU) == {"idle": 1.0}
-    assert taken == [["one", "two"]] * 3
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("joined")
 def test_parts_of_a_step_on_a_gpu() -> None:
@@ -153,9 +213,14 @@ def test_parts_of_a_step_on_a_gpu() -> None:
     device = torch.device("cuda", 0)
     run = cases.resolve_case(cases.TINY, None, [], 1, on_gpu=True)
     starts: list[Callable[..., Any]] = [measure.with_engine, plain.without_engine]
+    effort = measure.Effort(3, seconds=0.5, warm_up_s=0.5, parts_s=0.2)
     for start in starts:
-        found = measure.measure(run, Ranks(), device, start, repeats=3)
+        found = measure.measure(run, Ranks(), device, start, effort)
+        assert len(found.seconds) > 3
         assert found.parts is not None
+        assert found.parts_steps >= 2
+        assert found.parts["idle"] >= 0
+        assert None not in found.interruptions.values()
         assert set(found.parts) == set(parts.PARTS)
         for name in ("gemm", "attention", "memory_bound", "optimizer", "engine"):
             assert found.parts[name] > 0, name

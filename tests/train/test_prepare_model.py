@@ -464,7 +464,7 @@ def test_on_a_gpu_deterministic_runs_are_the_same_to_the_bit(
 def test_on_a_gpu_a_step_that_is_not_logged_waits_for_nothing(
     stage: int, launcher: Any, data_folder: Path
 ) -> None:
-    """Compiled layers, engine and optimizer; torch raises at whatever waits."""
+    """Compiled layers, engine and optimizer; waits are errors, as far as waits.py sees them."""
     launcher.accelerator = "cuda"
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 1}
     config = launcher.write("run", data_folder, zero_stage=stage, model=sizes)

@@ -16,6 +16,7 @@ docs/training.md says what the figures mean.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +29,13 @@ from common.process import run_and_exit
 from data_prep.shards import DataError
 from train.benchmark import results
 from train.benchmark.cases import GPU_CASES, TINY, Case, resolve_case, shard_cases
+from train.benchmark.device import free_memory, product_rate
 from train.benchmark.measure import (
+    Effort,
     Measurement,
     StartEngine,
     measure,
-    product_rate,
+    usual_effort,
     with_engine,
 )
 from train.benchmark.peers import measure_peer, peers
@@ -45,8 +48,8 @@ from train.resolve import Run
 Measure = Callable[[Run], Measurement]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line asks for; its `key=value` are `overrides`."""
     parser = argparse.ArgumentParser(
         prog="python -m train.benchmark",
         description=__doc__,
@@ -68,7 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="real data sets")
     parser.add_argument("--json", type=Path, help="write the records here, over older ones")
     parser.add_argument("--plot", type=Path, help="draw the records of --json here")
-    parser.add_argument("--repeats", type=int, help="steps to time, by default 20, or 8 long ones")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="steps to time at least, by default 20, or 8 long ones; on a GPU 8 seconds, too",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     asked = parser.parse_intermixed_args(arguments)
@@ -76,6 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     for taken in (asked.case or [], asked.who or []):
         asked.overrides += [word for word in taken if "=" in word]
         taken[:] = [word for word in taken if "=" not in word]
+    return asked
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    asked = parse(arguments)
     try:
         ranks = find_ranks()
         device = choose_device(ranks)
@@ -129,29 +142,31 @@ def _measure_all(
     new: list[results.Record],
 ) -> None:
     """Measure case after case into `new`, the file written after each."""
-    machine: results.Machine | None = None
+    peak: Peak | None = None
     for case, run in runs:
-        if machine is None:
-            # Before the first product, which measures the machine's.
+        if peak is None:
+            # Before the first product, which is the peak's.
             set_deterministic(run.config.deterministic)
-            machine = _machine(run, device)
+            peak = Peak(run, device)
             if ranks.is_first:
-                print(
-                    f"{machine.device}; {machine.peak_source or 'no peak, so no MFU'}", flush=True
-                )
-        repeats = asked.repeats or max(8, 20 // run.phases["main"].micro_steps)
-        for who, measure_it in _everybody(case, ranks, device, repeats).items():
+                commit = results.versions()["commit"] or "not known"
+                print(f"{peak.machine.device}; the project's commit: {commit}", flush=True)
+        least = asked.repeats or max(8, 20 // run.phases["main"].micro_steps)
+        effort = usual_effort(least, device.type == "cuda")
+        for who, measure_it in _everybody(case, ranks, device, effort).items():
             if asked.who is not None and who not in asked.who:
                 continue
             name = f"{who}, {asked.label}" if asked.label and who == results.OURS else who
             try:
-                found = measure_it(run)
+                found, machine = peak.around(partial(measure_it, run))
                 record = results.make_record(case, name, ranks.size, run, machine, found)
             except Exception as error:
-                record = results.failed(case, name, ranks.size, machine, error)
+                record = results.failed(case, name, ranks.size, peak.machine, error)
             new.append(record | {"words": asked.overrides})
             if ranks.is_first:
                 print(results.line(record), flush=True)
+                if warning := results.warning(record):
+                    print(warning, flush=True)
                 if asked.json is not None:
                     write_json(asked.json, results.merge(records, new))
             if ranks.size > 1 and record["error"] is not None:
@@ -165,11 +180,13 @@ def _measure_all(
                 return
 
 
-def _everybody(case: Case, ranks: Ranks, device: torch.device, repeats: int) -> dict[str, Measure]:
+def _everybody(
+    case: Case, ranks: Ranks, device: torch.device, effort: Effort
+) -> dict[str, Measure]:
     """Who is measured on a case: several GPUs are for our engine alone."""
 
     def ours(start: StartEngine, run: Run) -> Measurement:
-        return measure(run, ranks, device, start, repeats)
+        return measure(run, ranks, device, start, effort)
 
     found: dict[str, Measure] = {results.OURS: partial(ours, with_engine)}
     if ranks.size > 1:
@@ -178,17 +195,42 @@ def _everybody(case: Case, ranks: Ranks, device: torch.device, repeats: int) -> 
         found[results.PLAIN] = partial(ours, without_engine)
     if case.with_peers:
         for name, peer in peers(device.type == "cuda").items():
-            found[name] = partial(measure_peer, peer, device=device, repeats=repeats)
+            found[name] = partial(measure_peer, peer, device=device, effort=effort)
     return found
 
 
-def _machine(run: Run, device: torch.device) -> results.Machine:
-    if device.type != "cuda":
-        return results.Machine("cpu", None, None)
-    name = torch.cuda.get_device_name(device)
-    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    datasheet = peak_flops(name) if run.precision == "bf16" else None
-    return results.Machine(name, product_rate(device, dtype), datasheet)
+class Peak:
+    """The machine, and the product that it does before and after each measurement.
+
+    What a GPU reaches differs between machines and, by its temperature, from minute to minute: a
+    share of a peak compares only where both were measured close to each other.
+    """
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        self._device = device
+        self._dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+        self._last: float | None = None
+        self.machine = results.Machine("cpu")
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+            datasheet = peak_flops(name) if run.precision == "bf16" else None
+            self.machine = results.Machine(name, datasheet)
+
+    def around(self, measure_it: Callable[[], Measurement]) -> tuple[Measurement, results.Machine]:
+        """A measurement, and the machine with the products before and after it.
+
+        The product after one is that before the next, unless something failed in between.
+        """
+        before, self._last = self._last, None
+        if before is None:
+            free_memory(self._device)
+            before = product_rate(self._device, self._dtype)
+        found = measure_it()
+        free_memory(self._device)
+        after = self._last = product_rate(self._device, self._dtype)
+        if before is None or after is None:
+            return found, self.machine
+        return found, replace(self.machine, products=(before, after))
 
 
 def _fail(problem: str) -> int:

@@ -2,37 +2,65 @@
 
 A step is timed from its beginning to the next one's: on a GPU by events in the stream, so that the
 host runs ahead as it does in training, otherwise by the host's clock. Steps whose norms are logged
-wait for the device; none of the timed ones is.
+wait for the device; none of the timed ones is. How many there are is agreed between the ranks
+before the first, by how long steps took that warmed up.
 """
 
-import gc
-import itertools
-import statistics
+import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from train.benchmark.parts import Parts, profile_step
+from common.config import ConfigError
+from train.benchmark import interruptions
+from train.benchmark.device import Clock, Memory, warm_up
+from train.benchmark.interruptions import Counts
+from train.benchmark.parts import Parts, profile_steps
 from train.engine import Engine, start_engine, step
 from train.flops import training_flops
 from train.interval import Interval, peak_of
-from train.loader import LoadedStep, Loader, StepMaker
+from train.loader import LoadedStep, Loader, StepCounts, StepMaker
 from train.loop import accumulate, make_ready
 from train.ranks import Ranks, gather
 from train.resolve import Run, RunPhase
 from train.schedule import Progress, StepPlan
 
 WARM_UP = 5
-"""steps before the first that is timed: compilation, allocations, clocks, the loader's start"""
-_PRODUCT = 8192
+"""steps of a round that warms up: compilation, allocations, the loader's start"""
+LEAD = 2
+"""steps right before the first that is timed, so that the host is ahead of the device by then"""
 
 StartEngine = Callable[[nn.Module, Run], Engine]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: at least so many steps, and as many more as take so many seconds.
+
+    steps, seconds: timed ones; warm_up_s: before them, beside the first round; parts_s: of those
+    that the profiler records, 0 for none. On a GPU a step takes longer when it has been busy for a
+    second or two than at first, and what happens now and then (another number of documents, a
+    kernel that is loaded when it is first called) must have happened before.
+    """
+
+    steps: int
+    seconds: float = 0.0
+    warm_up_s: float = 0.0
+    parts_s: float = 0.0
+
+    def timed(self, step_s: float) -> int:
+        """How many steps are timed, where one takes `step_s`."""
+        return max(self.steps, math.ceil(self.seconds / step_s))
+
+
+def usual_effort(steps: int, on_gpu: bool) -> Effort:
+    """Seconds on a GPU; on a CPU, whose speed nobody asks for, steps alone."""
+    return Effort(steps, seconds=8, warm_up_s=5, parts_s=1) if on_gpu else Effort(steps)
 
 
 @dataclass(frozen=True)
@@ -43,7 +71,8 @@ class Measurement:
     tokens, flops: real tokens and model FLOPs of each, over all ranks. memory_gib: peak of what
     tensors took, on the rank with most; None on a CPU. data_wait_share: share of the time in which
     the host waited for a batch, on the worst rank; None where no loader is at work. parts:
-    milliseconds of one step by what they go into.
+    milliseconds of a step by what they go into, the mean of `parts_steps` other ones; None where
+    no profiler saw them. interruptions: what happened while steps were timed, most on one rank.
     """
 
     seconds: list[float]
@@ -53,6 +82,8 @@ class Measurement:
     memory_gib: float | None
     data_wait_share: float | None
     parts: Parts | None
+    parts_steps: int
+    interruptions: Counts
     note: str
 
     def speeds(self, ranks: int) -> list[float]:
@@ -68,69 +99,22 @@ class Measurement:
         return sum(self.flops) / self.elapsed / ranks
 
 
-class Clock:
-    """Marks moments in the work handed to a device; the seconds between them, once it is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        """This moment, without waiting for the device."""
-        if not self._on_gpu:
-            self._marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
-
-    def seconds(self) -> list[float]:
-        """From each mark to the next; waits for the last."""
-        pairs = itertools.pairwise(self._marks)
-        if not self._on_gpu:
-            return [end - start for start, end in pairs]
-        self._marks[-1].synchronize()
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
-
-
-class Memory:
-    """Peak of the memory that tensors take, beside what was there before."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        free_memory(device)
-        self._before = torch.cuda.memory_allocated() if self._on_gpu else 0
-
-    def restart(self) -> None:
-        """Forget the peak so far."""
-        if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak_gib(self) -> float | None:
-        """GiB; None on a CPU."""
-        if not self._on_gpu:
-            return None
-        return float((torch.cuda.max_memory_allocated() - self._before) / 2**30)
-
-
 def with_engine(model: nn.Module, run: Run) -> Engine:
     """DeepSpeed's engine, as training starts it."""
     return start_engine(model, run.config, run.deepspeed)
 
 
 def measure(
-    run: Run, ranks: Ranks, device: torch.device, start: StartEngine, repeats: int
+    run: Run, ranks: Ranks, device: torch.device, start: StartEngine, effort: Effort
 ) -> Measurement:
-    """Time `repeats` steps of `run`; on a GPU one more is taken apart. Every rank calls this."""
+    """Warm up, time steps of `run`, then take some more apart. Every rank calls this."""
     memory = Memory(device)
     model, attention = make_ready(run, device)
     engine = start(model, run)
-    on_gpu, phase = device.type == "cuda", run.phases["main"]
-    plans = list(itertools.islice(run.plans(Progress()), WARM_UP + repeats + on_gpu))
-    timed = plans[WARM_UP : WARM_UP + repeats]
+    phase, maker = run.phases["main"], StepMaker(run, ranks.rank)
 
     try:
-        with Loader(StepMaker(run, ranks.rank), plans, on_gpu) as loader:
+        with Loader(maker, run.plans(Progress()), pin=device.type == "cuda") as loader:
             interval = Interval(loader, device, peak_of(device, run.precision))
             interval.restart(phase)
 
@@ -140,69 +124,83 @@ def measure(
                 interval.add(loaded, sums)
 
             steps = iter(loader)
-            for loaded in itertools.islice(steps, WARM_UP):
-                take(loaded)
+
+            def take_some(number: int) -> None:
+                for loaded in _exactly(number, steps):
+                    take(loaded)
+
+            a_round = warm_up(lambda: take_some(WARM_UP), device, 1, effort.warm_up_s)
+            number = effort.timed(a_round / WARM_UP)
+            take_some(LEAD)
             memory.restart()
-            seconds, waited = _time(loader, itertools.islice(steps, repeats), take, device)
+            before = interruptions.read(device)
+            timed = _time(loader, _exactly(number, steps), take, device)
+            happened = interruptions.between(before, interruptions.read(device))
             peak = memory.peak_gib()
-            parts = None
-            for loaded in steps:
-                parts = take_apart(engine, loaded, take, device)
+            found = None
+            if effort.parts_s:
+                step_s = max(gather(sum(timed.seconds))) / number
+                of_steps = max(2, math.ceil(effort.parts_s / step_s))
+                found = profile_steps(engine, lambda: take_some(1), of_steps)
     finally:
         engine.destroy()
-    counts = [StepMaker(run, ranks.rank).counts(plan) for plan in timed]
     return Measurement(
         # A step takes as long as its slowest rank.
-        seconds=[max(times) for times in zip(*gather(seconds), strict=True)],
-        elapsed=max(gather(sum(seconds))),
-        tokens=[one.tokens for one in counts],
+        seconds=[max(times) for times in zip(*gather(timed.seconds), strict=True)],
+        elapsed=max(gather(sum(timed.seconds))),
+        tokens=[counts.tokens for _, counts in timed.steps],
         flops=[
-            training_flops(phase.model_config, document_lengths(phase, plan), one.masked_tokens)
-            for plan, one in zip(timed, counts, strict=True)
+            training_flops(phase.model_config, document_lengths(phase, plan), counts.masked_tokens)
+            for plan, counts in timed.steps
         ],
         memory_gib=None if peak is None else max(gather(peak)),
-        data_wait_share=max(gather(waited)),
-        parts=parts,
+        data_wait_share=max(gather(timed.waited)),
+        parts=None if found is None else found[0],
+        parts_steps=0 if found is None else found[1],
+        interruptions=interruptions.most(gather(happened)),
         note=f"attention {attention}",
     )
 
 
+def _exactly(number: int, steps: Iterator[LoadedStep]) -> Iterator[LoadedStep]:
+    """So many steps; ConfigError where the run ends before."""
+    for taken in range(number):
+        loaded = next(steps, None)
+        if loaded is None:
+            raise ConfigError(
+                f"the run ends {number - taken} steps too early to be measured; leave "
+                "phases.main.tokens to the case"
+            )
+        yield loaded
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Steps that were timed on this rank: what they were, the seconds of each, and the share of
+    the time that the host waited for the loader."""
+
+    steps: list[tuple[StepPlan, StepCounts]]
+    seconds: list[float]
+    waited: float
+
+
 def _time(
     loader: Loader,
-    steps: Iterable[LoadedStep],
+    steps: Iterator[LoadedStep],
     take: Callable[[LoadedStep], None],
     device: torch.device,
-) -> tuple[list[float], float]:
-    """Seconds of each step, and the share of the time that the host waited for the loader."""
-    clock = Clock(device)
+) -> _Timed:
+    """Take steps by the clock; the device is waited for after the last."""
+    clock, taken = Clock(device), []
     begin, waited = time.perf_counter(), loader.wait_seconds
     for loaded in steps:
         clock.mark()
         take(loaded)
+        taken.append((loaded.plan, loaded.counts))
     clock.mark()
     seconds = clock.seconds()
-    return seconds, (loader.wait_seconds - waited) / (time.perf_counter() - begin)
-
-
-def take_apart(
-    engine: Engine, loaded: LoadedStep, take: Callable[[LoadedStep], None], device: torch.device
-) -> Parts:
-    """Where the time of this one step goes: taken by the clock and, again, under the profiler.
-
-    Steps differ in work, so that neither another's time nor a median would tell what is idle.
-    """
-    batches = list(loaded.micro_batches)
-
-    def again() -> None:
-        take(replace(loaded, micro_batches=iter(batches)))
-
-    # Once before, so that the host is ahead of the device, as it is in training.
-    again()
-    clock = Clock(device)
-    clock.mark()
-    again()
-    clock.mark()
-    return profile_step(engine, again, clock.seconds()[0])
+    share = (loader.wait_seconds - waited) / (time.perf_counter() - begin)
+    return _Timed(taken, seconds, share)
 
 
 def document_lengths(phase: RunPhase, plan: StepPlan) -> NDArray[np.int64]:
@@ -213,26 +211,3 @@ def document_lengths(phase: RunPhase, plan: StepPlan) -> NDArray[np.int64]:
         row = phase.data.read("train", at.source, at.row)
         lengths.append(np.diff(row.cu_seqlens[: len(row.documents) + 1]))
     return np.concatenate(lengths).astype(np.int64)
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a product of 8192 × 8192 matrices on a GPU, the median of twenty; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    a, b = torch.randn(2, _PRODUCT, _PRODUCT, device=device).to(dtype)
-    for _ in range(50):  # clocks rise under load
-        a @ b
-    clock = Clock(device)
-    for _ in range(20):
-        clock.mark()
-        a @ b
-    clock.mark()
-    return 2 * _PRODUCT**3 / statistics.median(clock.seconds())
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what the last measurement left, compiled graphs among it."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

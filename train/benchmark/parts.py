@@ -1,11 +1,16 @@
-"""Where the time of a step goes, from the GPU kernels of one that the profiler watched.
+"""Where the time of a step goes, from the GPU kernels of some that the profiler watched.
 
 A kernel's part follows from its name and from what was going on when it was launched: the step of
 the optimizer (norm of the gradient included), the rest of the engine's step, what the engine does
 around backward (sums of gradients), or the model. Time in which several kernels run counts once,
 for the part that stands first in PARTS: communication that hides behind products costs nothing.
-`idle` is what is left of the same step as it was timed without the profiler, which slows the host
-but not the kernels.
+
+All of it is of one trace of steps one after another, none of which waits for the device: of whole
+steps, each from its first kernel to the first of the next. `idle` is the part of that time in which
+no stream has a kernel or a copy at work. The first and the last of the recorded steps only bound
+the others: before the first the profiler turns on, after the last the device is waited for. The
+profiler slows the host, not the kernels; where the host is not ahead of the device, `idle` has that
+in it, and the parts add up to more than a step that was timed.
 """
 
 import bisect
@@ -19,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from train.engine import Engine
 
@@ -28,7 +33,9 @@ Parts = dict[str, float]
 
 PARTS = ("gemm", "attention", "memory_bound", "optimizer", "engine", "idle")
 
-# Labels in the trace: of what the loop calls of an engine, which profile_step puts there, ...
+# Labels in the trace: of a whole step and of what the loop calls of an engine, which profile_steps
+# puts there, ...
+_ONE_STEP = "benchmark: one step"
 _WHOLE_STEP, _STEP, _BACKWARD = "benchmark: whole step", "benchmark: step", "benchmark: backward"
 _LABELS = {"optimizer_step": _WHOLE_STEP, "step": _STEP, "backward": _BACKWARD}
 # ... and PyTorch's own.
@@ -50,13 +57,16 @@ _GEMM = re.compile(
 class Kernel:
     """A kernel, a copy or a fill on the GPU, from `start` to `end` in microseconds.
 
-    where: what was going on when it was launched: "optimizer", "engine" or "model".
+    where: what was going on when it was launched: "optimizer", "engine" or "model". step: the
+    number of the recorded step that launched it; None where that was before the first of them,
+    for the device comes later than the host.
     """
 
     name: str
     start: float
     end: float
     where: str = "model"
+    step: int | None = None
 
 
 def category(kernel: Kernel) -> str:
@@ -72,62 +82,111 @@ def category(kernel: Kernel) -> str:
     return "gemm" if _GEMM.search(kernel.name) else "memory_bound"
 
 
-def split(kernels: Iterable[Kernel], step_seconds: float) -> Parts:
-    """Milliseconds of a step of `step_seconds` by part; what no kernel covers is idle."""
+def split(kernels: Sequence[Kernel]) -> tuple[Parts, int] | None:
+    """Milliseconds of a step by part, the mean of the whole steps among them; how many these are.
+
+    None where fewer than three steps have kernels: there is no whole one between the first and the
+    last.
+    """
+    starts: dict[int, float] = {}
+    for kernel in kernels:
+        if kernel.step is not None:
+            starts[kernel.step] = min(kernel.start, starts.get(kernel.step, kernel.start))
+    if len(starts) < 3:
+        return None
+    _, begin, *_, end = (starts[step] for step in sorted(starts))
     by_part: dict[str, list[tuple[float, float]]] = {name: [] for name in PARTS}
     for kernel in kernels:
-        by_part[category(kernel)].append((kernel.start, kernel.end))
+        first, last = max(kernel.start, begin), min(kernel.end, end)
+        if first < last:
+            by_part[category(kernel)].append((first, last))
     parts: Parts = {}
+    steps = len(starts) - 2
     covered: list[tuple[float, float]] = []
     before = 0.0
     for name in PARTS[:-1]:
         covered = _union([*covered, *by_part[name]])
         total = sum(end - start for start, end in covered)
-        parts[name], before = (total - before) / 1000, total
-    parts["idle"] = max(0.0, step_seconds * 1000 - before / 1000)
-    return parts
+        parts[name], before = (total - before) / 1000 / steps, total
+    # Sums of times may be off in their last bits.
+    parts["idle"] = max(0.0, end - begin - before) / 1000 / steps
+    return parts, steps
 
 
-def profile_step(engine: Engine, take: Callable[[], None], step_seconds: float) -> Parts:
-    """Take a step under the profiler; its parts, where it took `step_seconds` without."""
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with labelled(engine):
-        torch.cuda.synchronize()
-        with profile(activities=activities) as profiler:
-            take()
-            torch.cuda.synchronize()
+def profile_steps(engine: Engine, take: Callable[[], None], steps: int) -> tuple[Parts, int] | None:
+    """Take steps under the profiler; the parts of `steps` of them, as `split` has them.
+
+    Twice as many go before, under a profiler that is on but records nothing: it takes a while to
+    get ready, and the device rests meanwhile.
+    """
+    return split(read_kernels(record(engine, take, warm_up=2 * steps, steps=steps + 2)))
+
+
+def record(
+    engine: Engine, take: Callable[[], None], warm_up: int, steps: int
+) -> list[dict[str, Any]]:
+    """The events of a trace of `steps` steps, taken right behind `warm_up` others.
+
+    Nothing waits for the device before the end of the last, where the profiler does.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    plan = schedule(wait=0, warmup=warm_up, active=steps, repeat=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_bytes())
-    return split(read_kernels(trace["traceEvents"]), step_seconds)
+
+        def save(profiler: profile) -> None:
+            profiler.export_chrome_trace(str(path))
+
+        with (
+            labelled(engine),
+            profile(activities=activities, schedule=plan, on_trace_ready=save) as profiler,
+        ):
+            for _ in range(warm_up + steps):
+                with record_function(_ONE_STEP):
+                    take()
+                profiler.step()
+        events: list[dict[str, Any]] = json.loads(path.read_bytes())["traceEvents"]
+    return events
 
 
 def read_kernels(events: Sequence[dict[str, Any]]) -> list[Kernel]:
     """The kernels of a trace in Chrome's format, as `torch.profiler` writes it.
 
     A kernel and its launch have the same `correlation`; the launch's thread and moment say what
-    was going on.
+    was going on, and its moment alone in which step: backward runs in a thread of autograd's.
     """
     launches: dict[int, tuple[Any, float]] = {}
+    steps: list[tuple[float, float]] = []
     marks = {label: _Ranges() for label in LABELS}
     for event in events:
         kind, name = event.get("cat"), str(event.get("name", ""))
         if kind in ("cuda_runtime", "cuda_driver"):
             if "correlation" in event.get("args", {}):
                 launches[event["args"]["correlation"]] = (event["tid"], event["ts"])
+        elif kind == "user_annotation" and name == _ONE_STEP:
+            steps.append((event["ts"], event["ts"] + event["dur"]))
         elif kind in ("user_annotation", "cpu_op"):
             for label, ranges in marks.items():
                 if label in name:
                     ranges.add(event["tid"], event["ts"], event["ts"] + event["dur"])
+    steps.sort()
     kernels = []
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             launch = launches.get(event.get("args", {}).get("correlation"))
             where = "model" if launch is None else _where(marks, *launch)
+            step = None if launch is None else _holding(steps, launch[1])
             start = float(event["ts"])
-            kernels.append(Kernel(event["name"], start, start + float(event["dur"]), where))
+            kernels.append(Kernel(event["name"], start, start + float(event["dur"]), where, step))
     return kernels
+
+
+def _holding(ranges: Sequence[tuple[float, float]], moment: float) -> int | None:
+    """The number of the stretch of time that holds the moment; they are sorted."""
+    place = bisect.bisect_right(ranges, (moment, float("inf"))) - 1
+    return place if place >= 0 and moment <= ranges[place][1] else None
 
 
 class _Ranges:
@@ -145,8 +204,7 @@ class _Ranges:
         if thread not in self._merged:
             self._merged[thread] = _union(self._ranges.get(thread, []))
         merged = self._merged[thread]
-        place = bisect.bisect_right(merged, (moment, float("inf"))) - 1
-        return place >= 0 and moment <= merged[place][1]
+        return _holding(merged, moment) is not None
 
 
 def _where(marks: dict[str, _Ranges], thread: Any, moment: float) -> str:

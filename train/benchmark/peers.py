@@ -9,6 +9,7 @@ attention alone; "packed" is its way of leaving it out altogether, all documents
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 
 from model.config import ModernBertConfig, to_hugging_face
 from train.batch import PackedBatch
-from train.benchmark.measure import Clock, Measurement, Memory
+from train.benchmark import interruptions
+from train.benchmark.device import Clock, Memory, warm_up
+from train.benchmark.measure import Effort, Measurement
 from train.flops import training_flops
 from train.loader import StepMaker
 from train.masking import IGNORED
@@ -31,7 +34,7 @@ from train.schedule import Progress
 _BATCHES = 4
 """differing batches that take turns"""
 _WARM_UP = 2
-"""times that each is taken before steps are timed: what is compiled may be compiled twice"""
+"""times at least that each is taken before any is timed: what is compiled may be compiled twice"""
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,10 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def measure_peer(peer: Peer, run: Run, device: torch.device, repeats: int) -> Measurement:
-    """Time about half of `repeats` steps of transformers' model on the documents of `run`.
+def measure_peer(peer: Peer, run: Run, device: torch.device, effort: Effort) -> Measurement:
+    """Time steps of transformers' model on the documents of `run`, each batch equally often.
 
-    Each batch is taken at least once. On one device.
+    Half as many steps as of ours are enough: they differ less. On one device.
     """
     documents = run_documents(run)
     phase = run.phases["main"]
@@ -103,7 +106,7 @@ def measure_peer(peer: Peer, run: Run, device: torch.device, repeats: int) -> Me
     at_once = max(1, slots // longest)
     while True:
         try:
-            return _measure(peer, run, device, repeats, documents, at_once)
+            return _measure(peer, run, device, effort, documents, at_once)
         except torch.cuda.OutOfMemoryError:
             if at_once == 1 or peer.packed:
                 raise
@@ -115,7 +118,7 @@ def _measure(
     peer: Peer,
     run: Run,
     device: torch.device,
-    repeats: int,
+    effort: Effort,
     documents: list[Document],
     at_once: int,
 ) -> Measurement:
@@ -131,33 +134,44 @@ def _measure(
         model.parameters(), 1e-4, betas=(0.9, 0.98), eps=1e-6, fused=device.type == "cuda"
     )
     call = torch.compile(model) if peer.compiled else model
-    clock, taken = Clock(device), []
-    warm_up = _WARM_UP * len(batches)
-    steps = warm_up + max(len(batches), repeats // 2)
-    for number, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), -warm_up):
-        if number == 0:
-            memory.restart()
-        if number >= 0:
-            clock.mark()
-            taken.append(batch)
+
+    def take(batch: PeerBatch) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             loss = call(**batch.inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def take_all() -> None:
+        for batch in batches:
+            take(batch)
+
+    round_s = warm_up(take_all, device, _WARM_UP, effort.warm_up_s)
+    rounds = max(math.ceil(effort.steps / 2 / len(batches)), math.ceil(effort.seconds / round_s))
+    clock, timed = Clock(device), batches * rounds
+    # Right before the first that is timed, so that the host is ahead of the device by then.
+    take(batches[-1])
+    memory.restart()
+    before = interruptions.read(device)
+    for batch in timed:
+        clock.mark()
+        take(batch)
     clock.mark()
     seconds = clock.seconds()
+    happened = interruptions.between(before, interruptions.read(device))
     real = sum(sum(batch.lengths) for batch in batches)
     padded = sum(batch.slots for batch in batches)
     size = statistics.median(len(batch.lengths) for batch in batches)
     return Measurement(
         seconds=seconds,
         elapsed=sum(seconds),
-        tokens=[sum(batch.lengths) for batch in taken],
-        flops=[training_flops(config, batch.lengths, batch.masked) for batch in taken],
+        tokens=[sum(batch.lengths) for batch in timed],
+        flops=[training_flops(config, batch.lengths, batch.masked) for batch in timed],
         memory_gib=memory.peak_gib(),
         data_wait_share=None,
         parts=None,
+        parts_steps=0,
+        interruptions=happened,
         note=f"{size:g} documents a batch, {1 - real / padded:.0%} padding",
     )
 

@@ -1,8 +1,11 @@
 """The records of what was measured: made, merged into a file, compared and drawn."""
 
+import functools
 import json
+import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 
 from common.config import ConfigError
+from train.benchmark import interruptions
 from train.benchmark.cases import GPU_CASES, TINY, Case
 from train.benchmark.measure import Measurement
 from train.benchmark.parts import PARTS
@@ -25,37 +29,81 @@ AIM = 0.97
 """of the engine against the step without it, and of a GPU among several against one alone"""
 _PACKAGES = ("torch", "triton", "deepspeed", "transformers", "flash-attn-4", "flash-attn")
 
+_ROOT = Path(__file__).parents[2]
+_RESULTS = "benchmarks/results"
+
 Record = dict[str, Any]
 Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is measured. peak: FLOP/s of a product measured in this run; None on a CPU.
+    """Where it is measured.
 
-    datasheet: the manufacturer's, None where it is not known.
+    datasheet: FLOP/s that the manufacturer names; None where it is not known. products: FLOP/s of a
+    product right before and right after the measurement; none on a CPU.
     """
 
     device: str
-    peak: float | None
-    datasheet: float | None
+    datasheet: float | None = None
+    products: tuple[float, ...] = ()
+
+    @property
+    def peak(self) -> float | None:
+        """The better of the products; None on a CPU."""
+        return max(self.products, default=None)
 
     @property
     def peak_source(self) -> str | None:
         """What `mfu_of_measured_peak` is a share of."""
-        if self.peak is None:
+        if not self.products:
             return None
-        return f"product of 8192 x 8192 matrices in this run, {self.peak / 1e12:.0f} TFLOP/s"
+        before, after = (f"{rate / 1e12:.0f} TFLOP/s" for rate in self.products)
+        return (
+            f"the better of two products of 8192 x 8192 matrices on the hot GPU, {before} before "
+            f"and {after} after"
+        )
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter, where they are installed."""
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Of Python, of the packages that matter, where they are installed, and of this project.
+
+    Once for the process: what it runs is what it read when it began.
+    """
     found = {name: version_of(name) for name in _PACKAGES}
     # Of the build, with its CUDA.
     found["torch"] = torch.__version__
-    return {"python": platform.python_version()} | {
-        name: number for name, number in found.items() if number is not None
+    return {
+        "commit": commit(_ROOT),
+        "python": platform.python_version(),
+        **{name: number for name, number in found.items() if number is not None},
     }
+
+
+def commit(root: Path) -> str | None:
+    """The short hash of the commit checked out in `root`, "… and changes" where files differ from
+    it; without git, or where `root` is no checkout, what PROJECT_COMMIT says, or None.
+
+    Results do not count as changes: measuring writes them.
+    """
+    words = ("rev-parse", "--short=10", "HEAD")
+    changed = ("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{_RESULTS}")
+    # A checkout above `root` is another project's.
+    said = [_git(root, *words), _git(root, *changed)] if (root / ".git").exists() else [None]
+    if None in said:
+        return os.environ.get("PROJECT_COMMIT")
+    number, changes = said
+    return f"{number} and changes" if changes else number
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """What git says, without the end of the last line; None where it fails or is not there."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def make_record(
@@ -79,9 +127,12 @@ def make_record(
         ),
         "step_ms": round(1000 * statistics.median(found.seconds), 3),
         "steps": len(found.seconds),
+        "seconds": [round(seconds, 5) for seconds in found.seconds],
+        "interruptions": found.interruptions,
         "parts": (
             None if found.parts is None else {name: round(found.parts[name], 3) for name in PARTS}
         ),
+        "parts_steps": found.parts_steps,
         "parameters": parameter_count(run.start),
         "micro_batch": shape.tokens,
         "micro_steps": run.phases["main"].micro_steps,
@@ -136,6 +187,17 @@ def line(record: Record) -> str:
         parts = ", ".join(f"{key} {value:.1f}" for key, value in record["parts"].items())
         words.append(f"a step of {sum(record['parts'].values()):.1f} ms: {parts}")
     return f"{name}{'  '.join(words)}"
+
+
+def warning(record: Record) -> str | None:
+    """A line where something came between steps that were timed; None where nothing did."""
+    happened = interruptions.in_words(record.get("interruptions") or {})
+    if happened is None:
+        return None
+    return (
+        f"warning: {record['case']}, {record['who']}: while steps were timed there were "
+        f"{happened}; `seconds` in the record shows what that came to"
+    )
 
 
 def key_of(record: Record) -> Key:
