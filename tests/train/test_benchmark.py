@@ -19,6 +19,7 @@ from model.config import ModernBertConfig
 from train.benchmark import __main__ as command
 from train.benchmark import cases, interruptions, measure, peers, results
 from train.benchmark.measure import Measurement
+from train.benchmark.parts import PARTS, Breakdown
 from train.flops import training_flops
 from train.loader import StepMaker
 from train.resolve import Run
@@ -143,8 +144,7 @@ def test_speed_and_mfu_are_those_of_all_steps_together_for_a_gpu() -> None:
         flops=[flops, 2 * flops, flops],
         memory_gib=21.456,
         data_wait_share=0.001,
-        parts=None,
-        parts_steps=0,
+        breakdown=Breakdown(dict.fromkeys(PARTS, 0.12345), 3, [(1.23456, 22.0, "gemm", "nvjet")]),
         interruptions=UNDISTURBED,
         note="",
     )
@@ -159,6 +159,8 @@ def test_speed_and_mfu_are_those_of_all_steps_together_for_a_gpu() -> None:
     assert "800 TFLOP/s" in one["peak_source"]
     assert one["seconds"] == [0.25, 0.625, 0.25]
     assert one["interruptions"] == UNDISTURBED
+    assert (one["parts"], one["parts_steps"]) == (dict.fromkeys(PARTS, 0.123), 3)
+    assert one["kernels"] == [{"ms": 1.235, "launches": 22.0, "part": "gemm", "name": "nvjet"}]
     assert "MFU" in results.line(one)
     unknown = results.Machine("NVIDIA A30", None, (150e12, 150e12))
     assert results.make_record(cases.TINY, "ours", 1, run, unknown, found)["mfu"] is None

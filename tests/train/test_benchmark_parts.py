@@ -67,8 +67,8 @@ def test_time_counts_once_and_the_rest_is_idle() -> None:
     ]
     found = parts.split(kernels)
     assert found is not None
-    assert found[1] == 1
-    assert found[0] == pytest.approx(
+    assert found.steps == 1
+    assert found.parts == pytest.approx(
         {
             "gemm": 4,
             "attention": 2,
@@ -134,8 +134,15 @@ def test_a_whole_step_is_from_its_first_kernel_to_the_first_of_the_next() -> Non
         "idle": idle,
     }
     assert sum(sums.values()) == 9500 - 3000
-    assert found[0] == pytest.approx({name: us / 1000 / 2 for name, us in sums.items()})
-    assert found[1] == 2
+    assert found.parts == pytest.approx({name: us / 1000 / 2 for name, us in sums.items()})
+    assert found.steps == 2
+    # The longest first, hidden time and all; what lies across a border counts inside of it.
+    assert found.kernels[:3] == [
+        (2.0, 1.0, "gemm", "nvjet"),
+        (1.0, 0.5, "engine", "ncclDevKernel_ReduceScatter"),
+        (0.25, 0.5, "memory_bound", "triton_poi_fused_add"),
+    ]
+    assert len(found.kernels) == 7
 
 
 @pytest.mark.parametrize("without", [{1, 2, 3}, {1, 2}, {0, 1, 2, 3}])
@@ -217,12 +224,12 @@ def test_parts_of_a_step_on_a_gpu() -> None:
     for start in starts:
         found = measure.measure(run, Ranks(), device, start, effort)
         assert len(found.seconds) > 3
-        assert found.parts is not None
-        assert found.parts_steps >= 2
-        assert found.parts["idle"] >= 0
+        assert found.breakdown is not None
+        assert found.breakdown.steps >= 2
+        assert found.breakdown.parts["idle"] >= 0
         assert None not in found.interruptions.values()
-        assert set(found.parts) == set(parts.PARTS)
+        assert set(found.breakdown.parts) == set(parts.PARTS)
         for name in ("gemm", "attention", "memory_bound", "optimizer", "engine"):
-            assert found.parts[name] > 0, name
+            assert found.breakdown.parts[name] > 0, name
         assert found.memory_gib is not None
         assert found.memory_gib > 0

@@ -20,7 +20,7 @@ from common.config import ConfigError
 from train.benchmark import interruptions
 from train.benchmark.device import Clock, Memory, warm_up
 from train.benchmark.interruptions import Counts
-from train.benchmark.parts import Parts, profile_steps
+from train.benchmark.parts import Breakdown, profile_steps
 from train.engine import Engine, start_engine, step
 from train.flops import training_flops
 from train.interval import Interval, peak_of
@@ -70,9 +70,9 @@ class Measurement:
     seconds: of each, on the slowest rank; elapsed: of all together, on the rank that took longest;
     tokens, flops: real tokens and model FLOPs of each, over all ranks. memory_gib: peak of what
     tensors took, on the rank with most; None on a CPU. data_wait_share: share of the time in which
-    the host waited for a batch, on the worst rank; None where no loader is at work. parts:
-    milliseconds of a step by what they go into, the mean of `parts_steps` other ones; None where
-    no profiler saw them. interruptions: what happened while steps were timed, most on one rank.
+    the host waited for a batch, on the worst rank; None where no loader is at work. breakdown:
+    where the time of other steps went; None where no profiler saw them. interruptions: what
+    happened while steps were timed, most on one rank.
     """
 
     seconds: list[float]
@@ -81,8 +81,7 @@ class Measurement:
     flops: list[float]
     memory_gib: float | None
     data_wait_share: float | None
-    parts: Parts | None
-    parts_steps: int
+    breakdown: Breakdown | None
     interruptions: Counts
     note: str
 
@@ -137,11 +136,11 @@ def measure(
             timed = _time(loader, _exactly(number, steps), take, device)
             happened = interruptions.between(before, interruptions.read(device))
             peak = memory.peak_gib()
-            found = None
+            breakdown = None
             if effort.parts_s:
                 step_s = max(gather(sum(timed.seconds))) / number
                 of_steps = max(2, math.ceil(effort.parts_s / step_s))
-                found = profile_steps(engine, lambda: take_some(1), of_steps)
+                breakdown = profile_steps(engine, lambda: take_some(1), of_steps)
     finally:
         engine.destroy()
     return Measurement(
@@ -155,8 +154,7 @@ def measure(
         ],
         memory_gib=None if peak is None else max(gather(peak)),
         data_wait_share=max(gather(timed.waited)),
-        parts=None if found is None else found[0],
-        parts_steps=0 if found is None else found[1],
+        breakdown=breakdown,
         interruptions=interruptions.most(gather(happened)),
         note=f"attention {attention}",
     )

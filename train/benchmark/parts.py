@@ -31,6 +31,9 @@ from train.engine import Engine
 Parts = dict[str, float]
 """milliseconds by part"""
 
+MOST_KERNELS, MOST_LETTERS = 40, 120
+"""of a breakdown, and of a kernel's name in it"""
+
 PARTS = ("gemm", "attention", "memory_bound", "optimizer", "engine", "idle")
 
 # Labels in the trace: of a whole step and of what the loop calls of an engine, which profile_steps
@@ -69,6 +72,19 @@ class Kernel:
     step: int | None = None
 
 
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the time of a step goes: means over `steps` whole ones.
+
+    kernels: the longest of all, (milliseconds and launches a step, part, name); other than in
+    parts, all of a kernel's time counts, also what is hidden behind another one.
+    """
+
+    parts: Parts
+    steps: int
+    kernels: list[tuple[float, float, str, str]]
+
+
 def category(kernel: Kernel) -> str:
     """The part of PARTS that a kernel belongs to."""
     if _COMMUNICATION.search(kernel.name):
@@ -82,8 +98,8 @@ def category(kernel: Kernel) -> str:
     return "gemm" if _GEMM.search(kernel.name) else "memory_bound"
 
 
-def split(kernels: Sequence[Kernel]) -> tuple[Parts, int] | None:
-    """Milliseconds of a step by part, the mean of the whole steps among them; how many these are.
+def split(kernels: Sequence[Kernel]) -> Breakdown | None:
+    """Of the whole steps among those that launched these kernels.
 
     None where fewer than three steps have kernels: there is no whole one between the first and the
     last.
@@ -96,10 +112,13 @@ def split(kernels: Sequence[Kernel]) -> tuple[Parts, int] | None:
         return None
     _, begin, *_, end = (starts[step] for step in sorted(starts))
     by_part: dict[str, list[tuple[float, float]]] = {name: [] for name in PARTS}
+    by_name: dict[tuple[str, str], list[float]] = {}
     for kernel in kernels:
         first, last = max(kernel.start, begin), min(kernel.end, end)
         if first < last:
-            by_part[category(kernel)].append((first, last))
+            part = category(kernel)
+            by_part[part].append((first, last))
+            by_name.setdefault((part, kernel.name[:MOST_LETTERS]), []).append(last - first)
     parts: Parts = {}
     steps = len(starts) - 2
     covered: list[tuple[float, float]] = []
@@ -110,11 +129,19 @@ def split(kernels: Sequence[Kernel]) -> tuple[Parts, int] | None:
         parts[name], before = (total - before) / 1000 / steps, total
     # Sums of times may be off in their last bits.
     parts["idle"] = max(0.0, end - begin - before) / 1000 / steps
-    return parts, steps
+    longest = sorted(((sum(times), part, name) for (part, name), times in by_name.items()))
+    return Breakdown(
+        parts,
+        steps,
+        [
+            (total / 1000 / steps, len(by_name[part, name]) / steps, part, name)
+            for total, part, name in longest[: -MOST_KERNELS - 1 : -1]
+        ],
+    )
 
 
-def profile_steps(engine: Engine, take: Callable[[], None], steps: int) -> tuple[Parts, int] | None:
-    """Take steps under the profiler; the parts of `steps` of them, as `split` has them.
+def profile_steps(engine: Engine, take: Callable[[], None], steps: int) -> Breakdown | None:
+    """Take steps under the profiler; where the time of `steps` of them goes.
 
     Twice as many go before, under a profiler that is on but records nothing: it takes a while to
     get ready, and the device rests meanwhile.

@@ -169,8 +169,7 @@ def _measure(
         flops=[training_flops(config, batch.lengths, batch.masked) for batch in timed],
         memory_gib=memory.peak_gib(),
         data_wait_share=None,
-        parts=None,
-        parts_steps=0,
+        breakdown=None,
         interruptions=happened,
         note=f"{size:g} documents a batch, {1 - real / padded:.0%} padding",
     )

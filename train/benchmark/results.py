@@ -18,7 +18,7 @@ from common.config import ConfigError
 from train.benchmark import interruptions
 from train.benchmark.cases import GPU_CASES, TINY, Case
 from train.benchmark.measure import Measurement
-from train.benchmark.parts import PARTS
+from train.benchmark.parts import PARTS, Breakdown
 from train.benchmark.peers import version_of
 from train.describe import parameter_count
 from train.prepare_model import compiles
@@ -129,10 +129,7 @@ def make_record(
         "steps": len(found.seconds),
         "seconds": [round(seconds, 5) for seconds in found.seconds],
         "interruptions": found.interruptions,
-        "parts": (
-            None if found.parts is None else {name: round(found.parts[name], 3) for name in PARTS}
-        ),
-        "parts_steps": found.parts_steps,
+        **_where_time_goes(found.breakdown),
         "parameters": parameter_count(run.start),
         "micro_batch": shape.tokens,
         "micro_steps": run.phases["main"].micro_steps,
@@ -144,6 +141,19 @@ def make_record(
         "note": found.note,
         "versions": versions(),
         "error": None,
+    }
+
+
+def _where_time_goes(found: Breakdown | None) -> Record:
+    if found is None:
+        return {"parts": None, "parts_steps": 0, "kernels": []}
+    return {
+        "parts": {name: round(found.parts[name], 3) for name in PARTS},
+        "parts_steps": found.steps,
+        "kernels": [
+            {"ms": round(ms, 3), "launches": round(launches, 1), "part": part, "name": name}
+            for ms, launches, part, name in found.kernels
+        ],
     }
 
 
