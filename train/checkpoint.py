@@ -223,6 +223,7 @@ def _check_same_run(path: Path, manifest: dict[str, Any], run: Run, progress: Pr
     names = [phase["name"] for phase in phases][: len(former)]
     _check_same(path, "phases", [phase["name"] for phase in former], names)
     for theirs, phase in zip(former, phases, strict=False):
+        _check_rule(path, theirs.get("row_order", {}), phase["row_order"])
         for key, value in phase.items():
             _check_same(path, f"phases.{phase['name']}.{key}", theirs.get(key), value)
     model = asdict(run.current_phase(progress).model_config)
@@ -237,6 +238,18 @@ def _check_same(path: Path, key: str, theirs: Any, ours: Any) -> None:
         )
 
 
+def _check_rule(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise CheckpointError where a program that orders rows otherwise wrote the checkpoint."""
+    # Before there was another, no rule was written down.
+    rule = theirs.get("rule", 1)
+    if rule != ours["rule"]:
+        raise CheckpointError(
+            f"{path} was written by a program that orders rows by rule {rule}; this one does by "
+            f"rule {ours['rule']}, and would read some rows twice and others never. Go on with "
+            f"that program, or begin another run_dir with init_from={path} and init_optimizer=kept"
+        )
+
+
 def _identity(run: Run) -> dict[str, Any]:
     """What must not change for a run to go on as if it had never stopped."""
     phases = [_phase_identity(phase) for phase in run.phases.values()]
@@ -247,7 +260,7 @@ def _phase_identity(phase: RunPhase) -> dict[str, Any]:
     return {
         "name": phase.name,
         "data_manifest_sha256": phase.data.manifest_sha256,
-        "row_order": {"quotas": phase.order.quotas, "start": phase.order.start},
+        "row_order": phase.order.identity,
         "global_rope_theta": phase.model_config.global_rope_theta,
     }
 

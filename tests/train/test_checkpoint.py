@@ -163,6 +163,20 @@ def test_a_checkpoint_of_another_run_is_refused(
         checkpoint.find(resolved(**changes), Ranks())
 
 
+def test_a_checkpoint_of_another_order_of_rows_is_refused(resolved: Callable[..., Any]) -> None:
+    """As programs wrote it that shared out blocks of rows, without the name of a rule."""
+    run = resolved()
+    path = save(run, 4)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["phases"][0]["row_order"]["rule"] == 2
+    order = {"quotas": {"notes": 5041, "papers": 11343}, "start": {"notes": 0, "papers": 0}}
+    manifest["phases"][0]["row_order"] = order
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    message = f"{path} was written by .* by rule 1; this one does by rule 2, .* init_from={path}"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.find(run, Ranks())
+
+
 def test_a_checkpoint_of_other_data_is_refused(
     resolved: Callable[..., Any], data_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -266,6 +280,20 @@ def test_a_length_that_moves_what_a_later_phase_reads_is_refused(
     last = {"one": parts["short"], "two": {**parts["short"], "tokens": 5120}}
     found = checkpoint.find(resolved(phases=last), Ranks())
     assert found.changed == ["phases.two.tokens: 2560 -> 5120"]
+
+
+def test_lengths_and_batches_may_be_changed_where_the_shares_stay(
+    resolved: Callable[..., Any], data_folder: Path
+) -> None:
+    """Not the length that sources without `epochs` fill up: it is what says how much is theirs."""
+    part = {"data": {"dir": str(data_folder), "epochs": {"notes": 2}}, "tokens": 158 * 64}
+    path = save(resolved(phase=part), 4)
+    # Another number of rows in all, for the last step is another one.
+    other = resolved(phase={**part, "batch": {"rows": 20, "micro_rows": 2}})
+    assert other.phases["main"].schedule.rows() == 160
+    assert checkpoint.find(other, Ranks()).path == path
+    with pytest.raises(CheckpointError, match=r"its phases\.main\.row_order is"):
+        checkpoint.find(resolved(phase={**part, "tokens": 200 * 64}), Ranks())
 
 
 def test_the_base_of_the_phase_is_the_models(
