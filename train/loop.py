@@ -117,6 +117,8 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 if metrics is not None:
                     metrics.validation({"step": plan.step, "phase": plan.phase, **figures})
             if saves:
+                if metrics is not None:
+                    metrics.sync()
                 path = checkpoint.save(engine, run, ranks, progress)
                 if console is not None:
                     console.line(f"checkpoint: {path}")
