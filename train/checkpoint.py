@@ -37,14 +37,15 @@ _KEYS = ("config", *asdict(Progress()))
 
 @dataclass(frozen=True)
 class Found:
-    """What is at hand to continue from: the checkpoint to take, and the newer ones passed over.
+    """What is at hand to continue from: the checkpoint to take.
 
+    skipped: what is wrong with each of the newer ones, which are passed over.
     changed: the keys whose value is another one than when the checkpoint was written, as text.
     progress: where the checkpoint stands, or the start.
     """
 
     path: Path | None
-    skipped: list[str]
+    skipped: dict[Path, str]
     changed: list[str]
     progress: Progress
 
@@ -84,8 +85,6 @@ def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
     if ranks.is_first:
         try:
             _complete(temporary, run, progress, hashes)
-            if final.exists():
-                _remove(final)
             temporary.rename(final)
             sync_folder(folder)
             for old in checkpoints(folder)[run.config.checkpoint.keep :]:
@@ -128,6 +127,20 @@ def find(run: Run, ranks: Ranks) -> Found:
     return result
 
 
+def put_aside(path: Path) -> Path:
+    """Give a checkpoint that is passed over a hidden name, and return that.
+
+    Otherwise it would count as one of those that are kept, in place of a whole one; or stand in the
+    way of the one that will be saved after its step.
+    """
+    aside = path.with_name(f".{path.name}.damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+    sync_folder(path.parent)
+    return aside
+
+
 def load(engine: Engine, found: Found) -> None:
     """Give `engine` the weights and optimizer of a checkpoint, where one is found.
 
@@ -151,12 +164,12 @@ def _find(run: Run) -> Found:
             f"{folder} holds checkpoints and resume is never; choose another run_dir, or "
             "resume=auto to continue that run"
         )
-    skipped = []
+    skipped: dict[Path, str] = {}
     for path in paths:
         try:
             manifest = verify(path, _KEYS)
         except CheckpointError as error:
-            skipped.append(str(error))
+            skipped[path] = str(error)
             continue
         progress = Progress(**{name: manifest[name] for name in asdict(Progress())})
         _check_same_run(path, manifest, run, progress)
@@ -164,13 +177,13 @@ def _find(run: Run) -> Found:
         return Found(path, skipped, changed, progress)
     if paths:
         raise CheckpointError(
-            f"none of the checkpoints in {folder} verifies: {'; '.join(skipped)}. Move the folder "
-            "away to start the run anew"
+            f"none of the checkpoints in {folder} verifies: {'; '.join(skipped.values())}. Move "
+            "the folder away to start the run anew"
         )
     if run.config.init_from is not None and run.config.init_optimizer == "kept":
         _check_can_be_kept(run.config.init_from, run)
-        return Found(run.config.init_from, [], [], Progress())
-    return Found(None, [], [], Progress())
+        return Found(run.config.init_from, {}, [], Progress())
+    return Found(None, {}, [], Progress())
 
 
 def _check_can_be_kept(path: Path, run: Run) -> None:

@@ -250,8 +250,9 @@ def where_from(run: Run, found: checkpoint.Found) -> str:
 
 def _begin(run: Run, found: checkpoint.Found, device: torch.device, attention: Choice) -> None:
     """Say what is about to run, and put what the report needs into the run's folder."""
-    for reason in found.skipped:
-        print(f"warning: a checkpoint is passed over: {reason}", flush=True)
+    for path, reason in found.skipped.items():
+        aside = checkpoint.put_aside(path)
+        print(f"warning: a checkpoint is passed over, and now {aside}: {reason}", flush=True)
     for change in found.changed:
         print(f"warning: since {found.path} was written, {change}", flush=True)
     run_dir = run.config.run_dir
