@@ -37,14 +37,15 @@ _KEYS = ("config", *asdict(Progress()))
 
 @dataclass(frozen=True)
 class Found:
-    """What is at hand to continue from: the checkpoint to take, and the newer ones passed over.
+    """What is at hand to continue from: the checkpoint to take.
 
+    skipped: what is wrong with each of the newer ones, which are passed over.
     changed: the keys whose value is another one than when the checkpoint was written, as text.
     progress: where the checkpoint stands, or the start.
     """
 
     path: Path | None
-    skipped: list[str]
+    skipped: dict[Path, str]
     changed: list[str]
     progress: Progress
 
@@ -84,8 +85,6 @@ def save(engine: Engine, run: Run, ranks: Ranks, progress: Progress) -> Path:
     if ranks.is_first:
         try:
             _complete(temporary, run, progress, hashes)
-            if final.exists():
-                _remove(final)
             temporary.rename(final)
             sync_folder(folder)
             for old in checkpoints(folder)[run.config.checkpoint.keep :]:
@@ -128,6 +127,20 @@ def find(run: Run, ranks: Ranks) -> Found:
     return result
 
 
+def put_aside(path: Path) -> Path:
+    """Give a checkpoint that is passed over a hidden name, and return that.
+
+    Otherwise it would count as one of those that are kept, in place of a whole one; or stand in the
+    way of the one that will be saved after its step.
+    """
+    aside = path.with_name(f".{path.name}.damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+    sync_folder(path.parent)
+    return aside
+
+
 def load(engine: Engine, found: Found) -> None:
     """Give `engine` the weights and optimizer of a checkpoint, where one is found.
 
@@ -151,12 +164,12 @@ def _find(run: Run) -> Found:
             f"{folder} holds checkpoints and resume is never; choose another run_dir, or "
             "resume=auto to continue that run"
         )
-    skipped = []
+    skipped: dict[Path, str] = {}
     for path in paths:
         try:
             manifest = verify(path, _KEYS)
         except CheckpointError as error:
-            skipped.append(str(error))
+            skipped[path] = str(error)
             continue
         progress = Progress(**{name: manifest[name] for name in asdict(Progress())})
         _check_same_run(path, manifest, run, progress)
@@ -164,13 +177,13 @@ def _find(run: Run) -> Found:
         return Found(path, skipped, changed, progress)
     if paths:
         raise CheckpointError(
-            f"none of the checkpoints in {folder} verifies: {'; '.join(skipped)}. Move the folder "
-            "away to start the run anew"
+            f"none of the checkpoints in {folder} verifies: {'; '.join(skipped.values())}. Move "
+            "the folder away to start the run anew"
         )
     if run.config.init_from is not None and run.config.init_optimizer == "kept":
         _check_can_be_kept(run.config.init_from, run)
-        return Found(run.config.init_from, [], [], Progress())
-    return Found(None, [], [], Progress())
+        return Found(run.config.init_from, {}, [], Progress())
+    return Found(None, {}, [], Progress())
 
 
 def _check_can_be_kept(path: Path, run: Run) -> None:
@@ -223,6 +236,7 @@ def _check_same_run(path: Path, manifest: dict[str, Any], run: Run, progress: Pr
     names = [phase["name"] for phase in phases][: len(former)]
     _check_same(path, "phases", [phase["name"] for phase in former], names)
     for theirs, phase in zip(former, phases, strict=False):
+        _check_rule(path, theirs.get("row_order", {}), phase["row_order"])
         for key, value in phase.items():
             _check_same(path, f"phases.{phase['name']}.{key}", theirs.get(key), value)
     model = asdict(run.current_phase(progress).model_config)
@@ -237,6 +251,18 @@ def _check_same(path: Path, key: str, theirs: Any, ours: Any) -> None:
         )
 
 
+def _check_rule(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise CheckpointError where a program that orders rows otherwise wrote the checkpoint."""
+    # Before there was another, no rule was written down.
+    rule = theirs.get("rule", 1)
+    if rule != ours["rule"]:
+        raise CheckpointError(
+            f"{path} was written by a program that orders rows by rule {rule}; this one does by "
+            f"rule {ours['rule']}, and would read some rows twice and others never. Go on with "
+            f"that program, or begin another run_dir with init_from={path} and init_optimizer=kept"
+        )
+
+
 def _identity(run: Run) -> dict[str, Any]:
     """What must not change for a run to go on as if it had never stopped."""
     phases = [_phase_identity(phase) for phase in run.phases.values()]
@@ -247,7 +273,7 @@ def _phase_identity(phase: RunPhase) -> dict[str, Any]:
     return {
         "name": phase.name,
         "data_manifest_sha256": phase.data.manifest_sha256,
-        "row_order": {"quotas": phase.order.quotas, "start": phase.order.start},
+        "row_order": phase.order.identity,
         "global_rope_theta": phase.model_config.global_rope_theta,
     }
 

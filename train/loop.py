@@ -117,6 +117,8 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 if metrics is not None:
                     metrics.validation({"step": plan.step, "phase": plan.phase, **figures})
             if saves:
+                if metrics is not None:
+                    metrics.sync()
                 path = checkpoint.save(engine, run, ranks, progress)
                 if console is not None:
                     console.line(f"checkpoint: {path}")
@@ -249,8 +251,9 @@ def where_from(run: Run, found: checkpoint.Found) -> str:
 
 def _begin(run: Run, found: checkpoint.Found, device: torch.device, attention: Choice) -> None:
     """Say what is about to run, and put what the report needs into the run's folder."""
-    for reason in found.skipped:
-        print(f"warning: a checkpoint is passed over: {reason}", flush=True)
+    for path, reason in found.skipped.items():
+        aside = checkpoint.put_aside(path)
+        print(f"warning: a checkpoint is passed over, and now {aside}: {reason}", flush=True)
     for change in found.changed:
         print(f"warning: since {found.path} was written, {change}", flush=True)
     run_dir = run.config.run_dir

@@ -8,8 +8,10 @@ What is not finite, such as the norm of the gradient of a step that was left out
 JSON knows no infinity, and no point in TensorBoard; the console says it.
 """
 
+import itertools
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.files import whole_file
 from train.console import Console
+from train.records import Record, read_records
 from train.resolve import Run
 from train.schedule import Progress, StepPlan
-
-Record = dict[str, Any]
 
 
 class Metrics:
@@ -33,7 +34,8 @@ class Metrics:
         last_slot: the token slots of the whole run.
         """
         path = run_dir / "metrics.jsonl"
-        keep_until(path, first_step)
+        if warning := keep_until(path, first_step):
+            console.line(f"warning: {warning}")
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._last_slot, self._console = last_slot, console
@@ -62,6 +64,10 @@ class Metrics:
         """A validation: loss and accuracy on masked tokens, in all and by source."""
         self._write("validation", record)
         self._console.validation(record)
+
+    def sync(self) -> None:
+        """Return once `metrics.jsonl` is on disk: before a checkpoint that continues it is."""
+        os.fsync(self._file.fileno())
 
     def _left(self, record: Record) -> float:
         """Seconds to the end of the run at the speed of the last steps and with as many pauses."""
@@ -104,17 +110,18 @@ def counters(run: Run, plan: StepPlan, progress: Progress) -> Record:
     }
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the records of later steps than `step`, and a last line that was cut short."""
+def keep_until(path: Path, step: int) -> str:
+    """Drop the records of later steps than `step`, and what is no record with all behind it.
+
+    Returns a warning, "" where there is nothing to warn of.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
+        return ""
+    lines, warning = read_records(path)
+    kept = itertools.takewhile(lambda entry: entry[1]["step"] <= step, lines)
     with whole_file(path) as file:
-        file.write("".join(kept).encode())
+        file.write(b"".join(line for line, _ in kept))
+    return warning
 
 
 def only_finite(record: Record) -> Record:

@@ -11,11 +11,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from common.files import make_private
 from common.html import Page
 from train.console import amount, duration
+from train.records import Record, read_records
 from train.report_plots import (
     Curves,
     loss_plot,
@@ -25,8 +25,6 @@ from train.report_plots import (
     speed_plot,
     time_plot,
 )
-
-Record = dict[str, Any]
 
 
 class ReportError(ValueError):
@@ -99,12 +97,21 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ReportError(f"cannot read {path} ({error.strerror}); is it a run folder?") from None
+        raise _not_there(path, error) from None
+
+
+def _not_there(path: Path, error: OSError) -> ReportError:
+    return ReportError(f"cannot read {path} ({error.strerror}); is it a run folder?")
 
 
 def _read_metrics(path: Path) -> list[Record]:
-    # The last line of a running run may be half there.
-    return [json.loads(line) for line in _read_text(path).splitlines(True) if line.endswith("\n")]
+    try:
+        lines, warning = read_records(path)
+    except OSError as error:
+        raise _not_there(path, error) from None
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return [record for _, record in lines]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from train.mask_order import make_order
 from train.masking import Masker, Vocabulary
 from train.phase_config import Data, Phase, micro_steps
 from train.prepare_model import check_preparation, check_tokens
-from train.row_order import RowOrder
+from train.row_order import RowOrder, as_written
 from train.schedule import (
     PhaseSchedule,
     Progress,
@@ -222,11 +223,13 @@ def _resolve_phase(
 
 def mixture(
     phase: str, data: Data, rows: dict[str, int], tokens: int | None, row_tokens: int
-) -> tuple[dict[str, float], int]:
-    """The share of each source in a phase, in rows on any scale, and the rows of the phase.
+) -> tuple[dict[str, Fraction], int]:
+    """The share of each source in a phase, exactly, on any scale, and the rows of the phase.
 
     rows: those that each source has. With `epochs`, a source gets epochs × rows; the sources that
-    `epochs` does not name share what is left of `tokens` in proportion to their rows.
+    `epochs` does not name share what is left of `tokens` in proportion to their rows. The rows that
+    make a whole step of the last one are none of these, for they depend on the batch, which may be
+    changed while a phase goes on.
     """
     for key in ("weights", "epochs"):
         for source in getattr(data, key) or {}:
@@ -237,22 +240,22 @@ def mixture(
                 )
     total = 0 if tokens is None else math.ceil(tokens / row_tokens)
     if data.epochs is None:
-        weights = data.weights or {name: float(number) for name, number in rows.items()}
-        return weights, total
-    wanted = {name: epochs * rows[name] for name, epochs in data.epochs.items()}
+        return {name: as_written(share) for name, share in (data.weights or rows).items()}, total
+    wanted = {name: as_written(epochs) * rows[name] for name, epochs in data.epochs.items()}
+    asked = sum(wanted.values(), Fraction())
     if tokens is None:
-        return wanted, math.ceil(sum(wanted.values()))
+        return wanted, math.ceil(asked)
     others = {name: number for name, number in rows.items() if name not in wanted}
-    left = total - sum(wanted.values())
+    left = total - asked
     if not others:
         raise ConfigError(
-            f"phases.{phase}: data.epochs names every source, so that {sum(wanted.values()):,.0f} "
-            f"rows are read, {sum(wanted.values()) * row_tokens:,.0f} slots; leave tokens out, or "
-            "leave a source out of data.epochs, which then fills what tokens leaves"
+            f"phases.{phase}: data.epochs names every source, so that {float(asked):,.0f} rows are "
+            f"read, {float(asked * row_tokens):,.0f} slots; leave tokens out, or leave a source "
+            "out of data.epochs, which then fills what tokens leaves"
         )
     if left <= 0:
         raise ConfigError(
-            f"phases.{phase}: data.epochs asks for {sum(wanted.values()) * row_tokens:,.0f} slots, "
+            f"phases.{phase}: data.epochs asks for {float(asked * row_tokens):,.0f} slots, "
             f"which leaves nothing of tokens = {tokens:,} to {', '.join(sorted(others))}; raise "
             "tokens or lower the epochs"
         )

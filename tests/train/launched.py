@@ -1,6 +1,6 @@
 """What the tests start under a launcher, tasks one after another: `train:CONFIG`, `traced:CONFIG`
 (compiled but for the code), `gradients:CONFIG:OUT.npz`, `steps:KIND:FOLDER` (stepped.py),
-`waits:CONFIG`.
+`waits:CONFIG`, `watched:CONFIG` (watched.py).
 
 Runs share a start, for starting takes longer than training them.
 """
@@ -41,6 +41,10 @@ def main() -> None:
         prepare_model.BACKEND = "aot_eager" if kind == "traced" else "inductor"
         if kind in ("train", "traced"):
             train(run, ranks, device)
+        elif kind == "watched":
+            import watched
+
+            watched.main(run, ranks, device)
         elif kind == "waits":
             refuse_to_wait(run, ranks, device)
         else:

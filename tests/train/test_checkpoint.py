@@ -3,6 +3,9 @@
 import dataclasses
 import errno
 import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,10 +73,10 @@ def test_a_checkpoint_names_and_hashes_every_file(resolved: Callable[..., Any]) 
 
 def test_the_newest_is_found_and_brings_the_counters_back(resolved: Callable[..., Any]) -> None:
     run = resolved()
-    assert checkpoint.find(run, Ranks()) == checkpoint.Found(None, [], [], Progress())
+    assert checkpoint.find(run, Ranks()) == checkpoint.Found(None, {}, [], Progress())
     save(run, 4)
     newest = save(run, 8)
-    assert checkpoint.find(run, Ranks()) == checkpoint.Found(newest, [], [], at(8))
+    assert checkpoint.find(run, Ranks()) == checkpoint.Found(newest, {}, [], at(8))
     engine = FakeEngine()
     checkpoint.load(engine, checkpoint.find(run, Ranks()))
     assert engine.loaded == str(newest / "deepspeed")
@@ -83,10 +86,10 @@ def test_the_newest_is_found_and_brings_the_counters_back(resolved: Callable[...
 def test_what_starts_anew_has_left_no_step_out(resolved: Callable[..., Any]) -> None:
     """From another run's checkpoint come weights and moments, no counts."""
     engine = FakeEngine()
-    checkpoint.load(engine, checkpoint.Found(None, [], [], Progress()))
+    checkpoint.load(engine, checkpoint.Found(None, {}, [], Progress()))
     assert (engine.loaded, engine.skipped_steps) == ("", 0)
     other = save(resolved(), 4)
-    checkpoint.load(engine, checkpoint.Found(other, [], [], Progress()))
+    checkpoint.load(engine, checkpoint.Found(other, {}, [], Progress()))
     assert (engine.loaded, engine.skipped_steps) == (str(other / "deepspeed"), 0)
 
 
@@ -117,10 +120,34 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_name(
     (newest / file).write_bytes(b"wrong")
     found = checkpoint.find(run, Ranks())
     assert found.path == older
-    assert found.skipped == [f"{newest / file} is damaged: its sha256 is not the manifest's"]
+    assert found.skipped == {
+        newest: f"{newest / file} is damaged: its sha256 is not the manifest's"
+    }
     (older / file).unlink()
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
         checkpoint.find(run, Ranks())
+
+
+def test_damaged_ones_push_no_whole_one_out(resolved: Callable[..., Any]) -> None:
+    """As many as are kept, and newer than what is saved next."""
+    run = resolved(checkpoint={"keep": 3})
+    older, *newer = (save(run, step) for step in (4, 8, 12))
+    for path in newer:
+        (path / "manifest.json").unlink()
+    run = resolved(checkpoint={"keep": 2})
+    found = checkpoint.find(run, Ranks())
+    assert found.path == older
+    assert set(found.skipped) == set(newer)
+    aside = [checkpoint.put_aside(path).name for path in found.skipped]
+    assert [name for name in names(run) if name.startswith(".")] == sorted(aside)
+    next_one = save(run, 6)
+    assert checkpoint.find(run, Ranks()).path == next_one
+    assert older.exists()
+    # Once more with one of the same name.
+    (save(run, 8) / "manifest.json").unlink()
+    (again,) = checkpoint.find(run, Ranks()).skipped
+    assert checkpoint.put_aside(again).name == aside[-1]
+    assert checkpoint.find(run, Ranks()).path == next_one
 
 
 def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
@@ -135,9 +162,9 @@ def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
         (newest / "manifest.json").write_text(broken)
         found = checkpoint.find(run, Ranks())
         assert found.path == older
-        assert str(newest / "manifest.json") in found.skipped[0]
+        assert str(newest / "manifest.json") in found.skipped[newest]
     (newest / "manifest.json").unlink()
-    assert f"{newest} is not a checkpoint" in checkpoint.find(run, Ranks()).skipped[0]
+    assert f"{newest} is not a checkpoint" in checkpoint.find(run, Ranks()).skipped[newest]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +190,20 @@ def test_a_checkpoint_of_another_run_is_refused(
         checkpoint.find(resolved(**changes), Ranks())
 
 
+def test_a_checkpoint_of_another_order_of_rows_is_refused(resolved: Callable[..., Any]) -> None:
+    """As programs wrote it that shared out blocks of rows, without the name of a rule."""
+    run = resolved()
+    path = save(run, 4)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["phases"][0]["row_order"]["rule"] == 2
+    order = {"quotas": {"notes": 5041, "papers": 11343}, "start": {"notes": 0, "papers": 0}}
+    manifest["phases"][0]["row_order"] = order
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    message = f"{path} was written by .* by rule 1; this one does by rule 2, .* init_from={path}"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.find(run, Ranks())
+
+
 def test_a_checkpoint_of_other_data_is_refused(
     resolved: Callable[..., Any], data_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -183,24 +224,71 @@ def test_resume_never_refuses_a_folder_with_checkpoints(resolved: Callable[..., 
         checkpoint.find(resolved(resume="never"), Ranks())
 
 
-def test_stopped_before_the_rename_nothing_is_seen(
-    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+class Operations:
+    """Calls `seen` before every operation that changes a file or a folder, while it is entered."""
+
+    def __init__(self, seen: Callable[[], None]) -> None:
+        self._seen, self._watching = seen, False
+        # Never taken away again: Python has no way to.
+        sys.addaudithook(self._hear)
+
+    def __enter__(self) -> None:
+        self._watching = True
+
+    def __exit__(self, *error: object) -> None:
+        self._watching = False
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self._watching:
+            return
+        if event == "open":
+            changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        else:
+            changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")
+        if changes:
+            self._watching = False
+            self._seen()
+            self._watching = True
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole ones", "a damaged one"])
+def test_killed_before_any_operation_the_newest_whole_one_is_found(
+    resolved_in: Callable[..., Any], tmp_path: Path, damaged: bool
 ) -> None:
-    """What is left of a save that gets no further is not taken up, and the next clears it away."""
-    run = resolved()
-    older = save(run, 4)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", _stop)
-        with pytest.raises(KeyboardInterrupt):
-            save(run, 8)
-    assert names(run) == [".step_00000008.tmp", older.name]
-    assert checkpoint.find(run, Ranks()).path == older
-    save(run, 12)
-    assert names(run) == [older.name, "step_00000012"]
+    """By a copy of the folder before each: it holds the one before, then the one that is saved,
+    and what else is in it hinders no later save."""
+    run = resolved_in(tmp_path / "run", checkpoint={"keep": 2})
+    for step in (2, 4, 8) if damaged else (2, 4):
+        path = save(run, step)
+    if damaged:
+        (path / "deepspeed/state/mp_rank_00_model_states.pt").write_bytes(b"wrong")
+    copies: list[Path] = []
+
+    def copy() -> None:
+        copies.append(tmp_path / f"copy{len(copies)}")
+        shutil.copytree(run.config.run_dir, copies[-1])
+
+    with Operations(copy):
+        begin_and_save(run, 8)
+    copy()
+    found = []
+    for folder in copies:
+        killed = resolved_in(folder, checkpoint={"keep": 2})
+        found.append(begin_and_save(killed, 12))
+        seen = [name for name in names(killed) if not name.endswith(".damaged")]
+        assert seen == [f"step_{found[-1]:08d}", "step_00000012"]
+    assert set(found) == {4, 8}
+    assert found == sorted(found)
+    assert len(found) > 10
 
 
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
+def begin_and_save(run: Any, step: int) -> int:
+    """What a run does with its checkpoints from its start to the next one; where it started."""
+    found = checkpoint.find(run, Ranks())
+    for path in found.skipped:
+        checkpoint.put_aside(path)
+    save(run, step)
+    return int(found.progress.step)
 
 
 def test_a_missing_tokenizer_is_said_before_training(
@@ -266,6 +354,20 @@ def test_a_length_that_moves_what_a_later_phase_reads_is_refused(
     last = {"one": parts["short"], "two": {**parts["short"], "tokens": 5120}}
     found = checkpoint.find(resolved(phases=last), Ranks())
     assert found.changed == ["phases.two.tokens: 2560 -> 5120"]
+
+
+def test_lengths_and_batches_may_be_changed_where_the_shares_stay(
+    resolved: Callable[..., Any], data_folder: Path
+) -> None:
+    """Not the length that sources without `epochs` fill up: it is what says how much is theirs."""
+    part = {"data": {"dir": str(data_folder), "epochs": {"notes": 2}}, "tokens": 158 * 64}
+    path = save(resolved(phase=part), 4)
+    # Another number of rows in all, for the last step is another one.
+    other = resolved(phase={**part, "batch": {"rows": 20, "micro_rows": 2}})
+    assert other.phases["main"].schedule.rows() == 160
+    assert checkpoint.find(other, Ranks()).path == path
+    with pytest.raises(CheckpointError, match=r"its phases\.main\.row_order is"):
+        checkpoint.find(resolved(phase={**part, "tokens": 200 * 64}), Ranks())
 
 
 def test_the_base_of_the_phase_is_the_models(

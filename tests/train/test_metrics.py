@@ -108,12 +108,52 @@ def test_what_is_not_finite_is_null_and_no_point(tmp_path: Path) -> None:
     assert [e.step for e in board.Scalars("train/skipped_steps")] == [10, 20]
 
 
+def lines(*steps: int) -> str:
+    """Lines of records of these steps."""
+    return "".join(f'{{"kind": "train", "step": {step}}}\n' for step in steps)
+
+
 def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
+    """A process that is killed may leave one; there is nothing to say about that."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    keep_until(path, 5)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    keep_until(path, 0)
+    path.write_text(lines(1, 2) + '{"kind": "tr')
+    assert keep_until(path, 5) == ""
+    assert path.read_text() == lines(1, 2)
+    assert keep_until(path, 0) == ""
     assert path.read_text() == ""
-    keep_until(tmp_path / "absent.jsonl", 0)
+    assert keep_until(tmp_path / "absent.jsonl", 0) == ""
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\0" * 40, b"", b'{"kind": "train", "st', b"\xff\xfe", b"17", b'{"kind": "train"}'],
+    ids=["NULs", "empty", "half", "no text", "no record", "no step"],
+)
+def test_what_is_no_record_is_the_end_of_what_can_be_used(tmp_path: Path, line: bytes) -> None:
+    """And it is said; a run goes on all the same."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines(10, 20).encode() + line + b"\n" + lines(30, 40).encode())
+    stream = io.StringIO()
+    with make_metrics(tmp_path, 30, stream) as metrics:
+        metrics.train(record(40))
+    found = [(r["kind"], r["step"]) for r in read(path)]
+    assert found == [("train", 10), ("train", 20), ("start", 30), ("train", 40)]
+    warning, *_ = stream.getvalue().splitlines()
+    assert warning == (
+        f"warning: {path}: line 3 of 5 is no record, as after a crash of the machine; it and those "
+        "behind it are left out"
+    )
+
+
+def test_records_are_put_on_disk_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(path.read_bytes()))
+    with make_metrics(tmp_path, 0) as metrics:
+        metrics.train(record(10))
+        assert not synced
+        metrics.sync()
+    assert synced == [path.read_bytes()]

@@ -204,6 +204,17 @@ def test_a_run_without_validation_has_a_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_report_ends_where_the_records_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, [record(1)])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0\0\0\n" + json.dumps(record(2)).encode() + b"\n")
+    assert main([str(tmp_path)]) == 0
+    assert "line 2 of 3 is no record" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "metrics.jsonl" in capsys.readouterr().err
