@@ -11,6 +11,7 @@ from kernels.benchmark_cases import _adamw, _both_passes, base_parameters
 from kernels.benchmark_layouts import Case, bucketed, layouts
 from kernels.local_attention import NARROW
 from kernels.stable_adamw import apply_update_reference, update_moments_reference
+from model import attention
 
 
 @pytest.mark.parametrize("tokens", [65_536, 16_384, 1000])
@@ -101,14 +102,39 @@ def test_tuning_varies_one_kernel_of_what_is_in_use() -> None:
     assert len(set(others)) == len(others)
 
 
-def test_tuning_varies_the_same_in_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the layout before was measured with last."""
-    usual = local_attention.NARROW
-    monkeypatch.setattr(local_attention, "NARROW", usual)
+@pytest.fixture
+def without_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases of attention are made without a GPU and without anything to compute."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
     monkeypatch.setattr(benchmark_attention, "random_tensor", lambda *sizes: torch.zeros(()))
     monkeypatch.setattr(benchmark_attention, "document_bounds", lambda *_: torch.zeros(()))
     monkeypatch.setattr(benchmark_attention, "positions_from", lambda *_: torch.zeros(()))
+
+
+def test_short_documents_are_measured_as_the_model_takes_them(
+    without_inputs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows: list[int] = []
+    monkeypatch.setattr(benchmark_attention, "local_attention", lambda *a: windows.append(a[-1]))
+    monkeypatch.setattr(benchmark_attention, "version_of", lambda package: None)
+    *others, case = benchmark_attention.make_global(65_536)
+    assert case.layout == "code titles, with rope"
+    assert case.layout not in {other.layout for other in others}
+    others_with_rope = ["varlen_attn + our rope", "varlen_attn, deterministic + our rope"]
+    assert list(case.who) == ["ours, as a window", *others_with_rope]
+    case.who["ours, as a window"](*case.inputs[0])
+    assert windows == [attention.SHORT_DOCUMENTS - 1]
+    (titles,) = (other for other in others if other.layout == "code titles, bucketed")
+    assert case.flops == titles.flops
+    assert case.bytes == titles.bytes
+
+
+def test_tuning_varies_the_same_in_every_layout(
+    without_inputs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the layout before was measured with last."""
+    usual = local_attention.NARROW
+    monkeypatch.setattr(local_attention, "NARROW", usual)
     monkeypatch.setattr(benchmark_attention, "_local", lambda *_: ())
     found = []
     for case in benchmark_attention.make_local(16_384, tune=True):
