@@ -20,6 +20,7 @@ says where it was: a run may be cut into pieces by --op. --plot draws what the f
 
 import argparse
 import csv
+import gc
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from pathlib import Path
 import torch
 import triton
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from kernels import benchmark_cases as cases
 from kernels.benchmark_attention import make_local, version_of
@@ -136,13 +138,39 @@ def measure_roofline() -> Roofline:
     return Roofline(2**30 * 1e6 / copy_us, 2 * 8192**3 * 1e6 / product_us)
 
 
-def _peak(call: Callable[[], object]) -> int:
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes allocated at most during a call, beside what was allocated before it.
+
+    Garbage in cycles is collected first: given back during the call, it would make the peak too
+    small. None, and a line that says so, where the peak is below what the call returned: something
+    was given back all the same.
+    """
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    call()
+    returned = call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    least = _new_bytes(returned, call)
+    if peak < least:
+        print(f"memory not measured: a peak of {peak} bytes, where {least} were returned")
+        return None
+    return peak
+
+
+def _new_bytes(returned: object, call: Callable[[], object]) -> int:
+    """Bytes of the tensors that a call returned and was not given, each memory counted once."""
+    given = call.args if isinstance(call, partial) else ()
+    old, new = (
+        {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+            for value in tree_leaves(values)
+            if isinstance(value, Tensor)
+        }
+        for values in (given, returned)
+    )
+    return sum(size for at, size in new.items() if at not in old)
 
 
 def _directions(
@@ -150,12 +178,12 @@ def _directions(
 ) -> Iterator[tuple[str, list[Callable[[], object]]]]:
     """The calls of each direction the case has, one for each input set."""
 
-    def forward(inputs: list[Tensor]) -> None:
+    def forward(inputs: list[Tensor]) -> Outputs:
         with torch.set_grad_enabled("backward" in case.bytes):
-            function(*inputs)
+            return function(*inputs)
 
-    def both(inputs: list[Tensor], leaves: list[Tensor], grads: list[Tensor]) -> None:
-        torch.autograd.grad(_outputs(function(*inputs)), leaves, grads)
+    def both(inputs: list[Tensor], leaves: list[Tensor], grads: list[Tensor]) -> Outputs:
+        return torch.autograd.grad(_outputs(function(*inputs)), leaves, grads)
 
     if "forward" in case.bytes:
         yield "forward", [partial(forward, inputs) for inputs in case.inputs]
@@ -190,7 +218,7 @@ def run_case(case: Case, table: Table) -> None:
         try:
             for direction, calls in _directions(case, function):
                 calls[0]()
-                peak = _peak(calls[0])
+                peak = peak_memory(calls[0])
                 if who in case.waits:
                     table.add(case, direction, f"{who}, launched", event_time(calls[0]), peak)
                 else:

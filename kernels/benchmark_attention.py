@@ -2,8 +2,9 @@
 
 FlashAttention-4, flash-attn 2 and torch's `varlen_attn` take queries and keys that are turned
 already; for layers with a window they are timed together with this project's `rope`, forward and
-backward, which is the best there is for them. Deterministic modes are contestants of their own;
-this project's kernels have no other mode.
+backward, which is the best there is for them. So they are without a window where documents are so
+short that `local_attention` takes them as windows. Deterministic modes are contestants of their
+own; this project's kernels have no other mode.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,16 +62,12 @@ def version_of(package: str) -> str | None:
 
 def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
     """A layer with a window, rotary included: (T, 3, H, D) to (T, H, D)."""
-    unit = tokens * HIDDEN * BF16
-    cos, sin = (table.cuda() for table in rope_tables(8192, HEAD_DIM, 10_000.0))
-    packed = [random_tensor(tokens, 3, HEADS, HEAD_DIM) for _ in sets_of(3 * unit)]
+    packed, moved = _packed(tokens)
     usual = ours.NARROW
     for layout, lengths in layouts(tokens).items():
         if tune and layout not in _TUNED_LAYOUTS:
             continue
-        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
-        places = positions_from(ends, tokens)
-        bounds = document_bounds(ends, tokens)
+        ends, inputs = _with_documents(packed, lengths)
         who: dict[str, Callable[..., Outputs]] = {}
         if tune:
             who |= {name_of(tuning): partial(_tuned, tuning) for tuning in candidates(usual)}
@@ -82,16 +79,32 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
         yield Case(
             "local_attention_tuning" if tune else "local_attention",
             layout,
-            [[qkv, cos, sin, places, bounds] for qkv in packed],
+            inputs,
             who,
-            {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit},
+            moved,
             _flops(pairs),
         )
         ours.NARROW = usual  # what --tune left
 
 
+def _packed(tokens: int) -> tuple[list[Tensor], dict[str, int]]:
+    """Sets of queries, keys and values together, and the least to move of attention with rotary."""
+    unit = tokens * HIDDEN * BF16
+    packed = [random_tensor(tokens, 3, HEADS, HEAD_DIM) for _ in sets_of(3 * unit)]
+    return packed, {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit}
+
+
+def _with_documents(packed: list[Tensor], lengths: list[int]) -> tuple[Tensor, list[list[Tensor]]]:
+    """cu_seqlens, and the input sets of `_local` and `_apart`."""
+    cos, sin = (table.cuda() for table in rope_tables(8192, HEAD_DIM, 10_000.0))
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
+    tokens = sum(lengths)
+    documents = (positions_from(ends, tokens), document_bounds(ends, tokens))
+    return ends, [[qkv, cos, sin, *documents] for qkv in packed]
+
+
 def make_global(tokens: int) -> Iterator[Case]:
-    """A layer without a window, on queries and keys that are turned already."""
+    """A layer without a window, on queries and keys that are turned already; then `_short`."""
     unit = tokens * HIDDEN * BF16
     inputs = [[random_tensor(tokens, HEADS, HEAD_DIM) for _ in range(3)] for _ in sets_of(3 * unit)]
     cases = {name: (lengths, max(lengths)) for name, lengths in layouts(tokens).items()}
@@ -102,6 +115,25 @@ def make_global(tokens: int) -> Iterator[Case]:
         moved = {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit}
         pairs = sum(length**2 for length in lengths)
         yield Case("global_attention", layout, inputs, who, moved, _flops(pairs))
+    yield _short(tokens)
+
+
+def _short(tokens: int) -> Case:
+    """The same of documents short enough to be windows, rotary included: (T, 3, H, D) to (T, H, D).
+
+    Bounded as training bounds them, so that the window is that of `model.attention`.
+    """
+    packed, moved = _packed(tokens)
+    lengths, longest = bucketed(layouts(tokens)["code titles"])
+    ends, inputs = _with_documents(packed, lengths)
+    who: dict[str, Callable[..., Outputs]] = {
+        "ours, as a window": partial(_local, window=longest - 1)
+    }
+    for name, attend in _others(ends, longest, None).items():
+        who[f"{name} + our rope"] = partial(_apart, attend)
+    pairs = sum(length**2 for length in lengths)
+    layout = "code titles, with rope"
+    return Case("global_attention", layout, inputs, who, moved, _flops(pairs))
 
 
 def _flops(pairs: int) -> dict[str, int]:
@@ -116,8 +148,10 @@ def seen_pairs(length: int, window: int) -> int:
     return length * (2 * reach + 1) - reach * (reach + 1)
 
 
-def _local(qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, bounds: Tensor) -> Outputs:
-    return local_attention(qkv, cos, sin, places, bounds, WINDOW)
+def _local(
+    qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, bounds: Tensor, *, window: int = WINDOW
+) -> Outputs:
+    return local_attention(qkv, cos, sin, places, bounds, window)
 
 
 def _apart(

@@ -3,7 +3,9 @@
 `attend` takes packed queries, keys and values before the rotary positions and gives what every
 token has seen of its document, the whole of it or a window. How it is computed is a `Choice`: one
 backend for all layers and, where this project's kernels run, `kernels.local_attention` for those
-with a window, which turns queries and keys by itself.
+with a window, which turns queries and keys by itself. It also takes the layers without one where
+no document is longer than SHORT_DOCUMENTS: a window as wide as that is the whole of each, and a
+grid over tokens does not pay for the number of documents, as a backend's grid does.
 
 A backend is a function `(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window) -> out_THD`:
 
@@ -24,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,6 +35,9 @@ from kernels.local_attention import local_attention
 from model.attention_backends import fa2_attention, fa4_attention, register, varlen_attention
 from model.config import Backend, Local
 from model.rotary import RotaryTables
+
+SHORT_DOCUMENTS = 128
+"""tokens; the smallest bucket of `max_seqlen` in `train.batch`"""
 
 # Queries that the reference treats together in a long document's window.
 _TILE = 64
@@ -50,15 +56,18 @@ class AttentionError(ValueError):
 
 
 class Choice(NamedTuple):
-    """What computes attention: a name of BACKENDS and, for layers with a window, "kernel" for
-    `kernels.local_attention` or "backend" for the same as elsewhere."""
+    """What computes attention: a name of BACKENDS and, for layers with a window and for rows of
+    short documents, "kernel" for `kernels.local_attention` or "backend" for the same as elsewhere.
+    """
 
     backend: str
     local: str
 
     def __str__(self) -> str:
-        local = "kernels.local_attention" if self.local == "kernel" else self.backend
-        return f"{self.backend}, in layers with a window {local}"
+        if self.local == "backend":
+            return f"{self.backend}, in layers with a window {self.backend}"
+        short = f"for documents up to {SHORT_DOCUMENTS} tokens"
+        return f"{self.backend}, in layers with a window and {short} kernels.local_attention"
 
 
 class Documents(NamedTuple):
@@ -95,16 +104,31 @@ def attend(
     choice: Choice,
 ) -> Tensor:
     """Rotary positions and attention: (T, 3, H, D) to (T, H, D), differentiable in qkv."""
-    if window is not None and choice.local == "kernel":
+    kernel_window = _kernel_window(window, documents.max_seqlen, choice)
+    if kernel_window is not None:
         assert documents.bounds_2T is not None
         position_ids_T, bounds_2T = documents.position_ids_T, documents.bounds_2T
         return local_attention(
-            qkv_T3HD, tables.cos_PR, tables.sin_PR, position_ids_T, bounds_2T, window
+            qkv_T3HD, tables.cos_PR, tables.sin_PR, position_ids_T, bounds_2T, kernel_window
         )
     q_THD, k_THD, v_THD = tables(qkv_T3HD, documents.position_ids_T)
     return BACKENDS[choice.backend](
         q_THD, k_THD, v_THD, documents.cu_seqlens, documents.longest.shape[0], window
     )
+
+
+def _kernel_window(window: int | None, max_seqlen: int, choice: Choice) -> int | None:
+    """The window that `kernels.local_attention` is given; None where the backend is asked.
+
+    One for all short documents, because the kernel is compiled for it. Wider than they are it costs
+    nothing: a token's walk over keys ends where its document does.
+    """
+    if choice.local == "backend":
+        return None
+    # A graph in which max_seqlen is a variable asks the backend, whatever it is, and stays one.
+    if window is None and statically_known_true(max_seqlen <= SHORT_DOCUMENTS):
+        return SHORT_DOCUMENTS - 1
+    return window
 
 
 def reference_attention(
@@ -266,8 +290,8 @@ def choose_attention(
 ) -> Choice:
     """What computes attention for `qkv` of this dtype and width on this device.
 
-    auto: the first of BACKENDS that can, and the kernel for layers with a window on a GPU. Raises
-    AttentionError, with the reason, where something else is asked for by name and cannot.
+    auto: the first of BACKENDS that can, and the kernel beside it on a GPU. Raises AttentionError,
+    with the reason, where something else is asked for by name and cannot.
     """
     found = backend
     if backend == "auto":
@@ -346,30 +370,33 @@ def check_attention(
     A vendor's package can be installed and not work: for another CUDA, or compiled on first use.
     Raises AttentionError in one line; nothing else is chosen in its place.
     """
-    lengths, behind = [300, *[16] * 8, 1, 0, 77], 5
-    tokens = sum(lengths) + behind
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(tokens, 3, heads, head_dim, generator=generator).to(device, dtype)
-    grad = torch.randn(tokens, heads, head_dim, generator=generator).to(device, dtype)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
-    places = torch.cat([torch.arange(n) for n in [*lengths, behind]]).to(device)
     tables = RotaryTables(512, head_dim, 10_000.0).to(device)
 
-    def run(values: Tensor, which: Choice, seen: int | None) -> list[Tensor]:
-        leaf = values.clone().requires_grad_()
-        documents = describe_documents(places, cu_seqlens, 300, which)
+    def run(which: Choice, wide: torch.dtype, longest: int, seen: int | None) -> list[Tensor]:
+        lengths, behind = [longest, *[16] * 8, 1, 0, 77], 5
+        generator = torch.Generator().manual_seed(0)
+        qkv = torch.randn(sum(lengths) + behind, 3, heads, head_dim, generator=generator)
+        grad = torch.randn(qkv[:, 0].shape, generator=generator).to(device, dtype)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+        places = torch.cat([torch.arange(n) for n in [*lengths, behind]]).to(device)
+        documents = describe_documents(places, cu_seqlens, longest, which)
+        leaf = qkv.to(device, dtype).to(wide).requires_grad_()
         out = attend(leaf, tables, documents, seen, which)
-        return [out.detach().float(), torch.autograd.grad(out, leaf, grad.to(out.dtype))[0].float()]
+        return [out.detach().float(), torch.autograd.grad(out, leaf, grad.to(wide))[0].float()]
 
+    cases: list[tuple[int | None, int]] = [(None, 300), (window, 300)]
+    if choice.local == "kernel":
+        cases.append((None, SHORT_DOCUMENTS))
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
-    for seen in (None, window):
-        name = choice.local if seen is not None and choice.local == "kernel" else choice.backend
+    for seen, longest in cases:
+        in_kernel = _kernel_window(seen, longest, choice) is not None
+        name = "kernel" if in_kernel else choice.backend
         try:
-            ours = run(qkv, choice, seen)
+            ours = run(choice, dtype, longest, seen)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             raise AttentionError(f"attention {name} does not run ({reason}). {_CHANGE}") from error
-        truth = run(qkv.float(), Choice("reference", "backend"), seen)
+        truth = run(Choice("reference", "backend"), torch.float32, longest, seen)
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True)]
         if not max(errors) < tolerance:  # NaN too
             raise AttentionError(
@@ -378,4 +405,6 @@ def check_attention(
             )
 
 
-_CHANGE = "Set `attention` to another backend (for a layer with a window, `local_attention`)."
+_CHANGE = (
+    "Set `attention` to another backend, or where it is the kernel `local_attention: backend`."
+)

@@ -195,6 +195,7 @@ def usual() -> Iterator[tuple[str, Any]]:
     rotary = (TOKENS, heads, width, bf16, torch.int64)
     yield "rope", partial(call_rope, *rotary)
     yield "local_attention", partial(call_local_attention, *rotary)
+    yield "local_attention, short documents", partial(call_local_attention, *rotary, 127)
     yield "documents", partial(call_documents, TOKENS, 4096, bf16)
     yield "norms", partial(call_norms, TOKENS, hidden, bf16, bf16)
     yield "geglu", partial(call_geglu, TOKENS, inner, bf16)

@@ -1,5 +1,8 @@
 """What of the benchmark runs anywhere: its layouts, its tables, and what it says on a CPU."""
 
+import gc
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from kernels.benchmark_cases import _adamw, _both_passes, base_parameters
 from kernels.benchmark_layouts import Case, bucketed, layouts
 from kernels.local_attention import NARROW
 from kernels.stable_adamw import apply_update_reference, update_moments_reference
+from model import attention
 
 
 @pytest.mark.parametrize("tokens", [65_536, 16_384, 1000])
@@ -101,14 +105,39 @@ def test_tuning_varies_one_kernel_of_what_is_in_use() -> None:
     assert len(set(others)) == len(others)
 
 
-def test_tuning_varies_the_same_in_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the layout before was measured with last."""
-    usual = local_attention.NARROW
-    monkeypatch.setattr(local_attention, "NARROW", usual)
+@pytest.fixture
+def without_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases of attention are made without a GPU and without anything to compute."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
     monkeypatch.setattr(benchmark_attention, "random_tensor", lambda *sizes: torch.zeros(()))
     monkeypatch.setattr(benchmark_attention, "document_bounds", lambda *_: torch.zeros(()))
     monkeypatch.setattr(benchmark_attention, "positions_from", lambda *_: torch.zeros(()))
+
+
+def test_short_documents_are_measured_as_the_model_takes_them(
+    without_inputs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows: list[int] = []
+    monkeypatch.setattr(benchmark_attention, "local_attention", lambda *a: windows.append(a[-1]))
+    monkeypatch.setattr(benchmark_attention, "version_of", lambda package: None)
+    *others, case = benchmark_attention.make_global(65_536)
+    assert case.layout == "code titles, with rope"
+    assert case.layout not in {other.layout for other in others}
+    others_with_rope = ["varlen_attn + our rope", "varlen_attn, deterministic + our rope"]
+    assert list(case.who) == ["ours, as a window", *others_with_rope]
+    case.who["ours, as a window"](*case.inputs[0])
+    assert windows == [attention.SHORT_DOCUMENTS - 1]
+    (titles,) = (other for other in others if other.layout == "code titles, bucketed")
+    assert case.flops == titles.flops
+    assert case.bytes == titles.bytes
+
+
+def test_tuning_varies_the_same_in_every_layout(
+    without_inputs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the layout before was measured with last."""
+    usual = local_attention.NARROW
+    monkeypatch.setattr(local_attention, "NARROW", usual)
     monkeypatch.setattr(benchmark_attention, "_local", lambda *_: ())
     found = []
     for case in benchmark_attention.make_local(16_384, tune=True):
@@ -119,6 +148,79 @@ def test_tuning_varies_the_same_in_every_layout(monkeypatch: pytest.MonkeyPatch)
     assert len(found) == 3
     assert found == [[name_of(tuning) for tuning in candidates(usual)]] * 3
     assert vars(local_attention)["NARROW"] == usual
+
+
+class _Memory:
+    """Of a GPU what `peak_memory` asks: bytes, and their peak since it was reset."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = self.most = 0
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.most)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: self.take(0, reset=True))
+
+    def take(self, size: int, reset: bool = False) -> None:
+        self.now += size
+        self.most = self.now if reset else max(self.most, self.now)
+
+    def in_a_cycle(self, size: int) -> None:
+        """Memory that only the collector gives back."""
+
+        class Node:
+            itself: object
+
+        node = Node()
+        node.itself = node
+        self.take(size)
+        weakref.finalize(node, self.take, -size)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> _Memory:
+    return _Memory(monkeypatch)
+
+
+def test_garbage_from_before_does_not_lower_the_peak(memory: _Memory) -> None:
+    def call(given: torch.Tensor) -> list[torch.Tensor]:
+        memory.take(300)
+        gc.collect()
+        memory.take(-200)
+        # Of 100 bytes; what was given, a part of it, and the same once more take none.
+        result = torch.zeros(25)
+        return [result, result[3:], given, given[1:]]
+
+    gc.collect()
+    gc.disable()
+    try:
+        memory.in_a_cycle(250)
+        assert benchmark.peak_memory(partial(call, torch.zeros(1000))) == 300
+    finally:
+        gc.enable()
+
+
+def test_a_peak_below_what_was_returned_is_not_believed(
+    memory: _Memory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory.take(250)
+
+    def call(given: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        memory.take(-250)  # something from before
+        memory.take(300)
+        return torch.zeros(20), torch.zeros(5), *given
+
+    assert benchmark.peak_memory(partial(call, [torch.zeros(1000)])) is None
+    assert "a peak of 50 bytes, where 100 were returned" in capsys.readouterr().out
+
+
+def test_directions_hand_out_what_they_make() -> None:
+    """So that the peak of memory can be compared with it."""
+    x = torch.ones(3, requires_grad=True)
+    case = Case("any", "", [[x]], {}, dict.fromkeys(("forward", "backward", "both"), 1))
+    sizes = {}
+    for direction, calls in benchmark._directions(case, lambda x: (2 * x, x + 1)):
+        sizes[direction] = benchmark._new_bytes(calls[0](), calls[0])
+    assert sizes == {"forward": 24, "backward": 12, "both": 12}
 
 
 def test_buckets_are_those_of_training() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.geglu import (
     _geglu,
@@ -25,6 +26,16 @@ def run(function: Callable, x: Tensor, grad: Tensor) -> list[Tensor]:
     leaf = x.clone().requires_grad_()
     out = function(leaf)
     return [out, *torch.autograd.grad(out, leaf, grad.to(out.dtype))]
+
+
+def check(
+    what: str, a: Tensor, results: list[list[Tensor]], assert_close: Callable[..., None]
+) -> None:
+    """Ours, PyTorch's and the truth; what is small, below 0, apart from what would hide it."""
+    for name, *values in zip(("forward", "gradient"), *results, strict=True):
+        below = (a < 0).repeat(1, values[0].shape[1] // a.shape[1])
+        for side, where in (("above", ~below), ("below", below)):
+            assert_close(f"geglu {what} {name} {side} 0", *(value[where] for value in values))
 
 
 def make_case(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -59,10 +70,25 @@ def test_forward_and_gradient_are_as_exact_as_pytorch(
     assert_close: Callable[..., None],
 ) -> None:
     x, grad = make_case(*shape, dtype, device)
-    results = run(geglu, x, grad), run(geglu_reference, x, grad)
-    exact = run(geglu_reference, x.double(), grad)
-    for what, *values in zip(("forward", "gradient"), *results, exact, strict=True):
-        assert_close(f"geglu {shape} {what}", *values)
+    results = [run(geglu, x, grad), run(geglu_reference, x, grad)]
+    results.append(run(geglu_reference, x.double(), grad))
+    check(f"{shape}", x.chunk(2, dim=-1)[0], results, assert_close)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(5, 24), (37, 130), (3, 1152)], ids=str)
+def test_the_form_with_tanh_would_be_seen(
+    shape: tuple[int, int], kind: torch.dtype, assert_close: Callable[..., None]
+) -> None:
+    def with_tanh(x: Tensor) -> Tensor:
+        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        return (F.gelu(a, approximate="tanh") * b).to(x.dtype)
+
+    x, grad = make_case(*shape, kind, torch.device("cpu"))
+    plain, exact = run(geglu_reference, x, grad), run(geglu_reference, x.double(), grad)
+    for wrong in ([run(with_tanh, x, grad)[0], plain[1]], [plain[0], run(with_tanh, x, grad)[1]]):
+        with pytest.raises(AssertionError, match=" 0: off by"):
+            check("with tanh", x.chunk(2, dim=-1)[0], [wrong, plain, exact], assert_close)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -111,14 +137,17 @@ def test_the_whole_range_of_the_error_function(
     a = a[a.isfinite()]
     x = torch.cat([a, torch.ones_like(a)])[None].to(device)
     grad = torch.ones(1, len(a), dtype=dtype, device=device)
-    moderate = x[0].abs() < 20
-    results = run(geglu, x, grad), run(geglu_reference, x, grad)
-    exact = run(geglu_reference, x.double(), grad)
-    for what, *values in zip(("forward", "gradient"), *results, exact, strict=True):
-        assert bool(values[0].isfinite().all())
-        within = moderate[: values[0].shape[1]]
-        assert_close(f"geglu range {what}", *(value[:, within] for value in values))
-        assert torch.equal(values[0][:, ~within], values[1][:, ~within])
+    results = [run(geglu, x, grad), run(geglu_reference, x, grad)]
+    results.append(run(geglu_reference, x.double(), grad))
+    moderate = (a.abs() < 20).to(device)
+    within = [moderate, moderate.repeat(2)]
+    for ours, plain, where in zip(*results[:2], within, strict=True):
+        assert bool(ours.isfinite().all())
+        assert torch.equal(ours[:, ~where], plain[:, ~where])
+    results = [
+        [value[:, where] for value, where in zip(values, within, strict=True)] for values in results
+    ]
+    check("range", a.to(device)[None, moderate], results, assert_close)
 
 
 def test_not_a_number_stays_one(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.benchmark_layouts import layouts
 from kernels.documents import positions_from
-from model.attention import Choice, attend, describe_documents, why_not
+from model.attention import SHORT_DOCUMENTS, Choice, attend, describe_documents, why_not
 from model.rotary import RotaryTables
 
 REFERENCE = Choice("reference", "backend")
@@ -70,8 +70,6 @@ def compare(
     assert_close: Callable[..., None],
 ) -> None:
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    # A score's gradient is p (g · v − g · o), and may cancel.
-    terms = float(grad.float().norm(dim=-1).max() * qkv[:, 2].float().norm(dim=-1).max())
     for numbers in groups(lengths):
         theirs = [lengths[number] for number in numbers]
         at = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in numbers]).to(qkv.device)
@@ -79,7 +77,7 @@ def compare(
         exact = run_head_by_head(qkv[at].double(), grad[at].double(), theirs, window)
         name = f"{what}, documents {numbers[:3]}"
         assert_close(f"{name}, forward", ours[0][at], plain[0], exact[0])
-        assert_close(f"{name}, gradient", ours[1][at], plain[1], exact[1], terms)
+        assert_close(f"{name}, gradient", ours[1][at], plain[1], exact[1])
 
 
 def make_row(
@@ -92,7 +90,7 @@ def make_row(
 
 
 def choice_of(name: str) -> Choice:
-    """A backend by its name, or the kernel for layers with a window; skips what is not here."""
+    """A backend by its name, or the kernel; skips what is not here."""
     if name == "kernel":
         return Choice("reference", "kernel")
     if reason := why_not(name, "cuda", None, torch.bfloat16, WIDTH):
@@ -103,14 +101,16 @@ def choice_of(name: str) -> Choice:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "window"),
-    [("kernel", 64), ("varlen", None), ("fa4", None), ("fa2", None)],
-    ids=["kernel", "varlen", "fa4", "fa2"],
+    [("kernel", 64), ("kernel", None), ("varlen", None), ("fa4", None), ("fa2", None)],
+    ids=["kernel", "kernel without a window", "varlen", "fa4", "fa2"],
 )
 @pytest.mark.parametrize("layout", ["skewed", "code titles"])
 def test_gpu_long_rows_document_by_document(
     name: str, window: int | None, layout: str, cuda: str, assert_close: Callable[..., None]
 ) -> None:
     lengths, choice = layouts(TOKENS)[layout], choice_of(name)
+    if name == "kernel" and window is None and max(lengths) > SHORT_DOCUMENTS:
+        pytest.skip("the kernel is for layers with a window and for short documents")
     qkv, grad = make_row(sum(lengths), HEADS, WIDTH, torch.bfloat16, cuda)
     ours = run(qkv, grad, lengths, window, choice)
     compare(f"{name} {layout}", ours, lengths, qkv, grad, window, assert_close)

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from model.attention import BACKENDS
+from kernels.rope import rope_reference
+from model import attention
+from model.attention import BACKENDS, Choice
 from model.config import ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
 
@@ -69,6 +72,59 @@ def test_one_graph(
     monkeypatch.setitem(BACKENDS, "reference", dense_attention)
     model = lively_model(replace(small, num_hidden_layers=2))
     check(model, "aot_eager", "cpu", packed_row, 1e-5)
+
+
+def dense_local_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
+) -> Tensor:
+    """Stands in for the kernel, which a CPU's Triton could not be traced into."""
+    return dense_attention(*rope_reference(qkv, cos, sin, position_ids), bounds, 0, window)
+
+
+@pytest.fixture
+def with_kernel(
+    small: ModernBertConfig, lively_model: Callable, monkeypatch: pytest.MonkeyPatch
+) -> ModernBertForMaskedLM:
+    """A model whose attention is the kernel's where that can be; stand-ins compute it."""
+    monkeypatch.setitem(BACKENDS, "reference", dense_attention)
+    monkeypatch.setattr(attention, "local_attention", dense_local_attention)
+    monkeypatch.setattr(attention, "document_bounds", lambda cu_seqlens, tokens: cu_seqlens)
+    model = lively_model(replace(small, num_hidden_layers=2))
+    model.attention = Choice("reference", "kernel")
+    return model
+
+
+def test_one_graph_beside_the_kernel(
+    with_kernel: ModernBertForMaskedLM, packed_row: Callable
+) -> None:
+    """For short documents too, of which the kernel would take all layers."""
+    check(with_kernel, "aot_eager", "cpu", packed_row, 1e-5)
+
+
+@pytest.mark.parametrize(("bound", "asked"), [(128, []), (512, [None])])
+def test_a_graph_for_short_documents_asks_no_backend(
+    bound: int,
+    asked: list[None],
+    with_kernel: ModernBertForMaskedLM,
+    packed_row: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As training compiles it, the bound on their length a constant."""
+    windows: list[int | None] = []
+
+    def watched(*values: Any) -> Tensor:
+        windows.append(values[-1])
+        return dense_attention(*values)
+
+    monkeypatch.setitem(BACKENDS, "reference", watched)
+    row = packed_row([64] * 8)
+    expected = with_kernel.encode(row.input_ids_T, row.position_ids_T, row.cu_seqlens, 512)
+    windows.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(with_kernel.encode, fullgraph=True, dynamic=False, backend="eager")
+    out = compiled(row.input_ids_T, row.position_ids_T, row.cu_seqlens, bound)
+    assert windows == asked
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
