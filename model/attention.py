@@ -74,12 +74,14 @@ class Documents(NamedTuple):
     """Where the documents of a packed row lie.
 
     longest: (max_seqlen, 0), nothing but a length, which a compiled layer takes as it comes; for
-    each new number it would be compiled anew. bounds_2T only for `kernels.local_attention`.
+    each new number it would be compiled anew. are_short: none is longer than SHORT_DOCUMENTS.
+    bounds_2T only for `kernels.local_attention`.
     """
 
     position_ids_T: Tensor
     cu_seqlens: Tensor
     longest: Tensor
+    are_short: bool
     bounds_2T: Tensor | None
 
 
@@ -93,7 +95,9 @@ def describe_documents(
     longest = cu_seqlens.new_empty(max_seqlen, 0)
     if not torch.compiler.is_compiling():
         torch._dynamo.maybe_mark_dynamic(longest, 0)
-    return Documents(position_ids_T, cu_seqlens, longest, bounds_2T)
+    # Where all of a model is one graph that takes any max_seqlen, it is not asked, and stays one.
+    are_short = statically_known_true(max_seqlen <= SHORT_DOCUMENTS)
+    return Documents(position_ids_T, cu_seqlens, longest, are_short, bounds_2T)
 
 
 def attend(
@@ -104,7 +108,7 @@ def attend(
     choice: Choice,
 ) -> Tensor:
     """Rotary positions and attention: (T, 3, H, D) to (T, H, D), differentiable in qkv."""
-    kernel_window = _kernel_window(window, documents.max_seqlen, choice)
+    kernel_window = _kernel_window(window, documents, choice)
     if kernel_window is not None:
         assert documents.bounds_2T is not None
         position_ids_T, bounds_2T = documents.position_ids_T, documents.bounds_2T
@@ -117,7 +121,7 @@ def attend(
     )
 
 
-def _kernel_window(window: int | None, max_seqlen: int, choice: Choice) -> int | None:
+def _kernel_window(window: int | None, documents: Documents, choice: Choice) -> int | None:
     """The window that `kernels.local_attention` is given; None where the backend is asked.
 
     One for all short documents, because the kernel is compiled for it. Wider than they are it costs
@@ -125,8 +129,7 @@ def _kernel_window(window: int | None, max_seqlen: int, choice: Choice) -> int |
     """
     if choice.local == "backend":
         return None
-    # A graph in which max_seqlen is a variable asks the backend, whatever it is, and stays one.
-    if window is None and statically_known_true(max_seqlen <= SHORT_DOCUMENTS):
+    if window is None and documents.are_short:
         return SHORT_DOCUMENTS - 1
     return window
 
@@ -389,8 +392,8 @@ def check_attention(
         cases.append((None, SHORT_DOCUMENTS))
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
     for seen, longest in cases:
-        in_kernel = _kernel_window(seen, longest, choice) is not None
-        name = "kernel" if in_kernel else choice.backend
+        in_kernel = seen is not None or longest == SHORT_DOCUMENTS
+        name = "kernel" if in_kernel and choice.local == "kernel" else choice.backend
         try:
             ours = run(choice, dtype, longest, seen)
         except Exception as error:
