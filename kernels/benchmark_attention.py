@@ -200,7 +200,23 @@ def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]
             out.grad_fn.register_hook(lambda *_: use_deterministic_algorithms(False))
         return out
 
-    return who | {f"varlen_attn{note}": partial(torch_attend, mode) for mode, note in modes}
+    who |= {f"varlen_attn{note}": partial(torch_attend, mode) for mode, note in modes}
+    if window is None:
+        who["cuDNN"] = _cudnn(ends, longest)
+    return who
+
+
+def _cudnn(ends: Tensor, longest: int) -> Attend:
+    """cuDNN's, by an operation of PyTorch's that its `varlen_attn` does not call."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keeps = torch.is_grad_enabled() and q.requires_grad
+        out: Tensor = torch.ops.aten._cudnn_attention_forward(
+            q, k, v, None, ends, ends, longest, longest, keeps
+        )[0]
+        return out
+
+    return attend
 
 
 def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:
