@@ -21,7 +21,7 @@ from train.optimizer_step import Norms, OptimizerStep
 from train.phase_config import Batch
 from train.schedule import Rates
 from train.stable_adamw import StableAdamW
-from train.zero import without_copies
+from train.zero import without_copies, without_losses
 
 Engine = Any
 """deepspeed.DeepSpeedEngine, which has no types"""
@@ -111,7 +111,10 @@ def start_engine(model: nn.Module, config: Train, settings: dict[str, Any]) -> E
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] *= 0
-    without_copies(engine.optimizer)
+    if config.optimizer.name == "muon":
+        without_losses(engine.optimizer)
+    else:
+        without_copies(engine.optimizer)
     engine.optimizer_step = OptimizerStep(engine, optimizer, config.optimizer)
     return engine
 

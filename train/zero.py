@@ -12,8 +12,8 @@ DeepSpeed 0.19.8 steps through one of these:
 Some wait for the device: before a step, to ask on the host whether the gradient's norm is finite,
 which train/optimizer_step.py asks on the device instead; or at the end of backward, for the stream
 that reduces. `without_waits` takes both out. (train/engine.py sees to it that BF16_Optimizer is not
-used.) And DeepSpeedZeroOptimizer passes more often over gradients than adding them up needs, which
-`without_copies` mends.
+used.) DeepSpeedZeroOptimizer passes more often over gradients than adding them up needs, which
+`without_copies` mends, and beside Muon it loses some, which `without_losses` does.
 """
 
 import types
@@ -102,6 +102,31 @@ def without_copies(wrapper: Wrapper) -> None:
         wrapper.process_gradients = types.MethodType(_add_to_partition, wrapper)
         # Elements; buckets stay empty, but are allocated all the same, and percentages reckoned.
         wrapper.reduce_bucket_size = 1
+
+
+def without_losses(wrapper: Wrapper) -> None:
+    """Let ZeRO 1 and 2 keep the bf16 gradients that come before those of Muon's matrices.
+
+    Slices of a bucket for the same rank are joined where the second has no place in that rank's
+    fp32 sums, as Muon's have none, and then the first's place is forgotten too: norms, whose
+    gradients come just before a matrix's, stood still. A place that takes nothing keeps them apart.
+    """
+    if type(wrapper).__name__ != "DeepSpeedZeroOptimizer":
+        return
+    place_of, nowhere = wrapper._get_compact_grad_partition_slice, torch.empty(0)
+
+    def place(group: int, rank: int, parameter: int, elements: int) -> Tensor | None:
+        found: Tensor | None = place_of(group, rank, parameter, elements)
+        if found is None and rank == dist.get_rank(wrapper.real_dp_process_group[group]):
+            return nowhere
+        return found
+
+    def add(sums: Tensor | None, gradient: Tensor) -> None:
+        if sums is not None and sums is not nowhere:
+            sums.add_(gradient)
+
+    wrapper._get_compact_grad_partition_slice = place
+    wrapper._add_to_grad_partition_buffer = add
 
 
 def _add_gradient(wrapper: Wrapper, parameter: Any) -> None:

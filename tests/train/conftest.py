@@ -190,24 +190,18 @@ def phases(data_folder: Path, long_folder: Path) -> Callable[..., Any]:
     return functools.partial(two_phases, data_folder, long_folder)
 
 
-@pytest.fixture(scope="session")
-def resolved_in(data_folder: Path) -> Callable[..., Run]:
-    """`resolved`, the run's folder being the first argument."""
-
-    def resolve_it(run_dir: Path, ranks: int = 1, **changes: Any) -> Run:
-        values = changed(run_config(data_folder, run_dir), changes)
-        return resolve(TypeAdapter(Train).validate_python(values), ranks, on_gpu=False)
-
-    return resolve_it
-
-
 @pytest.fixture
-def resolved(resolved_in: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+def resolved(data_folder: Path, tmp_path: Path) -> Callable[..., Run]:
     """Works out the tiny run for so many ranks, sections replaced by `changes`, untrained.
 
     `phase` in `changes` replaces sections of the run's only phase, "main".
     """
-    return functools.partial(resolved_in, tmp_path / "run")
+
+    def resolve_it(ranks: int = 1, **changes: Any) -> Run:
+        values = changed(run_config(data_folder, tmp_path / "run"), changes)
+        return resolve(TypeAdapter(Train).validate_python(values), ranks, on_gpu=False)
+
+    return resolve_it
 
 
 def run_config(data: Path, run_dir: Path) -> dict[str, Any]:

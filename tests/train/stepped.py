@@ -51,17 +51,22 @@ MORE_CASES: dict[str, dict[str, Any]] = {
     f"{precision}_zero{stage}{kind}": {"zero_stage": stage, "precision": precision}
     for precision in ("fp32", "bf16")
     for stage in range(4)
-    for kind in ("", "_adamw_clipped", "_muon")
-    if stage or kind != "_muon"
+    for kind in ("", "_adamw_clipped")
 }
 MORE_CASES = {name: case for name, case in MORE_CASES.items() if name not in CASES}
+MUON_CASES: dict[str, dict[str, Any]] = {
+    f"{precision}_zero{stage}_muon": {"zero_stage": stage, "precision": precision}
+    for precision in ("fp32", "bf16")
+    for stage in (1, 2, 3)
+}
 # By key, DeepSpeed's checks beside ours.
 CHECKED: dict[str, dict[str, Any]] = {
     "fp32_zero1_checked": {"zero_stage": 1, "precision": "fp32"},
     "bf16_zero1_checked": {"zero_stage": 1, "precision": "bf16"},
     "bf16_zero2_checked": {"zero_stage": 2, "precision": "bf16"},
 }
-for name, case in (CASES | MORE_CASES | CHECKED).items():
+EVERY_CASE = CASES | MORE_CASES | MUON_CASES | CHECKED
+for name, case in EVERY_CASE.items():
     rule = next((rule for rule in ("adamw", "muon") if rule in name), "stable_adamw")
     case["optimizer"] = {"name": rule}
     if "clipped" in name:
@@ -324,7 +329,7 @@ def run_case(ranks: Ranks, name: str, out: Path, resume_at: int | None = None) -
 
     resume_at: before that step go over to a new engine, through a checkpoint.
     """
-    changes = (CASES | MORE_CASES | CHECKED)[name]
+    changes = EVERY_CASE[name]
     engine = make_engine(ranks, changes)
     dtype = torch.bfloat16 if changes["precision"] == "bf16" else torch.float32
     weights, known = [], []
@@ -344,13 +349,15 @@ def run_case(ranks: Ranks, name: str, out: Path, resume_at: int | None = None) -
 
 
 def main(ranks: Ranks, out: Path, kind: str) -> None:
-    """The cases into `out`, and, for the kind `all`, more of them and each interrupted once."""
+    """The cases of a kind into `out`: `plain`, `some` with Muon's, or `all`, which are more, with
+    each interrupted once."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "resumed").mkdir(exist_ok=True)
     sums = compare_sums(ranks, SUMS)
     if ranks.is_first:
         (out / "sums.json").write_text(json.dumps(sums))
-    for name in CASES | CHECKED if kind == "some" else CASES | MORE_CASES:
+    more = {"plain": CHECKED, "some": CHECKED | MUON_CASES, "all": MORE_CASES | MUON_CASES}
+    for name in CASES | more[kind]:
         run_case(ranks, name, out)
         if kind == "all":
             run_case(ranks, name, out / "resumed", resume_at=8)

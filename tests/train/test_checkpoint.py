@@ -253,11 +253,11 @@ class Operations:
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["whole ones", "a damaged one"])
 def test_killed_before_any_operation_the_newest_whole_one_is_found(
-    resolved_in: Callable[..., Any], tmp_path: Path, damaged: bool
+    resolved: Callable[..., Any], tmp_path: Path, damaged: bool
 ) -> None:
     """By a copy of the folder before each: it holds the one before, then the one that is saved,
     and what else is in it hinders no later save."""
-    run = resolved_in(tmp_path / "run", checkpoint={"keep": 2})
+    run = resolved(checkpoint={"keep": 2})
     for step in (2, 4, 8) if damaged else (2, 4):
         path = save(run, step)
     if damaged:
@@ -273,7 +273,7 @@ def test_killed_before_any_operation_the_newest_whole_one_is_found(
     copy()
     found = []
     for folder in copies:
-        killed = resolved_in(folder, checkpoint={"keep": 2})
+        killed = resolved(run_dir=folder, checkpoint={"keep": 2})
         found.append(begin_and_save(killed, 12))
         seen = [name for name in names(killed) if not name.endswith(".damaged")]
         assert seen == [f"step_{found[-1]:08d}", "step_00000012"]

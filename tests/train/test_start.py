@@ -217,7 +217,7 @@ def test_a_kept_optimizer_is_that_of_the_checkpoint_and_counters_start_anew(
     path, _ = write_checkpoint(resolved(zero_stage=0))
     kept = {"init_from": path, "model": {}, "init_optimizer": "kept", "zero_stage": 0}
     run = resolved(run_dir=tmp_path / "other", **kept)
-    assert checkpoint.find(run, Ranks()) == checkpoint.Found(path, [], [], Progress())
+    assert checkpoint.find(run, Ranks()) == checkpoint.Found(path, {}, [], Progress())
     with pytest.raises(CheckpointError, match="cannot be kept: its zero_stage is 0, this run's is"):
         checkpoint.find(resolved(run_dir=tmp_path / "other", **{**kept, "zero_stage": 1}), Ranks())
     with pytest.raises(ConfigError, match="init_optimizer is kept, but `model` asks"):
