@@ -273,6 +273,8 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         local_attention(qkv.double(), *turn, bounds, 4)
     with pytest.raises(ValueError, match=r"qkv must be \(T, 3, H, D\)"):
         local_attention(qkv[..., :7], *turn, bounds, 4)
+    with pytest.raises(TypeError, match=r"position_ids must be int32 or int64, not torch\.f"):
+        local_attention(qkv, *turn[:2], turn[2].float(), bounds, 4)
     with pytest.raises(ValueError, match=r"bounds must be \(2, 4\) int32"):
         local_attention(qkv, *turn, cu_seqlens, 4)
     with pytest.raises(ValueError, match="window must be between 0 and"):
