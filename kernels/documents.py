@@ -20,17 +20,27 @@ _CLEARED = (4096, 4)
 def document_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """First token of each token's document and the one behind its last: (2, T) int32.
 
-    cu_seqlens: (N + 1,) int32, first 0, last at most T.
+    cu_seqlens: (N + 1,) int32, first 0; what it has beyond T is as if it ended there. Raises
+    TypeError or ValueError for other dtypes and shapes.
     """
+    _check(cu_seqlens)
     return _document_bounds(cu_seqlens.contiguous(), tokens)
 
 
 def document_bounds_reference(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """What `document_bounds` computes, in plain PyTorch."""
+    _check(cu_seqlens)
     token_T = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
     document_T = torch.bucketize(token_T, cu_seqlens[1:].contiguous(), right=True)
     ends = torch.stack([cu_seqlens, torch.cat([cu_seqlens[1:], cu_seqlens[-1:]])])
-    return ends[:, document_T]
+    return ends[:, document_T].clamp(max=tokens)
+
+
+def _check(cu_seqlens: Tensor) -> None:
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must be (N + 1,), not {tuple(cu_seqlens.shape)}")
 
 
 def positions_from(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -55,6 +65,7 @@ def clear_behind_documents(rows: Tensor, cu_seqlens: Tensor) -> None:
     For use inside operations that are opaque to a compiler: vendors' attention leaves these rows
     as it found them, in fresh memory perhaps NaN, which a weight's gradient would spread.
     """
+    _check(cu_seqlens)
     if rows.numel() == 0:
         return
     if not rows.is_contiguous():
@@ -87,7 +98,8 @@ def _bounds_kernel(cu_seqlens, bounds, documents, tokens, BLOCK: tl.constexpr): 
         high = tl.where(starts_before, high, middle - 1)
     behind = tl.minimum(low + 1, documents)
     tl.store(bounds + token, tl.load(cu_seqlens + low), mask=token < tokens)
-    tl.store(bounds + tokens + token, tl.load(cu_seqlens + behind), mask=token < tokens)
+    end = tl.minimum(tl.load(cu_seqlens + behind), tokens)
+    tl.store(bounds + tokens + token, end, mask=token < tokens)
 
 
 @triton.jit

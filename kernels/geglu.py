@@ -73,8 +73,8 @@ def geglu_linear(x_TI2: Tensor, weight_DI: Tensor) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"geglu takes bf16, fp16 or fp32, not {x.dtype}")
-    if x.dim() < 1 or x.shape[-1] % 2:
-        raise ValueError(f"geglu takes (…, 2 I), not {tuple(x.shape)}")
+    if x.dim() < 1 or x.shape[-1] % 2 or x.shape[-1] == 0:
+        raise ValueError(f"geglu takes (…, 2 I), I at least 1, not {tuple(x.shape)}")
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 

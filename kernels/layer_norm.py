@@ -91,9 +91,10 @@ def _rows(weight: Tensor, *inputs: Tensor) -> list[Tensor]:
         raise TypeError(
             f"layer_norm takes bf16, fp16 or fp32, not {x.dtype} with a weight of {weight.dtype}"
         )
-    if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
+    if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != weight.shape[0] or x.shape[-1] == 0:
         raise ValueError(
-            f"a weight of {tuple(weight.shape)} does not fit an input of {tuple(x.shape)}"
+            f"a weight of {tuple(weight.shape)} does not fit an input of {tuple(x.shape)}: "
+            "they need one width, at least 1"
         )
     if other.shape != x.shape or other.dtype != x.dtype:
         raise ValueError(

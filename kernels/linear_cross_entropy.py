@@ -62,11 +62,11 @@ def linear_cross_entropy(
     """Sum of the cross-entropy over labels other than −100, an fp32 scalar.
 
     hidden (M, D), weight (V, D) and bias (V,) of one floating dtype; labels (M,) int64, −100 or
-    below V (not checked: that would wait for the GPU). counted: labels from this place on are all
-    −100 (not checked either), and their rows cost nothing. Logits are computed in that dtype,
-    everything after them in fp32 (fp64 inputs: in fp64). M may be 0. Differentiable once in all
-    but the labels. On a GPU the two passes are Triton kernels, elsewhere and in fp64 PyTorch.
-    Raises TypeError or ValueError for other dtypes and shapes.
+    below V (not checked: that would wait for the GPU). counted, at most M: labels from this place
+    on are all −100 (not checked either), and their rows cost nothing. Logits are computed in that
+    dtype, everything after them in fp32 (fp64 inputs: in fp64). M may be 0. Differentiable once in
+    all but the labels. On a GPU the two passes are Triton kernels, elsewhere and in fp64 PyTorch.
+    Raises TypeError or ValueError for other dtypes, shapes and counts.
     """
     return linear_cross_entropy_each(hidden_MD, weight_VD, bias_V, labels_M, counted)[0]
 
@@ -84,13 +84,16 @@ def linear_cross_entropy_each(
     The sum alone is differentiable: the gradients are made for it, and the others have none.
     """
     _check(hidden_MD, weight_VD, bias_V, labels_M)
+    rows = hidden_MD.shape[0]
+    if counted is not None and not 0 <= counted <= rows:
+        raise ValueError(f"counted must be between 0 and {rows}, not {counted}")
     in_triton = hidden_MD.is_cuda and hidden_MD.dtype != torch.float64
     loss, *_, each_2M = _linear_cross_entropy(
         hidden_MD,
         weight_VD,
         bias_V,
         labels_M,
-        hidden_MD.shape[0] if counted is None else counted,
+        rows if counted is None else counted,
         torch.is_grad_enabled(),
         in_triton,
     )
@@ -103,6 +106,8 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> None
             f"hidden, weight and bias must have one dtype, not {hidden.dtype}, {weight.dtype} and "
             f"{bias.dtype}"
         )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, not {labels.dtype}")
     sizes = [tuple(tensor.shape) for tensor in (hidden, weight, bias, labels)]
     if (
         [len(size) for size in sizes] != [2, 2, 1, 1]

@@ -25,6 +25,12 @@ A program has one head and one tile of tokens and walks over the tiles that its 
 documents let it see. The grid runs over tokens: neither the number of documents nor the longest one
 changes it. A query tile sums ∂q over keys, a key tile ∂k and ∂v over queries, each in a fixed order
 and without atomics, so two runs give the same bits.
+
+No token reaches one that does not see it, in another document or outside the window, as long as
+all numbers are finite: queries, keys, values and g, and in fp32 their products. Pairs that do not
+see one another are computed with their tile and then count 0 times, and 0 · ∞ is no number: an ∞ or
+NaN may make results NaN up to tokens of a program + tokens of a step + W away, gradients twice as
+far, and changes nothing beyond.
 """
 
 from dataclasses import dataclass

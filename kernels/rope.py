@@ -106,6 +106,8 @@ def check_rope(who: str, qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Te
             f"the tables must be (positions, {qkv.shape[3] // 2}), "
             f"not {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
+    if position_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"position_ids must be int32 or int64, not {position_ids.dtype}")
     if position_ids.shape != qkv.shape[:1]:
         raise ValueError(f"position_ids must be ({qkv.shape[0]},), not {tuple(position_ids.shape)}")
 

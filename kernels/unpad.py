@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.library import triton_op, wrap_triton
 from torch.nn import functional as F
 
@@ -81,10 +82,12 @@ def unpad(
 def pad(packing: Packing, tensors: Sequence[Tensor], fill: float = 0.0) -> list[Tensor]:
     """The way back: each packed (T, …) tensor as (B, S, …), `fill` where there is no token.
 
-    Differentiable in each tensor; filler gets a gradient of zero. Raises ValueError for tensors of
-    another length than the packing, or on another device; TypeError for complex numbers.
+    Differentiable in each tensor; filler gets a gradient of zero. fill: a number that each dtype
+    can hold, for fp64 and whole numbers one of fp32's, in which the kernel is told of it. Raises
+    ValueError for another fill, and for tensors of another length than the packing or on another
+    device; TypeError for complex numbers.
     """
-    _check_packed(packing, tensors)
+    _check_packed(packing, tensors, fill)
     slot = packing.slot_BS.flatten()
     return [
         padded.unflatten(0, packing.slot_BS.shape)
@@ -116,7 +119,7 @@ def unpad_reference(
 
 def pad_reference(packing: Packing, tensors: Sequence[Tensor], fill: float = 0.0) -> list[Tensor]:
     """What `pad` computes, in plain PyTorch."""
-    _check_packed(packing, tensors)
+    _check_packed(packing, tensors, fill)
     slot = packing.slot_BS.flatten()
     shape = packing.slot_BS.shape
     return [_gather_reference(t, slot, fill).unflatten(0, shape) for t in tensors]
@@ -137,7 +140,7 @@ def _check_padded(mask: Tensor, tensors: Sequence[Tensor], capacity: int | None)
     _check_all("unpad", [mask, *tensors], "the mask", mask.device)
 
 
-def _check_packed(packing: Packing, tensors: Sequence[Tensor]) -> None:
+def _check_packed(packing: Packing, tensors: Sequence[Tensor], fill: float) -> None:
     """The same for tensors that the packing says how to pad."""
     places = packing.index_T.shape[0]
     for number, tensor in enumerate(tensors):
@@ -147,6 +150,35 @@ def _check_packed(packing: Packing, tensors: Sequence[Tensor]) -> None:
                 f"not {tuple(tensor.shape)}"
             )
     _check_all("pad", tensors, "the packing", packing.index_T.device)
+    for tensor in tensors:
+        if not _stays_the_same(fill, tensor.dtype):
+            raise ValueError(
+                f"pad: a fill of {fill} would be another number in a tensor of {tensor.dtype}, "
+                "which is given it in fp32"
+            )
+
+
+def _stays_the_same(fill: float, dtype: torch.dtype) -> bool:
+    """Whether `fill`, rounded to fp32, becomes of a dtype what it becomes without that."""
+    if dtype.is_floating_point and dtype.itemsize < 8:
+        return not torch.finfo(dtype).max < abs(fill) < math.inf
+    # Arithmetic on it: to a compiler it is a constant.
+    fill = guard_scalar(fill)
+    if not math.isfinite(fill):
+        return dtype.is_floating_point
+    if dtype.is_floating_point:
+        return _in_fp32(fill)
+    if dtype == torch.bool:
+        return fill in (0, 1)
+    limits = torch.iinfo(dtype)
+    return limits.min <= fill <= limits.max and fill == int(fill) and _in_fp32(fill)
+
+
+def _in_fp32(number: float) -> bool:
+    """Whether a number, or a Python integer, is one of fp32's, subnormal ones left out."""
+    fraction, exponent = math.frexp(number)
+    whole = fraction * 2.0**24
+    return float(number) == number and whole == int(whole) and -126 < exponent <= 128
 
 
 def _check_all(who: str, tensors: Sequence[Tensor], what: str, device: torch.device) -> None:

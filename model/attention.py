@@ -16,7 +16,10 @@ A backend is a function `(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window) -
 - window: tokens a query sees to either side, both ends included, within its document; None is the
   whole document.
 
-out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document reaches another.
+out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document reaches another, as long
+as all numbers are finite. Those that are not never do in the reference; kernels compute whole tiles
+and count pairs of two documents 0 times, and 0 · ∞ is no number, so that there they may make NaN of
+tokens near by (`kernels.local_attention` says how near).
 """
 
 import itertools

@@ -49,6 +49,36 @@ def test_bounds_and_places(layout: str, behind: int, device: torch.device) -> No
         assert positions.tolist() == places + [0] * behind
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 5, 9])
+def test_documents_end_with_the_tokens(tokens: int, device: torch.device) -> None:
+    """Whatever cu_seqlens says of more: attention would read as far as it is told to."""
+    cu_seqlens = ends_of([3, 0, 4, 5], device)
+    cut = cu_seqlens.clamp(max=tokens)
+    for function in (document_bounds, document_bounds_reference):
+        bounds = function(cu_seqlens, tokens)
+        assert torch.equal(bounds, document_bounds_reference(cut, tokens))
+        assert bounds.numel() == 0 or int(bounds.max()) <= tokens
+
+
+@pytest.mark.parametrize(
+    "function", [document_bounds, document_bounds_reference, positions_from, clear_behind_documents]
+)
+def test_other_bounds_than_cu_seqlens_are_refused(function: Callable, device: torch.device) -> None:
+    ends = ends_of([3, 2], device)
+    tokens = torch.ones(5, 2, device=device) if function is clear_behind_documents else 5
+
+    def call(cu_seqlens: Tensor) -> None:
+        function(*((tokens, cu_seqlens) if function is clear_behind_documents else (cu_seqlens, 5)))
+
+    call(ends)
+    for wrong in (ends.float(), ends.long()):
+        with pytest.raises(TypeError, match=r"cu_seqlens must be int32, not torch\."):
+            call(wrong)
+    for wrong in (ends[:0], ends[None], ends[0]):
+        with pytest.raises(ValueError, match=r"cu_seqlens must be \(N \+ 1,\), not \("):
+            call(wrong)
+
+
 @pytest.mark.parametrize("covered", [0, 5, 7])
 def test_only_what_lies_behind_is_cleared(covered: int, device: torch.device) -> None:
     rows = torch.full((7, 3, 500), float("nan"), dtype=torch.float16, device=device)

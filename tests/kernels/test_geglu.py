@@ -205,8 +205,11 @@ def test_twice_the_same_bits(device: torch.device) -> None:
 def test_wrong_input_is_refused(device: torch.device) -> None:
     with pytest.raises(TypeError, match=r"not torch\.float64"):
         geglu(torch.zeros(2, 4, dtype=torch.float64, device=device))
-    with pytest.raises(ValueError, match="2 I"):
-        geglu(torch.zeros(2, 3, device=device))
+    for shape in ((2, 3), (2, 0), (0,), ()):
+        with pytest.raises(ValueError, match=r"takes \(…, 2 I\), I at least 1, not \("):
+            geglu(torch.zeros(shape, device=device))
+    with pytest.raises(ValueError, match="I at least 1"):
+        geglu_linear(torch.zeros(2, 0, device=device), torch.zeros(3, 0, device=device))
     x = torch.zeros(2, 4, device=device)
     with pytest.raises(TypeError, match=r"one dtype, not torch\.float32, torch\.float16"):
         geglu_linear(x, torch.zeros(3, 2, device=device, dtype=torch.float16))

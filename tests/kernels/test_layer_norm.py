@@ -248,6 +248,8 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         layer_norm(x.double(), weight, EPS)
     with pytest.raises(ValueError, match="does not fit"):
         layer_norm(x, weight[:3], EPS)
+    with pytest.raises(ValueError, match=r"weight of \(0,\) does not fit .* at least 1"):
+        layer_norm(x[:, :0], weight[:0], EPS)
     with pytest.raises(ValueError, match="must be alike"):
         add_layer_norm(x, residual.half(), weight, EPS)
 

@@ -288,6 +288,12 @@ def test_wrong_input_is_refused() -> None:
         linear_cross_entropy(leaves[0].half(), *leaves[1:], labels)
     with pytest.raises(ValueError, match=r"hidden \(M, D\)"):
         linear_cross_entropy(*leaves, labels[:3])
+    for dtype in (torch.float32, torch.int32, torch.bool):
+        with pytest.raises(TypeError, match=r"labels must be int64, not torch\."):
+            linear_cross_entropy(*leaves, labels.to(dtype))
+    for counted in (-1, 5):
+        with pytest.raises(ValueError, match=f"counted must be between 0 and 4, not {counted}"):
+            linear_cross_entropy(*leaves, labels, counted)
 
 
 def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:

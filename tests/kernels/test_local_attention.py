@@ -207,6 +207,45 @@ def test_a_document_does_not_see_its_neighbours(device: torch.device) -> None:
         assert not torch.equal(one[9:13], two[9:13])
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's numpy
+def test_a_document_does_not_feel_its_neighbours_however_large(device: torch.device) -> None:
+    """As long as all numbers are finite, here those that fp16 can hold when they have turned."""
+    qkv, turn, cu_seqlens, grad = make_case(([9, 4, 9], 0), 1, 16, torch.float16, device)
+    before = run(qkv, turn, cu_seqlens, grad, 64)
+    qkv[9:13], grad[9:13] = 4e4, -4e4
+    for one, two in zip(before, run(qkv, turn, cu_seqlens, grad, 64), strict=True):
+        assert torch.equal(one[:9], two[:9])
+        assert torch.equal(one[13:], two[13:])
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered")  # the interpreter's numpy
+@pytest.mark.parametrize(
+    ("part", "number"),
+    [("query", "nan"), ("key", "nan"), ("value", "inf"), ("gradient", "inf")],
+)
+def test_what_is_not_finite_stays_near(
+    part: str, number: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may get into other documents, for 0 · ∞ is no number, but no farther than is said."""
+    tiles = Tiles(32, 32, 4, 1)
+    monkeypatch.setattr(module, "NARROW", module.Tuning(tiles, tiles, tiles))
+    window, tokens = 9, 304
+    place, reach = tokens // 2, tiles.block + tiles.step + window
+    qkv, turn, cu_seqlens, grad = make_case(([8] * 38, 0), 1, 16, torch.float16, device)
+    expected = run(qkv, turn, cu_seqlens, grad, window)
+    if part == "gradient":
+        grad[place] = float(number)
+    else:
+        qkv[place, ["query", "key", "value"].index(part)] = float(number)
+    out, gradient = run(qkv, turn, cu_seqlens, grad, window)
+    away = (torch.arange(tokens, device=device) - place).abs()
+    for ours, before, most in ((out, expected[0], reach), (gradient, expected[1], 2 * reach)):
+        assert 2 * most < tokens
+        assert torch.equal(ours[away > most], before[away > most])
+    assert not bool(gradient[place].isfinite().all())
+    assert bool(out[place].isfinite().all()) == (part == "gradient")
+
+
 def test_twice_the_same_bits(device: torch.device) -> None:
     case = make_case(([20, 3], 0), 1, 8, torch.float16, device)
     for one, two in zip(run(*case, 9), run(*case, 9), strict=True):
@@ -234,6 +273,8 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         local_attention(qkv.double(), *turn, bounds, 4)
     with pytest.raises(ValueError, match=r"qkv must be \(T, 3, H, D\)"):
         local_attention(qkv[..., :7], *turn, bounds, 4)
+    with pytest.raises(TypeError, match=r"position_ids must be int32 or int64, not torch\.f"):
+        local_attention(qkv, *turn[:2], turn[2].float(), bounds, 4)
     with pytest.raises(ValueError, match=r"bounds must be \(2, 4\) int32"):
         local_attention(qkv, *turn, cu_seqlens, 4)
     with pytest.raises(ValueError, match="window must be between 0 and"):

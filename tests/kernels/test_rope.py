@@ -132,6 +132,9 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         rope(qkv[..., :6], cos, sin, position_ids)
     with pytest.raises(ValueError, match=r"position_ids must be \(4,\)"):
         rope(qkv, cos, sin, position_ids[:3])
+    for function in (rope, rope_in_place):
+        with pytest.raises(TypeError, match=r"position_ids must be int32 or int64, not torch\.f"):
+            function(qkv, cos, sin, position_ids.float())
 
 
 def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:

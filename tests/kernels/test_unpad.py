@@ -250,6 +250,79 @@ def test_packed_tensors_that_do_not_fit_the_packing_are_refused(
         function(packing, [packed.to(torch.complex64)])
 
 
+@pytest.mark.parametrize("function", [pad, pad_reference])
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [
+        (torch.int64, 2**24 + 1),
+        (torch.int64, -(2**53) - 1),
+        (torch.int64, 2**63),
+        (torch.int64, 0.5),
+        (torch.int64, float("nan")),
+        (torch.int32, float("inf")),
+        (torch.uint8, 256),
+        (torch.uint8, -1),
+        (torch.bool, -3),
+        (torch.float64, 0.1),
+        (torch.float64, 1e300),
+        (torch.float64, 1e-300),
+        (torch.float32, 1e300),
+        (torch.float16, 65536),
+    ],
+    ids=str,
+)
+def test_a_fill_that_would_become_another_number_is_refused(
+    function: Callable, dtype: torch.dtype, fill: float, device: torch.device
+) -> None:
+    """The compiled kernel is told of it in fp32; the interpreter, which is not, would hide it."""
+    packing, (packed,) = unpad(MASKS["holes"].to(device), [MASKS["holes"].to(device)], 4)
+    with pytest.raises(ValueError, match=r"pad: a fill of .* in a tensor of torch\."):
+        function(packing, [packed, packed.to(dtype)], fill)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [
+        (torch.int64, -(2**24)),
+        (torch.int64, 2**40 + 2**20),
+        (torch.int64, -100.0),
+        (torch.uint8, 255),
+        (torch.bool, True),
+        (torch.float64, -0.375),
+        (torch.float64, float("-inf")),
+        (torch.float32, 0.1),
+        (torch.float16, 1e-30),
+        (torch.bfloat16, float("nan")),
+    ],
+    ids=str,
+)
+def test_a_fill_is_what_pytorch_makes_of_it(
+    dtype: torch.dtype, fill: float, device: torch.device
+) -> None:
+    mask = MASKS["holes"].to(device)
+    packing, (packed,) = unpad(mask, [mask.to(dtype)], 4)
+    results = [function(packing, [packed], fill)[0] for function in (pad, pad_reference)]
+    expected = torch.full((), fill, dtype=dtype, device=device)
+    for result in results:
+        assert result.dtype == dtype
+        assert torch.equal(result[mask != 0], packed)
+        torch.testing.assert_close(
+            result[mask == 0], expected.expand(4), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool], ids=str)
+def test_a_fill_is_checked_within_a_graph(dtype: torch.dtype) -> None:
+    """That changes from call to call, too."""
+    mask = MASKS["holes"]
+    packing, (packed,) = unpad_reference(mask, [mask.to(dtype)], 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(pad_reference, fullgraph=True, backend="eager")
+    for fill in (0.0, 1.0) if dtype == torch.bool else (0.0, -100.0, 7.0):
+        (expected,) = pad_reference(packing, [packed], fill)
+        assert torch.equal(compiled(packing, [packed], fill)[0], expected)
+
+
 def test_tensors_on_another_device_are_refused(device: torch.device) -> None:
     """A kernel would read an address of one machine as one of the other's."""
     mask, elsewhere = MASKS["holes"].to(device), torch.ones(2, 4, device="meta")
