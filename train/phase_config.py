@@ -3,6 +3,7 @@
 Lengths are counted in token slots, rows × row_tokens, padding included.
 """
 
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -48,7 +49,10 @@ class Data:
         for name, shares in (("weights", self.weights), ("epochs", self.epochs)):
             require(shares is None or bool(shares), f"{name} names no source; leave it out")
             for source, share in (shares or {}).items():
-                require(share > 0, f"{name}.{source} is {share}, it must be above 0")
+                require(
+                    0 < share < math.inf,
+                    f"{name}.{source} is {share}, it must be above 0 and finite",
+                )
 
 
 @config

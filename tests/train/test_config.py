@@ -40,6 +40,7 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
         ("init_optimizer=kept", "init_from names no checkpoint"),
         ("checkpoint.keep=1", "at least 2"),
         ("phases.main.data.weights={notes: -1}", r"data.*weights\.notes"),
+        ("phases.main.data.weights={notes: .inf}", r"weights\.notes is inf"),
         ("phases.main.data.weights={}", r"data.*weights names no source"),
         ("phases.main.data={dir: x, weights: {a: 1}, epochs: {a: 1}}", "both say how much"),
         ("validation.rows=0", r"validation\.rows is 0"),
