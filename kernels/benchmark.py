@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from kernels import benchmark_cases as cases
-from kernels.benchmark_attention import make_local, version_of
+from kernels import local_attention
+from kernels.benchmark_attention import make_local, name_of, version_of
 from kernels.benchmark_layouts import Case, Outputs
 
 COLUMNS = (
@@ -293,7 +294,15 @@ def plot(folder: Path, rows: list[dict[str, str]], headers: dict[str, str]) -> N
         axes.set_xlabel("share of the roofline measured in the same run")
         axes.set_title(op)
         axes.legend(fontsize="small")
-        figure.text(0.01, 0.002, headers[op], fontsize=6)
+        axes.annotate(
+            headers[op].replace("; ", ";\n"),
+            (0, 0),
+            (0, -36),  # points, below the axis and its label
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=6,
+            va="top",
+        )
         figure.savefig(folder / f"{op}.png", dpi=110, bbox_inches="tight")
         pyplot.close(figure)
 
@@ -325,18 +334,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot(options.plot, *results)
 
 
+def describe_run(roofline: Roofline, peers: dict[str, str | None]) -> str:
+    """One line on what measures and what is measured, down to how `local_attention` is cut up."""
+    versions = "".join(f"{name} {number}, " for name, number in peers.items() if number)
+    return (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"{versions}copy {roofline.copy / 1e12:.2f} TB/s, "
+        f"bf16 product {roofline.product / 1e12:.0f} TFLOP/s; "
+        f"local_attention in tiles {name_of(local_attention.NARROW)}"
+    )
+
+
 def measure(
     operations: Sequence[str], tokens: Sequence[int], tune: bool
 ) -> Iterator[tuple[list[dict[str, str]], str]]:
     """After each operation, everybody's results so far and one line on where they were measured."""
     roofline = measure_roofline()
     found = {name: version_of(name) for name in _PEERS}
-    peers = "".join(f"{name} {number}, " for name, number in found.items() if number)
-    header = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"{peers}copy {roofline.copy / 1e12:.2f} TB/s, "
-        f"bf16 product {roofline.product / 1e12:.0f} TFLOP/s"
-    )
+    header = describe_run(roofline, found)
     print(header)
     for name in (name for name, number in found.items() if number is None):
         print(f"{name} is not installed: not compared with")

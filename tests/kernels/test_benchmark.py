@@ -1,14 +1,16 @@
 """What of the benchmark runs anywhere: its layouts, its tables, and what it says on a CPU."""
 
 import gc
+import sys
 import weakref
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from kernels import benchmark, benchmark_attention, local_attention
+from kernels import benchmark, benchmark_attention, benchmark_cases, local_attention
 from kernels.benchmark_attention import candidates, name_of, seen_pairs
 from kernels.benchmark_cases import _adamw, _both_passes, base_parameters
 from kernels.benchmark_layouts import Case, bucketed, layouts
@@ -94,6 +96,82 @@ def test_a_cpu_is_told_what_it_cannot_do() -> None:
 def test_pairs_within_a_window(length: int, window: int) -> None:
     near = [abs(i - j) <= window for i in range(length) for j in range(length)]
     assert seen_pairs(length, window) == sum(near)
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases are made on a CPU, with few sets of inputs."""
+    randint = torch.randint
+    monkeypatch.setattr(benchmark_cases, "sets_of", lambda size: range(2))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch, "randint", lambda *sizes, device: randint(*sizes))
+    monkeypatch.setattr(
+        benchmark_cases, "random_tensor", lambda *sizes, grad=True: torch.ones(sizes).bfloat16()
+    )
+
+
+def test_of_unpad_the_least_is_every_number_once(on_a_cpu: None) -> None:
+    first, *_ = benchmark_cases.make("unpad", 4096)
+    mask, ids, hidden = first.inputs[0]
+    real = int(mask.sum())
+    assert mask.shape == ids.shape == hidden.shape[:2] == (4, 1024)
+    packed = real * (ids.itemsize + hidden[0, 0].nbytes)
+    assert first.bytes == {"forward": mask.nbytes + 2 * packed + 4 * real + 4 * mask.numel()}
+    for who, function in first.who.items():
+        assert sum(out.nbytes for out in function(*first.inputs[0])) == packed, who
+
+
+def test_fills_of_unpad_are_as_documented(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_cases, "unpad", lambda *_: (None, []))
+    monkeypatch.setattr(benchmark_cases, "random_tensor", lambda *sizes, grad: torch.zeros(()))
+    fills = [case.layout for case in benchmark_cases.make("unpad", 65_536)]
+    assert fills == 2 * ["64x1024 51%"] + 2 * ["32x8192 25%"]
+
+
+def test_rotary_of_others_has_nothing_else_to_do(
+    on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch writes nothing over, and flash-attn's tables are of its dtype beforehand."""
+    asked: list[list[torch.Tensor]] = []
+    theirs = ModuleType("flash_attn.ops.triton.rotary")
+    theirs.apply_rotary = lambda x, *tables, **options: asked.append([x, *tables])
+    for name in ("flash_attn", "flash_attn.ops", "flash_attn.ops.triton"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, theirs.__name__, theirs)
+    monkeypatch.setattr(benchmark_cases, "version_of", lambda package: "2")
+    case = next(benchmark_cases.make("rope_in_place", 1024))
+    qkv, *others = case.inputs[0]
+    before = qkv.clone()
+    q, k = case.who["reference"](qkv, *others)
+    assert torch.equal(qkv, before)
+    for inputs in 2 * [case.inputs[0]]:
+        case.who["flash-attn"](*inputs)
+    assert [tensor.data_ptr() for tensor in asked[0]] == [t.data_ptr() for t in asked[1]]
+    assert all(tensor.dtype == torch.bfloat16 for tensor in asked[0])
+    assert asked[0][0].data_ptr() == qkv.data_ptr()
+    assert q.shape == k.shape == qkv[:, 0].shape
+
+
+def test_a_record_says_which_tiles_it_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    roofline = benchmark.Roofline(copy=4e12, product=800e12)
+    line = benchmark.describe_run(roofline, {"flash-attn": None, "liger-kernel": "0.8"})
+    assert line.startswith("a GPU, torch ")
+    assert line.endswith(
+        "liger-kernel 0.8, copy 4.00 TB/s, bf16 product 800 TFLOP/s; "
+        f"local_attention in tiles {name_of(NARROW)}"
+    )
+
+
+def test_the_page_names_the_tiles_that_were_timed_and_those_in_use() -> None:
+    """Which may differ, as long as whoever reads the figures is told."""
+    root = Path(__file__).parent.parent.parent
+    _, headers = benchmark.read_csv(root / "benchmarks" / "results" / "kernels_h200.csv")
+    _, timed = headers["local_attention"].split("local_attention in tiles ")
+    page = (root / "docs" / "kernels.md").read_text()
+    assert f"`{timed}`" in page
+    assert f"`{name_of(NARROW)}`" in page
+    assert timed == name_of(NARROW) or "not been timed" in page
 
 
 def test_tuning_varies_one_kernel_of_what_is_in_use() -> None:
