@@ -1,7 +1,7 @@
 """Which row a phase reads when: a pure function of (seed, mixture, global row number).
 
 Rows of a phase are numbered 0, 1, 2, … without end, and among the first n of them are n × its share
-of each source, up to a row: at any n, so wherever a phase ends or is made to end. The sources are
+of each source, to a row or two: at any n, wherever a phase ends or is made to end. The sources are
 joined in pairs, the two of least weight first, until one group holds all (Huffman's tree, so that
 large sources have few splits above them); `Split` says which numbers of a group go to which of its
 two parts. The i-th row a source contributes is row permutation(seed, source, epoch)[i mod rows] of
