@@ -35,8 +35,8 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import benchmark_cases as cases
 from kernels import local_attention
-from kernels.benchmark_attention import make_local, name_of, version_of
-from kernels.benchmark_layouts import Case, Outputs
+from kernels.benchmark_attention import make_local, name_of
+from kernels.benchmark_layouts import Case, Outputs, version_of
 
 COLUMNS = (
     "op",

@@ -10,7 +10,6 @@ own; this project's kernels have no other mode.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from kernels.benchmark_layouts import (
     layouts,
     random_tensor,
     sets_of,
+    version_of,
 )
 from kernels.determinism import use_deterministic_algorithms
 from kernels.documents import document_bounds, positions_from
@@ -50,14 +50,6 @@ _KEYS = [
 ]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package; None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:

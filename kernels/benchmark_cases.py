@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.adamw import adamw
 
-from kernels.benchmark_attention import make_global, make_local, version_of
+from kernels.benchmark_attention import make_global, make_local
 from kernels.benchmark_layouts import (
     BF16,
     HEAD_DIM,
@@ -20,10 +20,15 @@ from kernels.benchmark_layouts import (
     layouts,
     random_tensor,
     sets_of,
+    version_of,
 )
 from kernels.geglu import _geglu_backward, geglu, geglu_reference
 from kernels.layer_norm import add_layer_norm, add_layer_norm_reference
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.linear_cross_entropy import (
+    IGNORED,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 from kernels.rope import rope, rope_in_place, rope_reference, rope_tables
 from kernels.stable_adamw import (
     Pieces,
@@ -267,7 +272,7 @@ def _linear_cross_entropy(tokens: int) -> Iterator[Case]:
     if version_of("liger-kernel"):
         who["liger"] = _liger_loss
     half = labels.clone()
-    half[masked // 2 :] = -100
+    half[masked // 2 :] = IGNORED
     yield Case(
         "linear_cross_entropy",
         f"{masked}x{VOCABULARY} half filler",

@@ -1,8 +1,9 @@
-"""Sizes, layouts and inputs that the benchmark's cases share."""
+"""Sizes, layouts and inputs that the benchmark's cases share, and who is there to compare with."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -73,3 +74,11 @@ def random_tensor(*shape: int, grad: bool = True) -> Tensor:
 def sets_of(size: int) -> range:
     """As many input sets as exceed the cache, each of `size` bytes."""
     return range(max(2, -(-_ROTATED_BYTES // size)))
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

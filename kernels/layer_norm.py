@@ -17,10 +17,12 @@ the last place. In a row's mean square that moves dx by no more than rounding dy
 does (u g / σ); dw is moved by Σ u n dy, so that a dw in fp32 from y in half precision is as exact
 as half precision.
 
-In fp16 that holds for weights from about 0.01 on, whose results are no subnormal numbers; runs are
-in bf16 or fp32. A weight of 0 hides n, and below 2⁻¹²⁶, the smallest normal fp32, 1 / w may be
-infinite. There n is taken as 0: that weight gets a gradient of 0 and so stays as it is, and its
-column of dx lacks n mean(n g) / σ. Training from other weights meets an exact 0 by accident alone.
+In fp16 that holds for weights from about 0.01 on, whose results are no subnormal numbers. In bf16
+and fp32, of one range, it holds down to 1e-36, but that dw is the sum of y dy divided by w, and
+loses digits where that product is subnormal: for gradients of 1e-6 below 1e-32. A weight of 0 hides
+n, and one below 2⁻¹²⁶, the smallest normal number, counts as 0, as 1 / w may be infinite. There n
+is taken as 0: that weight gets a gradient of 0, and its column of dx lacks n mean(n g) / σ. All
+other columns and weights stay right. Whether a weight is such is not asked when it runs.
 
 Arithmetic, 1 / σ and the weight's gradient are fp32. That gradient is summed in a fixed order: each
 program over the rows it walks through, then over programs; no atomics, so two runs on one kind of
@@ -63,8 +65,8 @@ def layer_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """LayerNorm without bias of (…, D), differentiable in x and weight.
 
     x: bf16, fp16 or fp32, copied first if it is not contiguous. weight: (D,), any of these; its
-    gradient is summed in fp32 and rounded once. Where it is 0 it gets no gradient. Raises TypeError
-    or ValueError otherwise.
+    gradient is summed in fp32 and rounded once. Where the weight is 0 it gets no gradient, and x in
+    its column not all of it (see the module's text). Raises TypeError or ValueError otherwise.
     """
     (rows_TD,) = _rows(weight_D, x_TD)
     normed_TD, _ = _layer_norm(rows_TD, weight_D, eps)

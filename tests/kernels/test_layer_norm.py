@@ -176,6 +176,36 @@ def test_a_weight_of_zero_hides_what_was_normed(
         assert torch.allclose(gradient[:, hidden].double(), expected[:, hidden], atol=1e-5)
 
 
+def test_a_minute_weight_is_as_good_as_any(
+    dtype: torch.dtype, device: torch.device, assert_close: Callable[..., None]
+) -> None:
+    """In the range of fp32, which bf16 has too; columns apart, as their sizes are far apart."""
+    if dtype == torch.float16:
+        pytest.skip("in fp16 results of such a weight are 0")
+    values = make_case(37, 40, dtype, device)
+    minute = torch.arange(40, device=device) % 5 == 2
+    values[2][minute] *= 2.0**-100
+    ours, plain = run_alone(layer_norm, values), run_alone(layer_norm_reference, values)
+    exact = run_alone(layer_norm_reference, values, wide=True)
+    for name, *results in zip(("normed", "by x", "by weight"), ours, plain, exact, strict=True):
+        assert_close(f"minute {name}", *(value[..., minute] for value in results))
+        assert_close(f"beside minute {name}", *(value[..., ~minute] for value in results))
+
+
+def test_of_small_gradients_a_minute_weight_loses_digits(device: torch.device) -> None:
+    """Of its own gradient alone, where y dy is subnormal; half a percent at 1e-36, by 1e-6."""
+    values = make_case(37, 40, torch.float32, device)
+    values[2][::5], values[3] = 1e-36, 1e-6 * values[3]
+    _, by_x, by_weight = run_alone(layer_norm, values)
+    _, exact_by_x, exact_by_weight = run_alone(layer_norm_reference, values, wide=True)
+    for ours, exact, most in (
+        (by_x[:, ::5], exact_by_x[:, ::5], 1e-6),
+        (by_weight[::5], exact_by_weight[::5], 1e-2),
+        (by_weight[1::5], exact_by_weight[1::5], 1e-6),
+    ):
+        assert (ours.double() - exact).norm() < most * exact.norm()
+
+
 def test_the_smallest_weight_and_the_largest_leave_everything_finite(device: torch.device) -> None:
     values = make_case(37, 24, torch.float32, device)
     values[2][::2] = SMALLEST_WEIGHT

@@ -160,7 +160,6 @@ def test_rotary_tables_stay_fp32(small: ModernBertConfig) -> None:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_another_base_is_the_model_that_was_made_with_it(
     small: ModernBertConfig, lively_model: Callable, packed_row: Callable
 ) -> None:

@@ -13,13 +13,13 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kernels.benchmark_layouts import version_of
 from model.config import ModernBertConfig, to_hugging_face
 from train.batch import PackedBatch
 from train.benchmark import interruptions
@@ -85,14 +85,6 @@ def peers(on_gpu: bool) -> dict[str, Peer]:
                 attention, packed=True, sparse=True
             )
     return found
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package; None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def measure_peer(peer: Peer, run: Run, device: torch.device, effort: Effort) -> Measurement:

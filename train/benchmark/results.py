@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from common.config import ConfigError
+from kernels.benchmark_layouts import version_of
 from train.benchmark import interruptions
 from train.benchmark.cases import GPU_CASES, TINY, Case
 from train.benchmark.measure import Measurement
 from train.benchmark.parts import PARTS, Breakdown
-from train.benchmark.peers import version_of
 from train.describe import parameter_count
 from train.prepare_model import compiles
 from train.resolve import Run
