@@ -344,6 +344,12 @@ class Launcher:
         return [record["loss"] for record in self.records(name, "train")]
 
 
+@pytest.fixture(scope="session")
+def launcher_in() -> Callable[[Path], Launcher]:
+    """Makes a launcher whose runs lie in a folder, for what several tests look at."""
+    return Launcher
+
+
 @pytest.fixture
 def launcher(tmp_path: Path) -> Launcher:
     """Starts runs whose folders lie in the test's own."""
