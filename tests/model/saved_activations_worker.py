@@ -1,12 +1,14 @@
 """What a forward of ModernBERT-base keeps for its backward, from shapes: nothing is computed.
 
-    python saved_activations_worker.py RECOMPUTE LAYERS eager|compiled
+    python saved_activations_worker.py RECOMPUTE:LAYERS:eager|compiled …
 
-prints GiB. A process of its own because Triton reads TRITON_INTERPRET once: interpreted kernels
-cannot be traced into a graph. compiled: each layer is traced with its backward as one graph, with
-the operations of a GPU, and cut into the two as the compiler cuts it.
+prints the GiB of each case as a list in JSON. A process of its own because Triton reads
+TRITON_INTERPRET once: interpreted kernels cannot be traced into a graph. compiled: each layer is
+traced with its backward as one graph, with the operations of a GPU, and cut into the two as the
+compiler cuts it.
 """
 
+import json
 import sys
 from dataclasses import replace
 from typing import Any
@@ -50,8 +52,8 @@ def make_model(recompute: Any, layers: int, compiled: bool) -> ModernBertForMask
     return model
 
 
-def main(recompute: str, layers: str, how: str) -> None:
-    triton.runtime.driver.set_active(NoDevice())
+def kept_gib(recompute: str, layers: int, compiled: bool) -> float:
+    torch._dynamo.reset()
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def main(recompute: str, layers: str, how: str) -> None:
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = make_model(recompute, int(layers), how == "compiled")
+        model = make_model(recompute, layers, compiled)
         ids = torch.zeros(TOKENS, dtype=torch.int64)
         bounds = torch.zeros(257, dtype=torch.int32)
         torch._dynamo.maybe_mark_dynamic(bounds, 0)
@@ -69,7 +71,15 @@ def main(recompute: str, layers: str, how: str) -> None:
         loss.backward()
     owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     sizes = [t.untyped_storage().nbytes() for at, t in kept.items() if at not in owned]
-    print(sum(sizes) / 2**30)
+    return sum(sizes) / 2**30
 
 
-main(*sys.argv[1:])
+def main() -> None:
+    triton.runtime.driver.set_active(NoDevice())
+    cases = [case.split(":") for case in sys.argv[1:]]
+    print(
+        json.dumps([kept_gib(part, int(layers), how == "compiled") for part, layers, how in cases])
+    )
+
+
+main()

@@ -346,7 +346,7 @@ class Launcher:
 
 @pytest.fixture(scope="session")
 def launcher_in() -> Callable[[Path], Launcher]:
-    """`Launcher`, for fixtures that have a folder of their own."""
+    """Makes a launcher whose runs lie in a folder, for what several tests look at."""
     return Launcher
 
 

@@ -38,6 +38,7 @@ SMALL = ModernBertConfig(
 )
 CPU = torch.device("cpu")
 SCRIPT = Path(__file__).parent / "launched.py"
+LEVELS = ("none", "mlp", "layer")
 KINDS = 4
 """of graphs: the first layer, global layers, local layers, the head"""
 
@@ -156,8 +157,7 @@ def test_recomputation_changes_memory_alone(
     monkeypatch.setattr(prepare, "BACKEND", "aot_eager")
     batch = make_batch([100, 28], 128, 64)
     kept, gradients = {}, {}
-    levels = ("none", "mlp", "layer")
-    for level in levels:
+    for level in LEVELS:
         torch._dynamo.reset()
         model = make_model()
         model.set_recompute(level)
@@ -167,7 +167,7 @@ def test_recomputation_changes_memory_alone(
         kept[level] = saved_bytes(model, batch)
         for ours, theirs in zip(gradients[level], gradients["none"], strict=True):
             assert torch.equal(ours, theirs)
-    found = [kept[level] for level in levels if level in kept]
+    found = [kept[level] for level in LEVELS if level in kept]
     assert found == sorted(found, reverse=True)
     assert len(set(found)) == len(found)
     tokens, hidden, layers = 128, 32, 4
@@ -201,36 +201,44 @@ def test_compiled_runs_follow_the_eager_one_and_go_on_bit_for_bit(
     assert "waited: []" in done.out
 
 
-@pytest.mark.slow
-def test_zero_3_recomputes_what_it_has_to_fetch_again(launcher: Any, data_folder: Path) -> None:
-    """A layer's weights are on two ranks, and gathered for the second forward too."""
+@pytest.fixture(scope="module")
+def two_ranks_more(
+    tmp_path_factory: pytest.TempPathFactory,
+    launcher_in: Callable[[Path], Any],
+    data_folder: Path,
+) -> Any:
+    """What the two slow tests look at, in one start."""
+    launcher = launcher_in(tmp_path_factory.mktemp("two_ranks_more"))
     settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    levels = ("none", "mlp", "layer")
-    configs = [
-        launcher.write(level, data_folder, zero_stage=3, deepspeed=settings, recompute=level)
-        for level in levels
-    ]
-    done = launcher.run(2, *(f"train:{config}" for config in configs), script=SCRIPT)
+    runs: dict[str, dict[str, Any]] = {
+        level: {"zero_stage": 3, "deepspeed": settings, "recompute": level} for level in LEVELS
+    }
+    runs |= {
+        "whole": {"compile": "layers", "precision": "bf16"},
+        "eager": {"compile": "none", "precision": "bf16"},
+    }
+    tasks = [f"train:{launcher.write(name, data_folder, **run)}" for name, run in runs.items()]
+    done = launcher.run(2, *tasks, script=SCRIPT)
     assert done.code == 0, done.out + done.err
-    for level in levels:
-        assert launcher.losses(level) == launcher.losses("none")
+    return launcher
 
 
 @pytest.mark.slow
-def test_code_is_generated_and_two_ranks_go_on_bit_for_bit(
-    launcher: Any, data_folder: Path
-) -> None:
+def test_zero_3_recomputes_what_it_has_to_fetch_again(two_ranks_more: Any) -> None:
+    """A layer's weights are on two ranks, and gathered for the second forward too."""
+    for level in LEVELS:
+        assert two_ranks_more.losses(level) == two_ranks_more.losses("none")
+
+
+@pytest.mark.slow
+def test_code_is_generated_and_two_ranks_go_on_bit_for_bit(two_ranks_more: Any) -> None:
     """By the compiler's C++, in bf16."""
-    changes = {"compile": "layers", "precision": "bf16"}
-    whole = launcher.write("whole", data_folder, **changes)
-    eager = launcher.write("eager", data_folder, **changes | {"compile": "none"})
-    done = launcher.run(2, f"train:{whole}", f"train:{eager}", script=SCRIPT)
-    assert done.code == 0, done.out + done.err
-    before = launcher.losses("whole")
-    np.testing.assert_allclose(before, launcher.losses("eager"), rtol=2e-3)
-    (launcher.folder / "whole" / "checkpoints" / "step_00000012").rename(launcher.folder / "away")
-    assert launcher.run(2, "--config", str(whole)).code == 0
-    assert launcher.losses("whole") == before
+    before = two_ranks_more.losses("whole")
+    np.testing.assert_allclose(before, two_ranks_more.losses("eager"), rtol=2e-3)
+    run_dir = two_ranks_more.folder / "whole"
+    (run_dir / "checkpoints" / "step_00000012").rename(two_ranks_more.folder / "away")
+    assert two_ranks_more.run(2, "--config", f"{run_dir}.yaml").code == 0
+    assert two_ranks_more.losses("whole") == before
 
 
 @pytest.mark.parametrize(

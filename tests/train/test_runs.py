@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -269,22 +270,42 @@ def test_a_run_dir_in_use_is_refused_on_every_rank(launcher: Any, data_folder: P
     assert launcher.run(2, "--config", str(config)).code == 0
 
 
+@pytest.fixture(scope="module")
+def taken_up(
+    tmp_path_factory: pytest.TempPathFactory,
+    launcher_in: Callable[[Path], Any],
+    data_folder: Path,
+    phases: Callable[..., Any],
+) -> Any:
+    """Runs of the stages that no other test takes up: whole, and taken up again.
+
+    All in one start and then in another one. `whole0` is what `stage0` was before that, and so on.
+    """
+    launcher = launcher_in(tmp_path_factory.mktemp("taken_up"))
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    tasks = []
+    for stage in (0, 2, 3):
+        changes = {"zero_stage": stage, "deepspeed": settings, "phases": phases()}
+        tasks.append(f"train:{launcher.write(f'stage{stage}', data_folder, **changes)}")
+    for start in range(2):
+        done = launcher.run(2, *tasks, script=SCRIPT)
+        assert done.code == 0, done.out + done.err
+        for stage in (0, 2, 3) if start == 0 else ():
+            # As if killed after step 8, where the phase ends: the last one is not there yet.
+            run_dir = launcher.folder / f"stage{stage}"
+            shutil.copytree(run_dir, launcher.folder / f"whole{stage}")
+            shutil.rmtree(run_dir / "checkpoints" / "step_00000012")
+    assert done.out.count("continues from") == 3
+    return launcher
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_other_zero_stages_go_on_bit_for_bit(
-    launcher: Any, data_folder: Path, phases: Callable[..., Any], stage: int
-) -> None:
-    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    changes = {"zero_stage": stage, "deepspeed": settings, "phases": phases()}
-    whole = launcher.write("whole", data_folder, **changes)
-    assert launcher.run(2, "--config", str(whole)).code == 0
-    broken = launcher.write("broken", data_folder, **changes)
-    assert launcher.run(2, "--config", str(broken)).code == 0
-    # As if it had been killed after step 8, where the phase ends: the last one is not there yet.
-    (launcher.folder / "broken" / "checkpoints" / "step_00000012").rename(launcher.folder / "away")
-    assert launcher.run(2, "--config", str(broken)).code == 0
+def test_other_zero_stages_go_on_bit_for_bit(taken_up: Any, stage: int) -> None:
+    last = taken_up.folder / f"stage{stage}" / "checkpoints" / "step_00000012"
+    assert last.is_dir(), "made anew"
     for kind in ("train", "validation"):
-        assert launcher.records("broken", kind) == launcher.records("whole", kind)
+        assert taken_up.records(f"stage{stage}", kind) == taken_up.records(f"whole{stage}", kind)
 
 
 @pytest.mark.gpu
