@@ -4,6 +4,7 @@ python -m evaluation.fill_mask RUN/model "The patient was given [MASK] for pain.
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def fill_mask(folder: Path, texts: list[str], top: int = 5) -> list[list[list[tu
 
 def main(words: list[str] | None = None) -> int:
     """The command line; 0, or 1 with a message for what cannot be filled."""
+    # transformers imports torchao where it can, which warns of libraries that nothing here needs.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="a Hugging Face folder")
     parser.add_argument("texts", nargs="+", metavar="text", help='text with "[MASK]" in it')
