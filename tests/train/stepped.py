@@ -327,37 +327,46 @@ def compare_sums(ranks: Ranks, names: Iterable[str]) -> dict[str, dict[str, Any]
 def run_case(ranks: Ranks, name: str, out: Path, resume_at: int | None = None) -> None:
     """Take the steps of a case; rank 0 writes the weights after every step and what else is known.
 
-    resume_at: before that step go over to a new engine, through a checkpoint.
+    resume_at: from that step on another engine takes them too, through a checkpoint; its steps,
+    with the ones before, go to the folder `resumed`.
     """
     changes = EVERY_CASE[name]
-    engine = make_engine(ranks, changes)
     dtype = torch.bfloat16 if changes["precision"] == "bf16" else torch.float32
+    checkpoint = str(out / f"{name}_checkpoint")
+    engine = make_engine(ranks, changes)
     weights, known = [], []
     for number in range(STEPS):
         if number == resume_at:
-            folder = str(out / f"{name}_checkpoint")
-            engine.save_checkpoint(folder, tag="state", save_latest=False)
-            engine = make_engine(ranks, changes)
-            engine.load_checkpoint(folder, tag="state")
+            engine.save_checkpoint(checkpoint, tag="state", save_latest=False)
         known.append(take_step(engine, number, ranks, dtype))
         weights.append(full_weights(engine))
+    write_case(ranks, out / name, weights, known)
+    if resume_at is None:
+        return
+    engine = make_engine(ranks, changes)
+    engine.load_checkpoint(checkpoint, tag="state")
+    for number in range(resume_at, STEPS):
+        known[number] = take_step(engine, number, ranks, dtype)
+        weights[number] = full_weights(engine)
+    write_case(ranks, out / "resumed" / name, weights, known)
+
+
+def write_case(
+    ranks: Ranks, path: Path, weights: list[dict[str, np.ndarray]], known: list[dict[str, Any]]
+) -> None:
     if ranks.is_first:
-        np.savez(
-            out / f"{name}.npz", **{key: np.stack([w[key] for w in weights]) for key in SHAPES}
-        )
-        (out / f"{name}.json").write_text(json.dumps(known))
+        stacked = {key: np.stack([of_step[key] for of_step in weights]) for key in SHAPES}
+        np.savez(path.with_name(f"{path.name}.npz"), **stacked)
+        path.with_name(f"{path.name}.json").write_text(json.dumps(known))
 
 
 def main(ranks: Ranks, out: Path, kind: str) -> None:
     """The cases of a kind into `out`: `plain`, `some` with Muon's, or `all`, which are more, with
     each interrupted once."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "resumed").mkdir(exist_ok=True)
+    (out / "resumed").mkdir(parents=True, exist_ok=True)
     sums = compare_sums(ranks, SUMS)
     if ranks.is_first:
         (out / "sums.json").write_text(json.dumps(sums))
     more = {"plain": CHECKED, "some": CHECKED | MUON_CASES, "all": MORE_CASES | MUON_CASES}
     for name in CASES | more[kind]:
-        run_case(ranks, name, out)
-        if kind == "all":
-            run_case(ranks, name, out / "resumed", resume_at=8)
+        run_case(ranks, name, out, resume_at=8 if kind == "all" else None)
