@@ -390,13 +390,15 @@ def check_attention(
         out = attend(leaf, tables, documents, seen, which)
         return [out.detach().float(), torch.autograd.grad(out, leaf, grad.to(wide))[0].float()]
 
-    cases: list[tuple[int | None, int]] = [(None, 300), (window, 300)]
-    if choice.local == "kernel":
-        cases.append((None, SHORT_DOCUMENTS))
+    in_kernel = choice.local == "kernel"
+    cases: list[tuple[str, int | None, int]] = [
+        (choice.backend, None, 300),
+        ("kernel" if in_kernel else choice.backend, window, 300),
+    ]
+    if in_kernel:
+        cases.append(("kernel", None, SHORT_DOCUMENTS))
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
-    for seen, longest in cases:
-        in_kernel = seen is not None or longest == SHORT_DOCUMENTS
-        name = "kernel" if in_kernel and choice.local == "kernel" else choice.backend
+    for name, seen, longest in cases:
         try:
             ours = run(choice, dtype, longest, seen)
         except Exception as error:

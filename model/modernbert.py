@@ -201,8 +201,7 @@ class Decoder(nn.Linear):
     """Logits over the vocabulary or, given labels, the cross-entropy without holding them all.
 
     The cross-entropy is its sum, an fp32 scalar, and what is known of each label, (2, M) without a
-    gradient.
-    The loss is computed in here so that the weight is used within this module's call alone:
+    gradient. It is computed in here so that the weight is used within this module's call alone:
     ZeRO-3 gathers a module's parameters for just that long.
     """
 

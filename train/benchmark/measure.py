@@ -136,17 +136,17 @@ def measure(
             timed = _time(loader, _exactly(number, steps), take, device)
             happened = interruptions.between(before, interruptions.read(device))
             peak = memory.peak_gib()
+            elapsed = max(gather(sum(timed.seconds)))
             breakdown = None
             if effort.parts_s:
-                step_s = max(gather(sum(timed.seconds))) / number
-                of_steps = max(2, math.ceil(effort.parts_s / step_s))
+                of_steps = max(2, math.ceil(effort.parts_s * number / elapsed))
                 breakdown = profile_steps(engine, lambda: take_some(1), of_steps)
     finally:
         engine.destroy()
     return Measurement(
         # A step takes as long as its slowest rank.
         seconds=[max(times) for times in zip(*gather(timed.seconds), strict=True)],
-        elapsed=max(gather(sum(timed.seconds))),
+        elapsed=elapsed,
         tokens=[counts.tokens for _, counts in timed.steps],
         flops=[
             training_flops(phase.model_config, document_lengths(phase, plan), counts.masked_tokens)
