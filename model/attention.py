@@ -1,20 +1,24 @@
 """Attention over packed documents: one interface, several backends, chosen once at start.
 
 `attend` takes packed queries, keys and values before the rotary positions and gives what every
-token has seen of its document, the whole of it or a window. How it is computed is a `Choice`: one
-backend for all layers and, where this project's kernels run, `kernels.local_attention` for those
-with a window, which turns queries and keys by itself. It also takes the layers without one where
-no document is longer than SHORT_DOCUMENTS: a window as wide as that is the whole of each, and a
-grid over tokens does not pay for the number of documents, as a backend's grid does.
+token, or each of some `Queries`, has seen of its document, the whole of it or a window. How it is
+computed is a `Choice`: one backend for all layers and, where this project's kernels run,
+`kernels.local_attention` for those with a window, which turns queries and keys by itself. It also
+takes the layers without one where no document is longer than SHORT_DOCUMENTS: a window as wide as
+that is the whole of each, and a grid over tokens does not pay for the number of documents, as a
+backend's grid does.
 
-A backend is a function `(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window) -> out_THD`:
+A backend is a function `(q_MHD, k_THD, v_THD, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) ->
+out_MHD`:
 
-- q, k, v (T, H, D): queries and keys after the rotary positions, and values;
-- cu_seqlens (N + 1,) int32: document n is tokens cu_seqlens[n] to cu_seqlens[n + 1], possibly
-  none; the first entry is 0; tokens behind the last get zeros, and no gradient;
-- max_seqlen: no document is longer (a bound, need not be reached);
+- q (M, H, D), k and v (T, H, D): queries and keys after the rotary positions, and values;
+- cu_seqlens_k (N + 1,) int32: document n is tokens cu_seqlens_k[n] to cu_seqlens_k[n + 1],
+  possibly none; the first entry is 0; tokens behind the last get no gradient;
+- cu_seqlens_q (N + 1,) int32: the same of the queries of document n, again possibly none; those
+  behind the last get zeros, and no gradient;
+- max_seqlen: no document is longer (a bound, need not be reached), nor has more queries;
 - window: tokens a query sees to either side, both ends included, within its document; None is the
-  whole document.
+  whole document. With a window all tokens are queries: M is T and the two cu_seqlens are alike.
 
 out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document reaches another, as long
 as all numbers are finite. Those that are not never do in the reference; kernels compute whole tiles
@@ -45,7 +49,7 @@ SHORT_DOCUMENTS = 128
 # Queries that the reference treats together in a long document's window.
 _TILE = 64
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
 
 _INSTALL = {
     "fa4": "pip install -r requirements-gpu.txt (FlashAttention-4, for Hopper and Blackwell)",
@@ -88,6 +92,18 @@ class Documents(NamedTuple):
     bounds_2T: Tensor | None
 
 
+class Queries(NamedTuple):
+    """The tokens of a packed row whose results somebody reads.
+
+    places_M: int64 places in 0 … T − 1. cu_seqlens (N + 1,) int32: entries cu_seqlens[n] to
+    cu_seqlens[n + 1] of places_M lie in document n, and those behind the last are filler, whose
+    results mean nothing; or None, where they come in any order.
+    """
+
+    places_M: Tensor
+    cu_seqlens: Tensor | None
+
+
 def describe_documents(
     position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, choice: Choice
 ) -> Documents:
@@ -109,18 +125,33 @@ def attend(
     documents: Documents,
     window: int | None,
     choice: Choice,
+    queries: Queries | None = None,
 ) -> Tensor:
-    """Rotary positions and attention: (T, 3, H, D) to (T, H, D), differentiable in qkv."""
+    """Rotary positions and attention: (T, 3, H, D) to (T, H, D), differentiable in qkv.
+
+    queries: of these tokens alone, (M, H, D). Attention over whole documents then computes no other
+    rows, if their order allows; with a window there is little to save, and all are computed.
+    """
     kernel_window = _kernel_window(window, documents, choice)
+    cu_seqlens_q = documents.cu_seqlens if queries is None else queries.cu_seqlens
+    if queries is not None and (
+        cu_seqlens_q is None or window is not None or kernel_window is not None
+    ):
+        every_THD = attend(qkv_T3HD, tables, documents, window, choice)
+        return every_THD.index_select(0, queries.places_M)
     if kernel_window is not None:
         assert documents.bounds_2T is not None
         position_ids_T, bounds_2T = documents.position_ids_T, documents.bounds_2T
         return local_attention(
             qkv_T3HD, tables.cos_PR, tables.sin_PR, position_ids_T, bounds_2T, kernel_window
         )
-    q_THD, k_THD, v_THD = tables(qkv_T3HD, documents.position_ids_T)
+    q, k_THD, v_THD = tables(qkv_T3HD, documents.position_ids_T)
+    if queries is not None:
+        q = q.index_select(0, queries.places_M)
+    assert cu_seqlens_q is not None
+    longest = documents.longest.shape[0]
     return BACKENDS[choice.backend](
-        q_THD, k_THD, v_THD, documents.cu_seqlens, documents.longest.shape[0], window
+        q, k_THD, v_THD, cu_seqlens_q, documents.cu_seqlens, longest, window
     )
 
 
@@ -138,10 +169,11 @@ def _kernel_window(window: int | None, documents: Documents, choice: Choice) -> 
 
 
 def reference_attention(
-    q_THD: Tensor,
+    q_MHD: Tensor,
     k_THD: Tensor,
     v_THD: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int | None,
 ) -> Tensor:
@@ -149,49 +181,51 @@ def reference_attention(
 
     Documents of one length are computed together and no document is padded, so what a document
     gets depends on its own tokens alone, to the last bit, wherever in the row it lies.
-    Reads `cu_seqlens` on the host, which no compiler can look into: to one it is an operation.
+    Reads both cu_seqlens on the host, which no compiler can look into: to one it is an operation.
     """
     if torch.compiler.is_compiling():
-        return _opaque_reference(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window)
-    qkv_T3HD = torch.stack([q_THD, k_THD, v_THD], dim=1)
-    lengths = cu_seqlens.diff().tolist()
-    behind = qkv_T3HD.shape[0] - sum(lengths)
-    pieces = qkv_T3HD.split([*lengths, behind])
-    alike: dict[int, list[int]] = {}
-    for document, length in enumerate(lengths):
-        alike.setdefault(length, []).append(document)
-    # Stays so for empty documents, and what lies behind all documents becomes zeros.
-    outputs = [piece[:, 2] for piece in pieces[:-1]] + [torch.zeros_like(pieces[-1][:, 2])]
-    for length, documents in alike.items():
-        if length > 0:
-            qkv_NL3HD = torch.stack([pieces[document] for document in documents])
-            out_NLHD = _attend(qkv_NL3HD, window)
-            for document, out_LHD in zip(documents, out_NLHD.unbind(), strict=True):
-                outputs[document] = out_LHD
+        return _opaque_reference(
+            q_MHD, k_THD, v_THD, cu_seqlens_q, cu_seqlens_k, max_seqlen, window
+        )
+    queries, keys = (ends.diff().tolist() for ends in (cu_seqlens_q, cu_seqlens_k))
+    *q_of, q_behind = q_MHD.split([*queries, q_MHD.shape[0] - sum(queries)])
+    kv_T2HD = torch.stack([k_THD, v_THD], dim=1)
+    *kv_of, _ = kv_T2HD.split([*keys, kv_T2HD.shape[0] - sum(keys)])
+    alike: dict[tuple[int, int], list[int]] = {}
+    for document, sizes in enumerate(zip(queries, keys, strict=True)):
+        alike.setdefault(sizes, []).append(document)
+    # Stays so for documents without queries, and what lies behind all of them becomes zeros.
+    outputs = [*q_of, torch.zeros_like(q_behind)]
+    for sizes, documents in alike.items():
+        if 0 not in sizes:
+            q_NMHD = torch.stack([q_of[document] for document in documents])
+            kv_NL2HD = torch.stack([kv_of[document] for document in documents])
+            out_NMHD = _attend(q_NMHD, kv_NL2HD, window)
+            for document, out_MHD in zip(documents, out_NMHD.unbind(), strict=True):
+                outputs[document] = out_MHD
     return torch.cat(outputs)
 
 
-def _attend(qkv_NL3HD: Tensor, window: int | None) -> Tensor:
-    """Attention within each of N documents of length L: (N, L, 3, H, D) to (N, L, H, D)."""
-    length = qkv_NL3HD.shape[1]
+def _attend(q_NMHD: Tensor, kv_NL2HD: Tensor, window: int | None) -> Tensor:
+    """Attention within each of N documents of L tokens: (N, M, H, D), as q."""
+    length = kv_NL2HD.shape[1]
     if window is not None and length > 2 * (_TILE + 2 * window):
-        return _attend_in_tiles(qkv_NL3HD, window)
-    q_NHLD, k_NHLD, v_NHLD = qkv_NL3HD.permute(2, 0, 3, 1, 4).unbind()
+        return _attend_in_tiles(q_NMHD, kv_NL2HD, window)
+    k_NHLD, v_NHLD = kv_NL2HD.permute(2, 0, 3, 1, 4).unbind()
     mask_LL = None
     if window is not None and length > window + 1:
-        mask_LL = _band(length, window, qkv_NL3HD.dtype, qkv_NL3HD.device)
-    return _softmax_attention(q_NHLD, k_NHLD, v_NHLD, mask_LL).transpose(1, 2)
+        mask_LL = _band(length, window, kv_NL2HD.dtype, kv_NL2HD.device)
+    return _softmax_attention(q_NMHD.transpose(1, 2), k_NHLD, v_NHLD, mask_LL).transpose(1, 2)
 
 
-def _attend_in_tiles(qkv_NL3HD: Tensor, window: int) -> Tensor:
+def _attend_in_tiles(q_NLHD: Tensor, kv_NL2HD: Tensor, window: int) -> Tensor:
     """The same over a window, for long documents: tiles of queries against the keys they can see.
 
     Work and memory grow with L · (tile + 2 · window) instead of L².
     """
-    documents, length, _, heads, width = qkv_NL3HD.shape
+    documents, length, heads, width = q_NLHD.shape
     tiles = -(-length // _TILE)
     behind = tiles * _TILE - length
-    q_NLHD, kv_NL2HD = qkv_NL3HD[:, :, 0], qkv_NL3HD[:, :, 1:]
     q = F.pad(q_NLHD, (0, 0, 0, 0, 0, behind)).view(documents * tiles, _TILE, heads, width)
     kv = F.pad(kv_NL2HD, (0, 0, 0, 0, 0, 0, window, window + behind))
     # The width comes last in memory too: only so does PyTorch take its fast kernel.
@@ -225,9 +259,16 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 
 def _opaque_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
-    out = reference_attention(q, k, v, cu_seqlens, max_seqlen, None if window < 0 else window)
+    side = None if window < 0 else window
+    out = reference_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, side)
     # The backward makes its own softmax.
     return out, q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -239,7 +280,8 @@ def _opaque_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,10 +296,11 @@ def _opaque_backward(
     )
     grads = [torch.zeros_like(tensor) for tensor in (q_HTD, k_HTD, v_HTD)]
     along_out_HT1 = (grad_HTD * out_HTD).sum(-1, keepdim=True)
-    scale, bounds = q.shape[-1] ** -0.5, cu_seqlens.tolist()
-    for start, stop in itertools.pairwise(bounds):
-        for first in range(start, stop, 8 * _TILE):
-            last = min(first + 8 * _TILE, stop)
+    scale = q.shape[-1] ** -0.5
+    bounds = (itertools.pairwise(ends.tolist()) for ends in (cu_seqlens_q, cu_seqlens_k))
+    for (first_query, end), (start, stop) in zip(*bounds, strict=True):
+        for first in range(first_query, end, 8 * _TILE):
+            last = min(first + 8 * _TILE, end)
             low = start if window < 0 else max(start, first - window)
             high = stop if window < 0 else min(stop, last + window)
             queries, keys = slice(first, last), slice(low, high)
@@ -363,6 +406,15 @@ def what_to_install(
     return None
 
 
+class _Case(NamedTuple):
+    """What `check_attention` compares: the name of what computes it, and how."""
+
+    name: str
+    longest: int
+    window: int | None = None
+    asked_by_some: bool = False
+
+
 def check_attention(
     choice: Choice,
     device: torch.device,
@@ -378,38 +430,48 @@ def check_attention(
     """
     tables = RotaryTables(512, head_dim, 10_000.0).to(device)
 
-    def run(which: Choice, wide: torch.dtype, longest: int, seen: int | None) -> list[Tensor]:
-        lengths, behind = [longest, *[16] * 8, 1, 0, 77], 5
+    def run(which: Choice, wide: torch.dtype, case: _Case) -> list[Tensor]:
+        lengths, behind = [case.longest, *[16] * 8, 1, 0, 77], 5
         generator = torch.Generator().manual_seed(0)
         qkv = torch.randn(sum(lengths) + behind, 3, heads, head_dim, generator=generator)
         grad = torch.randn(qkv[:, 0].shape, generator=generator).to(device, dtype)
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         places = torch.cat([torch.arange(n) for n in [*lengths, behind]]).to(device)
-        documents = describe_documents(places, cu_seqlens, longest, which)
+        documents = describe_documents(places, cu_seqlens.to(device), case.longest, which)
+        queries = None
+        if case.asked_by_some:
+            places_M = torch.arange(0, sum(lengths), 3)
+            of_each = torch.searchsorted(places_M, cu_seqlens.long()).int()
+            queries = Queries(places_M.to(device), of_each.to(device))
+            grad = grad[: len(places_M)]
         leaf = qkv.to(device, dtype).to(wide).requires_grad_()
-        out = attend(leaf, tables, documents, seen, which)
+        out = attend(leaf, tables, documents, case.window, which, queries)
         return [out.detach().float(), torch.autograd.grad(out, leaf, grad.to(wide))[0].float()]
 
     in_kernel = choice.local == "kernel"
-    cases: list[tuple[str, int | None, int]] = [
-        (choice.backend, None, 300),
-        ("kernel" if in_kernel else choice.backend, window, 300),
+    cases = [
+        _Case(choice.backend, 300),
+        _Case(choice.backend, 300, asked_by_some=True),
+        _Case("kernel" if in_kernel else choice.backend, 300, window),
     ]
     if in_kernel:
-        cases.append(("kernel", None, SHORT_DOCUMENTS))
+        cases.append(_Case("kernel", SHORT_DOCUMENTS))
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
-    for name, seen, longest in cases:
+    for case in cases:
         try:
-            ours = run(choice, dtype, longest, seen)
+            ours = run(choice, dtype, case)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            raise AttentionError(f"attention {name} does not run ({reason}). {_CHANGE}") from error
-        truth = run(Choice("reference", "backend"), torch.float32, longest, seen)
+            raise AttentionError(
+                f"attention {case.name} does not run ({reason}). {_CHANGE}"
+            ) from error
+        truth = run(Choice("reference", "backend"), torch.float32, case)
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True)]
         if not max(errors) < tolerance:  # NaN too
             raise AttentionError(
-                f"attention {name}, window {seen}, is off by {errors[0]:.1e} of its result and "
-                f"{errors[1]:.1e} of its gradient, where {tolerance:.1e} is allowed. {_CHANGE}"
+                f"attention {case.name}, window {case.window}, is off by {errors[0]:.1e} of its "
+                f"result and {errors[1]:.1e} of its gradient, where {tolerance:.1e} is allowed. "
+                f"{_CHANGE}"
             )
 
 

@@ -2,10 +2,11 @@
 
 Each kernel is wrapped in a custom operation for its forward and one for its backward, with shapes
 for the compiler and autograd registered between them, so that a compiled layer has no graph break.
-What they share: q, k, v (T, H, D) contiguous, bf16 or fp16; cu_seqlens (N + 1,) int32; no document
-is longer than max_seqlen; window tokens to either side, −1 for the whole document. They leave the
-results of tokens behind cu_seqlens[-1] unwritten: here these become zeros, in the output and in all
-gradients.
+What they share: q (M, H, D), k and v (T, H, D) contiguous, bf16 or fp16; cu_seqlens_q and
+cu_seqlens_k (N + 1,) int32, where each document's queries and its keys lie; no document has more
+than max_seqlen of either; window tokens to either side, −1 for the whole document. They leave the
+results behind the last entry of each unwritten: here these become zeros, in the output and in all
+gradients. A document without queries gives its keys and values gradients of zero.
 
 Where `torch.use_deterministic_algorithms` is set, their backward sums in a fixed order.
 """
@@ -17,12 +18,18 @@ from torch import Tensor
 
 from kernels.documents import clear_behind_documents
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def _shapes(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -34,7 +41,8 @@ def _shapes_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,24 +52,31 @@ def _shapes_backward(
 def register(
     name: str, forward: Forward, backward: Backward, leaves_rows_unwritten: bool = True
 ) -> Callable[..., Tensor]:
-    """An operation `(q, k, v, cu_seqlens, max_seqlen, window) -> out` from a pair of functions.
+    """An operation `(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) -> out` from a pair.
 
-    forward returns out and the (H, T) fp32 log-sum-exp; backward takes (grad, q, k, v, out,
-    logsumexp, cu_seqlens, max_seqlen, window) and returns the gradients by q, k and v. Neither is
-    called without tokens, nor where all documents are empty. They run with the tensors' GPU as the
-    current one. leaves_rows_unwritten: rows behind the last document have to be cleared.
+    forward returns out and the (H, M) fp32 log-sum-exp; backward takes (grad, q, k, v, out,
+    logsumexp, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) and returns the gradients by q, k and
+    v. Neither is called without queries, nor where all documents are empty. They run with the
+    tensors' GPU as the current one. leaves_rows_unwritten: rows behind the last document have to be
+    cleared.
     """
 
     @torch.library.custom_op(f"clinical_modernbert::{name}", mutates_args=())
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen: int,
+        window: int,
     ) -> tuple[Tensor, Tensor]:
         if 0 in (q.shape[0], max_seqlen):
             return torch.zeros_like(q), q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
         with torch.cuda.device_of(q):
-            out, logsumexp = forward(q, k, v, cu_seqlens, max_seqlen, window)
+            out, logsumexp = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
         if leaves_rows_unwritten:
-            clear_behind_documents(out, cu_seqlens)
+            clear_behind_documents(out, cu_seqlens_q)
         return out, logsumexp
 
     @torch.library.custom_op(f"clinical_modernbert::{name}_backward", mutates_args=())
@@ -72,46 +87,49 @@ def register(
         v: Tensor,
         out: Tensor,
         logsumexp: Tensor,
-        cu_seqlens: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
         max_seqlen: int,
         window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if 0 in (q.shape[0], max_seqlen):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         with torch.cuda.device_of(q):
-            grads = backward(grad, q, k, v, out, logsumexp, cu_seqlens, max_seqlen, window)
+            where = cu_seqlens_q, cu_seqlens_k
+            grads = backward(grad, q, k, v, out, logsumexp, *where, max_seqlen, window)
         if leaves_rows_unwritten:
-            for one in grads:
-                clear_behind_documents(one, cu_seqlens)
+            for one, ends in zip(grads, (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k), strict=True):
+                clear_behind_documents(one, ends)
         return grads
 
     attend.register_fake(_shapes)
     attend_backward.register_fake(_shapes_backward)
 
     def save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        q, k, v, cu_seqlens, ctx.max_seqlen, ctx.window = inputs
+        q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen, ctx.window = inputs
         out, logsumexp = output
-        ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens)
+        ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens_q, cu_seqlens_k)
         ctx.mark_non_differentiable(logsumexp)
 
     def run_backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         saved = ctx.saved_tensors
         grads = attend_backward(grad.contiguous(), *saved, ctx.max_seqlen, ctx.window)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
     attend.register_autograd(run_backward, setup_context=save_for_backward)
 
     def call(
-        q_THD: Tensor,
+        q_MHD: Tensor,
         k_THD: Tensor,
         v_THD: Tensor,
-        cu_seqlens: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
         max_seqlen: int,
         window: int | None,
     ) -> Tensor:
-        q, k, v = q_THD.contiguous(), k_THD.contiguous(), v_THD.contiguous()
-        width = -1 if window is None else window
-        out, _ = attend(q, k, v, cu_seqlens.contiguous(), max_seqlen, width)
+        q, k, v = q_MHD.contiguous(), k_THD.contiguous(), v_THD.contiguous()
+        where = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        out, _ = attend(q, k, v, *where, max_seqlen, -1 if window is None else window)
         return out
 
     call.__doc__ = f"`model.attention`'s interface to {name}."
@@ -119,7 +137,13 @@ def register(
 
 
 def _fa4_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -128,8 +152,8 @@ def _fa4_forward(
         q,
         k,
         v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
         window_size_left=side,
@@ -146,7 +170,8 @@ def _fa4_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,8 +187,8 @@ def _fa4_backward(
         logsumexp,
         window_size_left=side,
         window_size_right=side,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -172,7 +197,13 @@ def _fa4_backward(
 
 
 def _fa2_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _wrapped_flash_attn_varlen_forward
 
@@ -180,8 +211,8 @@ def _fa2_forward(
         q,
         k,
         v,
-        cu_seqlens,
-        cu_seqlens,
+        cu_seqlens_q,
+        cu_seqlens_k,
         max_seqlen,
         max_seqlen,
         0.0,
@@ -200,7 +231,8 @@ def _fa2_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,8 +247,8 @@ def _fa2_backward(
         out,
         logsumexp,
         *grads,
-        cu_seqlens,
-        cu_seqlens,
+        cu_seqlens_q,
+        cu_seqlens_k,
         max_seqlen,
         max_seqlen,
         0.0,
@@ -232,14 +264,20 @@ def _fa2_backward(
 
 
 def _varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     out, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
-        cu_seqlens,
-        cu_seqlens,
+        cu_seqlens_q,
+        cu_seqlens_k,
         max_seqlen,
         max_seqlen,
         0.0,
@@ -258,7 +296,8 @@ def _varlen_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,8 +310,8 @@ def _varlen_backward(
         v,
         out,
         logsumexp,
-        cu_seqlens,
-        cu_seqlens,
+        cu_seqlens_q,
+        cu_seqlens_k,
         max_seqlen,
         max_seqlen,
         0.0,

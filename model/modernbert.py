@@ -6,6 +6,10 @@ GeGLU with exact erf, a decoder tied to the embedding. There is no dropout anywh
 
 Parameters bear the names of transformers' `ModernBertForMaskedLM`, so a state dict goes both ways.
 
+The loss reads masked tokens alone, and the last layer computes no others: its keys and values are
+of all tokens, its queries and all that follows of those that are read. Losses and gradients are
+what they would be; a layer's worth of work on two tokens in three is saved.
+
 Dimensions in the names of tensors: T packed tokens, D hidden size, H heads, M masked positions,
 V vocabulary, B rows, S columns of a padded batch, P positions of a rotary table, R pairs of a head.
 """
@@ -28,7 +32,14 @@ from kernels.layer_norm import (
 )
 from kernels.linear_cross_entropy import linear_cross_entropy_each
 from kernels.unpad import pad, pad_reference, unpad, unpad_reference
-from model.attention import Choice, Documents, attend, choose_attention, describe_documents
+from model.attention import (
+    Choice,
+    Documents,
+    Queries,
+    attend,
+    choose_attention,
+    describe_documents,
+)
 from model.config import ModernBertConfig, Recompute
 from model.initialization import initialize
 from model.rotary import RotaryTables, runs_in_triton
@@ -58,10 +69,11 @@ class Attention(nn.Module):
         documents: Documents,
         tables: RotaryTables,
         backends: Choice,
+        queries: Queries | None,
     ) -> Tensor:
         qkv_T3HD = self.Wqkv(hidden_TD).unflatten(-1, self.shape)
-        out_THD = attend(qkv_T3HD, tables, documents, self.window, backends)
-        return self.Wo(out_THD.flatten(1))
+        out = attend(qkv_T3HD, tables, documents, self.window, backends, queries)
+        return self.Wo(out.flatten(1))
 
 
 class GeGluLinear(nn.Linear):
@@ -108,7 +120,7 @@ class Layer(nn.Module):
 
     So a layer is given x and the branch that is yet to be added to it, and hands on the same. The
     first layer has no norm before its attention, and no branch: the embedding has just been
-    normalised.
+    normalised. Given queries, it hands on these tokens alone, (M, D).
     """
 
     def __init__(self, config: ModernBertConfig, layer: int):
@@ -126,14 +138,18 @@ class Layer(nn.Module):
         documents: Documents,
         tables: RotaryTables,
         backends: Choice,
+        queries: Queries | None = None,
     ) -> tuple[Tensor, Tensor]:
         def whole(hidden_TD: Tensor, branch_TD: Tensor | None) -> tuple[Tensor, Tensor]:
             normed_TD = hidden_TD
             if branch_TD is not None:
                 normed_TD, hidden_TD = self.attn_norm(branch_TD, hidden_TD)
-            branch_TD = self.attn(normed_TD, documents, tables, backends)
-            normed_TD, hidden_TD = self.mlp_norm(branch_TD, hidden_TD)
-            return hidden_TD, _run(self.mlp, self.recompute == "mlp", normed_TD)
+            branch = self.attn(normed_TD, documents, tables, backends, queries)
+            hidden = hidden_TD
+            if queries is not None:
+                hidden = hidden_TD.index_select(0, queries.places_M)
+            normed, hidden = self.mlp_norm(branch, hidden)
+            return hidden, _run(self.mlp, self.recompute == "mlp", normed)
 
         result: tuple[Tensor, Tensor] = _run(whole, self.recompute == "layer", hidden_TD, branch_TD)
         return result
@@ -173,16 +189,18 @@ class Encoder(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         backends: Choice | None,
+        queries: Queries | None,
     ) -> Tensor:
-        hidden_TD, branch_TD = self.embeddings(input_ids_T), None
+        hidden, branch = self.embeddings(input_ids_T), None
         if backends is None:
-            backends = choose_attention(hidden_TD.device, hidden_TD.dtype, self.config.head_dim)
+            backends = choose_attention(hidden.device, hidden.dtype, self.config.head_dim)
         documents = describe_documents(position_ids_T, cu_seqlens, max_seqlen, backends)
         for i, layer in enumerate(self.layers):
             tables = self.global_rotary if self.config.is_global(i) else self.local_rotary
-            hidden_TD, branch_TD = layer(hidden_TD, branch_TD, documents, tables, backends)
-        normed_TD, _ = self.final_norm(branch_TD, hidden_TD)
-        return normed_TD
+            read = queries if i == len(self.layers) - 1 else None
+            hidden, branch = layer(hidden, branch, documents, tables, backends, read)
+        normed, _ = self.final_norm(branch, hidden)
+        return normed
 
 
 class Head(nn.Module):
@@ -247,6 +265,7 @@ class ModernBertForMaskedLM(nn.Module):
         labels_M: Tensor,
         counted: int | None = None,
         each: bool = False,
+        masked_cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The SUM, an fp32 scalar, of the cross-entropy over the labels that are not −100.
 
@@ -255,18 +274,28 @@ class ModernBertForMaskedLM(nn.Module):
         then the loss is 0 and so are the gradients. counted: how many entries are not filler, where
         all filler comes last; the decoder then skips it. Callers divide by the number of labels of
         the whole step. each: return with it, of each label, (2, M) fp32 without a gradient: its
-        cross-entropy, and 1 if no token is likelier; 0 and 0 for filler.
+        cross-entropy, and 1 if no token is likelier; 0 and 0 for filler. masked_cu_seqlens:
+        (N + 1,) int32, where masked_indices_M goes through the documents one after another: entries
+        masked_cu_seqlens[n] to masked_cu_seqlens[n + 1] lie in document n, filler behind the last.
+        The last layer's attention then skips the other tokens.
         """
-        hidden_TD = self.encode(input_ids_T, position_ids_T, cu_seqlens, max_seqlen)
-        hidden_MD = self.head(hidden_TD.index_select(0, masked_indices_M))
-        loss, each_2M = self.decoder(hidden_MD, labels_M, counted)
+        queries = Queries(masked_indices_M, masked_cu_seqlens)
+        hidden_MD = self.encode(input_ids_T, position_ids_T, cu_seqlens, max_seqlen, queries)
+        loss, each_2M = self.decoder(self.head(hidden_MD), labels_M, counted)
         return (loss, each_2M) if each else loss
 
     def encode(
-        self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        queries: Queries | None = None,
     ) -> Tensor:
-        """Hidden states (T, D) after the last norm."""
-        return self.model(input_ids_T, position_ids_T, cu_seqlens, max_seqlen, self.attention)
+        """Hidden states (T, D) after the last norm; given queries, (M, D), of these alone."""
+        return self.model(
+            input_ids_T, position_ids_T, cu_seqlens, max_seqlen, self.attention, queries
+        )
 
     def set_recompute(self, recompute: Recompute) -> None:
         """Say what of every layer the backward computes again.
@@ -296,8 +325,9 @@ class ModernBertForMaskedLM(nn.Module):
         masked_indices_M: Tensor,
     ) -> Tensor:
         """Logits (M, V) at the given places."""
-        hidden_TD = self.encode(input_ids_T, position_ids_T, cu_seqlens, max_seqlen)
-        return self.logits(hidden_TD.index_select(0, masked_indices_M))
+        queries = Queries(masked_indices_M, None)
+        documents = input_ids_T, position_ids_T, cu_seqlens, max_seqlen
+        return self.logits(self.encode(*documents, queries))
 
     def forward_padded(
         self, input_ids_BS: Tensor, attention_mask_BS: Tensor, capacity: int | None = None

@@ -20,6 +20,8 @@ from data_prep.shards import Row
 from train.masking import IGNORED, MaskedRow, masked_count
 
 DOCUMENTS_MULTIPLE = 64
+# The last layer multiplies as many rows: 8-bit products take multiples of 16.
+MASKED_MULTIPLE = 64
 SMALLEST_SEQLEN = 128
 SEQLEN_RATIO = 4
 
@@ -42,8 +44,9 @@ class BatchShape:
 
     @property
     def masked(self) -> int:
-        """M, the room for masked positions in a micro-batch."""
-        return self.rows * masked_count(self.highest_rate, self.row_tokens)
+        """M, the room for masked positions in a micro-batch, a multiple of MASKED_MULTIPLE."""
+        room = self.rows * masked_count(self.highest_rate, self.row_tokens)
+        return room + -room % MASKED_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,11 @@ class PackedBatch:
     input_ids, position_ids: (T,) int64; position_ids count from 0 in every document.
     cu_seqlens: (N + 1,) int32, document bounds, then T again for every empty document up to N, a
     multiple of DOCUMENTS_MULTIPLE. max_seqlen: at least the longest document.
-    masked_indices, labels: (M,) int64; what is left of M points to position 0 with label -100.
-    masked_sources: (M,) int64, the number of the source that each of them is of; 0 for what is
-    left. masked_tokens: how many labels count; lengths: (documents,) tokens of each document
-    in the order of the rows, padding not counted; both are known on the host.
+    masked_indices, labels: (M,) int64, places in ascending order; what is left of M points to
+    position 0 with label -100. masked_cu_seqlens: (N + 1,) int32, which of them lie in each
+    document. masked_sources: (M,) int64, the number of the source that each of them is of; 0 for
+    what is left. masked_tokens: how many labels count; lengths: (documents,) tokens of each
+    document in the order of the rows, padding not counted; both are known on the host.
     """
 
     input_ids: Tensor
@@ -64,6 +68,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     masked_indices: Tensor
+    masked_cu_seqlens: Tensor
     labels: Tensor
     masked_sources: Tensor
     masked_tokens: int
@@ -75,7 +80,8 @@ class PackedBatch:
         if device.type != "cpu":
             batch = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         # The one length that changes from batch to batch: a compiled layer takes any.
-        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
+        for ends in (batch.cu_seqlens, batch.masked_cu_seqlens):
+            torch._dynamo.maybe_mark_dynamic(ends, 0)
         return batch
 
     def pin(self) -> "PackedBatch":
@@ -89,6 +95,7 @@ class PackedBatch:
             position_ids=function(self.position_ids),
             cu_seqlens=function(self.cu_seqlens),
             masked_indices=function(self.masked_indices),
+            masked_cu_seqlens=function(self.masked_cu_seqlens),
             labels=function(self.labels),
             masked_sources=function(self.masked_sources),
         )
@@ -119,17 +126,25 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
     came_from, cu_seqlens = _longest_first(np.concatenate(bounds))
     went_to = np.empty_like(came_from)
     went_to[came_from] = np.arange(shape.tokens)
-    masked_indices[:filled] = went_to[masked_indices[:filled]]
+    places = went_to[masked_indices[:filled]]
+    ascending = np.argsort(places, kind="stable")
+    for values in (labels, masked_sources):
+        values[:filled] = values[ascending]
+    masked_indices[:filled] = places[ascending]
     lengths = np.diff(cu_seqlens)
     empty = -len(lengths) % DOCUMENTS_MULTIPLE
+    cu_seqlens = np.pad(cu_seqlens, (0, empty), mode="edge")
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids[came_from]),
         position_ids=torch.from_numpy(
-            np.arange(shape.tokens) - np.repeat(cu_seqlens[:-1], lengths)
+            np.arange(shape.tokens) - np.repeat(cu_seqlens[: len(lengths)], lengths)
         ),
-        cu_seqlens=torch.from_numpy(np.pad(cu_seqlens, (0, empty), mode="edge").astype(np.int32)),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=min(seqlen_bucket(int(lengths.max())), shape.max_length),
         masked_indices=torch.from_numpy(masked_indices),
+        masked_cu_seqlens=torch.from_numpy(
+            np.searchsorted(masked_indices[:filled], cu_seqlens).astype(np.int32)
+        ),
         labels=torch.from_numpy(labels),
         masked_sources=torch.from_numpy(masked_sources),
         masked_tokens=filled,

@@ -3,8 +3,9 @@
 Model FLOPs are the multiplications and additions of the matrix products that the model's formula
 needs, counted as 2 a multiply-add and three times for forward and backward (Kaplan et al. 2020,
 arXiv:2001.08361; Chowdhery et al. 2022, arXiv:2204.02311, appendix B). Padding does not count, nor
-does what an implementation does twice: activation recomputation, products with ignored rows,
-attention outside of a window. So a share of the peak says how well the time was used.
+does what an implementation does twice or for nobody: activation recomputation, products with
+ignored rows, attention outside of a window, tokens in the last layer that the loss does not read
+(of which only the keys and values count). So a share of the peak says how well the time was used.
 """
 
 import re
@@ -52,18 +53,28 @@ def training_flops(
 ) -> float:
     """Model FLOPs of forward and backward.
 
-    documents: (n,) lengths of the real documents, in tokens; masked_tokens: how many of these go
-    through the prediction head and the decoder.
+    documents: (n,) lengths of the real documents, in tokens; masked_tokens: how many of these the
+    loss reads, taken to be spread evenly over the documents.
     """
     lengths = np.asarray(documents, np.int64)
+    tokens = int(lengths.sum())
     hidden, inner = config.hidden_size, config.intermediate_size
-    layer = 4 * hidden * hidden + 3 * hidden * inner
+    keys = 2 * hidden * hidden
+    # The query, what attention gives, and the MLP.
+    others = 2 * hidden * hidden + 3 * hidden * inner
     head = hidden * hidden + hidden * config.vocab_size
-    multiply_adds = int(lengths.sum()) * layer * config.num_hidden_layers + masked_tokens * head
-    for window, layers in Counter(map(config.window, range(config.num_hidden_layers))).items():
-        # A pair costs a product with the key and one with the value, over all heads.
-        multiply_adds += layers * 2 * hidden * attended_pairs(lengths, window)
-    return 3.0 * 2.0 * multiply_adds
+    last = config.num_hidden_layers - 1
+    multiply_adds = tokens * (keys + others) * last
+    multiply_adds += tokens * keys + masked_tokens * (others + head)
+    for window, layers in Counter(map(config.window, range(last))).items():
+        multiply_adds += layers * _attention(hidden, lengths, window)
+    read = masked_tokens / max(tokens, 1)
+    return 6.0 * (multiply_adds + read * _attention(hidden, lengths, config.window(last)))
+
+
+def _attention(hidden: int, lengths: NDArray[np.int64], window: int | None) -> int:
+    """Multiply-adds of a layer's pairs: one product with the key, one with the value, all heads."""
+    return 2 * hidden * attended_pairs(lengths, window)
 
 
 def attended_pairs(lengths: NDArray[np.int64], window: int | None) -> int:

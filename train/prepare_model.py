@@ -11,7 +11,7 @@ one operation, and the compiler's gradient of an embedding would add up in no fi
 
 All shapes are compiled in as constants but the number of documents (`train.batch` marks it) and
 `max_seqlen` (`model.attention.Documents`). So there is one compilation for each kind of layer (the
-first; global; local) and for the head, for each T. A break in a graph is an error.
+first; global; local; the last) and for the head, for each T. A break in a graph is an error.
 """
 
 import math

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.attention import Queries
 from model.modernbert import ModernBertForMaskedLM
 from train.batch import PackedBatch, pack
 from train.engine import Engine
@@ -93,14 +94,18 @@ def predict(model: ModernBertForMaskedLM, batch: PackedBatch) -> tuple[Tensor, T
     batch: on the model's device. Both are 0 where the label is ignored. No more than LOGIT_ROWS
     rows of logits are held at once.
     """
-    hidden_TD = model.encode(
-        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+    hidden_MD = model.encode(
+        batch.input_ids,
+        batch.position_ids,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        Queries(batch.masked_indices, batch.masked_cu_seqlens),
     )
     losses, corrects = [], []
-    for indices_M, labels_M in zip(
-        batch.masked_indices.split(LOGIT_ROWS), batch.labels.split(LOGIT_ROWS), strict=True
+    for some_MD, labels_M in zip(
+        hidden_MD.split(LOGIT_ROWS), batch.labels.split(LOGIT_ROWS), strict=True
     ):
-        logits_MV = model.logits(hidden_TD.index_select(0, indices_M)).float()
+        logits_MV = model.logits(some_MD).float()
         losses.append(F.cross_entropy(logits_MV, labels_M, ignore_index=IGNORED, reduction="none"))
         corrects.append(logits_MV.argmax(-1) == labels_M)
     return torch.cat(losses), torch.cat(corrects)

@@ -67,7 +67,9 @@ def kept_gib(recompute: str, layers: int, compiled: bool) -> float:
         torch._dynamo.maybe_mark_dynamic(bounds, 0)
         masked = torch.zeros(MASKED, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(ids, ids, bounds, 8192, masked, masked, MASKED)
+            loss = model(
+                ids, ids, bounds, 8192, masked, masked, MASKED, masked_cu_seqlens=bounds.clone()
+            )
         loss.backward()
     owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     sizes = [t.untyped_storage().nbytes() for at, t in kept.items() if at not in owned]

@@ -13,6 +13,7 @@ from model.attention import (
     SHORT_DOCUMENTS,
     AttentionError,
     Choice,
+    Queries,
     attend,
     check_attention,
     choose_attention,
@@ -43,6 +44,25 @@ def make_row(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
     return 1.5 * qkv, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
 
 
+def call(
+    backend: Callable[..., Tensor],
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int | None,
+) -> Tensor:
+    """A backend's result where every token is a query."""
+    return backend(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, window)
+
+
+def every_third(lengths: list[int], filler: int) -> Queries:
+    """Queries at every third token, none in some documents, and `filler` that mean nothing."""
+    places = torch.tensor(range(1, sum(lengths), 3), dtype=torch.int64)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    of_each = torch.searchsorted(places, ends).int()
+    return Queries(torch.cat([places, torch.zeros(filler, dtype=torch.int64)]), of_each)
+
+
 def written_out(qkv: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v over all T × T pairs, others' documents masked out."""
     q, k, v = qkv.double().unbind(1)
@@ -62,7 +82,7 @@ def test_reference_is_the_formula(layout: str, window: int | None, dtype: torch.
     qkv, cu_seqlens = make_row(LAYOUTS[layout])
     leaf = qkv.to(dtype).requires_grad_()
     exact_leaf = leaf.detach().double().requires_grad_()
-    out = reference_attention(*leaf.unbind(1), cu_seqlens, max(LAYOUTS[layout]), window)
+    out = call(reference_attention, leaf, cu_seqlens, max(LAYOUTS[layout]), window)
     exact = written_out(exact_leaf, cu_seqlens, window)
     assert out.dtype == dtype
     assert out.shape == exact.shape
@@ -84,7 +104,7 @@ def test_to_a_compiler_the_reference_is_one_operation(layout: str, window: int |
     results = []
     for operation in (attention._opaque_reference, reference_attention):
         leaf = qkv.clone().requires_grad_()
-        out = operation(*leaf.unbind(1), cu_seqlens, max(LAYOUTS[layout]), window)
+        out = call(operation, leaf, cu_seqlens, max(LAYOUTS[layout]), window)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         results.append((out, torch.autograd.grad((out * weight).sum(), leaf)[0]))
     (out, gradient), (expected, expected_gradient) = results
@@ -99,7 +119,7 @@ def test_a_document_does_not_see_its_neighbours(window: int | None) -> None:
     changed = qkv.clone()
     changed[:900] = float("nan")
     leaves = [values.requires_grad_() for values in (qkv, changed)]
-    outs = [reference_attention(*leaf.unbind(1), cu_seqlens, 900, window) for leaf in leaves]
+    outs = [call(reference_attention, leaf, cu_seqlens, 900, window) for leaf in leaves]
     assert torch.equal(outs[0][900:], outs[1][900:])
     gradients = [
         torch.autograd.grad(out.sum(), leaf)[0] for out, leaf in zip(outs, leaves, strict=True)
@@ -116,9 +136,7 @@ def test_the_place_in_the_row_changes_no_bit(window: int | None) -> None:
         row, _ = make_row([before + behind])
         qkv = torch.cat([row[:before], document, row[before:]])
         cu_seqlens = torch.tensor([0, before, before + 450, before + 450 + behind]).int()
-        outs.append(
-            reference_attention(*qkv.unbind(1), cu_seqlens, 450, window)[before : before + 450]
-        )
+        outs.append(call(reference_attention, qkv, cu_seqlens, 450, window)[before : before + 450])
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
 
@@ -127,7 +145,7 @@ def test_a_local_layer_does_not_make_all_scores() -> None:
     """Were they made, the largest intermediate would be 4096² × 2 heads, 134 MB."""
     qkv, cu_seqlens = make_row([4096])
     with torch.profiler.profile(profile_memory=True) as profile:
-        reference_attention(*qkv.unbind(1), cu_seqlens, 4096, 64)
+        call(reference_attention, qkv, cu_seqlens, 4096, 64)
     assert max(event.cpu_memory_usage for event in profile.events()) < 32 * 2**20
 
 
@@ -136,11 +154,10 @@ def test_tokens_behind_all_documents_get_and_give_nothing(window: int | None) ->
     qkv, cu_seqlens = make_row([5, 4, 3])
     qkv[9:] = float("nan")
     leaf = qkv.requires_grad_()
-    out = reference_attention(*leaf.unbind(1), cu_seqlens[:3], 5, window)
+    out = call(reference_attention, leaf, cu_seqlens[:3], 5, window)
     (gradient,) = torch.autograd.grad(out.sum(), leaf)
-    assert torch.equal(
-        out[:9], reference_attention(*qkv.detach()[:9].unbind(1), cu_seqlens[:3], 5, window)
-    )
+    alone = call(reference_attention, qkv.detach()[:9], cu_seqlens[:3], 5, window)
+    assert torch.equal(out[:9], alone)
     assert bool(gradient[:9].any())
     assert not bool(out[9:].any())
     assert not bool(gradient[9:].any())
@@ -238,7 +255,12 @@ def test_a_choice_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_attend(
-    lengths: list[int], behind: int, max_seqlen: int, window: int | None, choice: Choice
+    lengths: list[int],
+    behind: int,
+    max_seqlen: int,
+    window: int | None,
+    choice: Choice,
+    queries: Queries | None = None,
 ) -> list[Tensor]:
     """The result and the gradient by qkv, by the documents and some tokens behind them."""
     qkv, _ = make_row([*lengths, behind])
@@ -246,7 +268,7 @@ def run_attend(
     places = torch.cat([torch.arange(n) for n in [*lengths, behind]])
     documents = describe_documents(places, cu_seqlens, max_seqlen, choice)
     leaf = qkv.clone().requires_grad_()
-    out = attend(leaf, RotaryTables(512, WIDTH, 10_000.0), documents, window, choice)
+    out = attend(leaf, RotaryTables(1024, WIDTH, 10_000.0), documents, window, choice, queries)
     return [out.detach(), torch.autograd.grad(out.square().sum(), leaf)[0]]
 
 
@@ -295,7 +317,7 @@ def test_a_bound_beyond_short_documents_is_the_backends_affair(
     asked: list[int] = []
 
     def counted(*values: Tensor) -> Tensor:
-        asked.append(int(values[4]))
+        asked.append(int(values[5]))
         return reference_attention(*values)
 
     monkeypatch.setitem(BACKENDS, IN_KERNEL.backend, counted)
@@ -323,6 +345,52 @@ def test_one_kernel_serves_all_bounds_on_short_documents(monkeypatch: pytest.Mon
 def test_the_smallest_bucket_of_training_is_short() -> None:
     batch = pytest.importorskip("train.batch")
     assert batch.SMALLEST_SEQLEN == SHORT_DOCUMENTS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_some_queries_are_rows_of_all(
+    layout: str, window: int | None, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results and gradients; with a window, or in an order not known, computed with all."""
+    if compiled:
+        monkeypatch.setitem(BACKENDS, "reference", attention._opaque_reference)
+    lengths = LAYOUTS[layout]
+    queries, bound = every_third(lengths, 2), max(SHORT_DOCUMENTS + 1, *lengths)
+    real = len(queries.places_M) - 2
+
+    def run(given: Queries | None) -> tuple[Tensor, Tensor]:
+        qkv, cu_seqlens = make_row([*lengths, 4])
+        leaf = qkv.double().requires_grad_()
+        places = torch.cat([torch.arange(n) for n in [*lengths, 4]])
+        documents = describe_documents(places, cu_seqlens[:-1], bound, IN_PYTORCH)
+        tables = RotaryTables(1024, WIDTH, 10_000.0)
+        out = attend(leaf, tables, documents, window, IN_PYTORCH, given)
+        if given is None:
+            out = out[queries.places_M]
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        return out[:real], torch.autograd.grad((out * weight)[:real].sum(), leaf)[0]
+
+    expected = run(None)
+    for given in (queries, queries._replace(cu_seqlens=None)):
+        for ours, theirs in zip(run(given), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_some_queries_are_all_that_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(*values: Tensor) -> Tensor:
+        asked.append(len(values[0]))
+        return reference_attention(*values)
+
+    monkeypatch.setitem(BACKENDS, "reference", counted)
+    lengths = [200, 0, 30]
+    queries = every_third(lengths, 0)
+    run_attend(lengths, 0, 200, None, IN_PYTORCH, queries)
+    run_attend(lengths, 0, 200, 8, IN_PYTORCH, queries)
+    assert asked == [len(queries.places_M), 230]
 
 
 @pytest.mark.gpu
@@ -366,6 +434,42 @@ def test_gpu_attention_agrees_with_the_reference(
     check_norms(f"{name} {layout} window {window}", fast, plain, exact)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fa4", "fa2", "varlen"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gpu_some_queries_agree_with_the_reference(name: str, layout: str, cuda: str) -> None:
+    """Documents without a query among them, filler, and tokens behind all documents."""
+    width, lengths = 64, LAYOUTS[layout]
+    if reason := why_not(name, "cuda", None, torch.bfloat16, width):
+        pytest.skip(reason)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(cuda)
+    queries = every_third(lengths, 7 if sum(lengths) else 0)
+    assert queries.cu_seqlens is not None
+    real = int(queries.cu_seqlens[-1])
+    queries = Queries(queries.places_M.to(cuda), queries.cu_seqlens.to(cuda))
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths) + 50, 3, HEADS, width, generator=generator)
+    weight = torch.randn(len(queries.places_M), HEADS, width, generator=generator)
+    tables = RotaryTables(1024, width, 10_000.0).to(cuda)
+    places = positions_from(cu_seqlens, len(qkv))
+
+    def run(dtype: torch.dtype, which: Choice) -> tuple[Tensor, Tensor]:
+        leaf = qkv.bfloat16().to(cuda, dtype).requires_grad_()
+        documents = describe_documents(
+            places, cu_seqlens, max(SHORT_DOCUMENTS + 1, *lengths), which
+        )
+        out = attend(leaf, tables, documents, None, which, queries)
+        grad = weight.bfloat16().to(cuda, dtype)
+        return out.detach().double(), torch.autograd.grad(out, leaf, grad)[0].double()
+
+    slow, fast = Choice("reference", "backend"), Choice(name, "backend")
+    exact, plain = run(torch.float64, slow), run(torch.bfloat16, slow)
+    ours = run(torch.bfloat16, fast)
+    assert not bool(ours[0][real:].any())
+    assert not bool(ours[1][sum(lengths) :].any())
+    check_norms(f"{name} {layout}, every third", ours, plain, exact)
+
+
 def check_norms(
     what: str,
     ours: tuple[Tensor, Tensor],
@@ -394,7 +498,7 @@ def test_twice_the_error_of_pytorch_would_be_seen() -> None:
     results = []
     for values in (qkv.bfloat16(), qkv.bfloat16().double()):
         leaf = values.requires_grad_()
-        out = reference_attention(*leaf.unbind(1), cu_seqlens, 16, None)
+        out = call(reference_attention, leaf, cu_seqlens, 16, None)
         results.append((out.detach().double(), torch.autograd.grad(out.sum(), leaf)[0].double()))
     plain, exact = results
     check_norms("as PyTorch", plain, plain, exact)

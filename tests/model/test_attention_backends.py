@@ -24,19 +24,21 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-def weights(q: Tensor, k: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
-    """Softmax over all pairs, others' documents masked out; zeros behind all documents."""
-    place = torch.arange(q.shape[0])
-    document = torch.bucketize(place, cu_seqlens[1:], right=True)
-    seen = document[:, None] == document[None, :]
+def weights(q: Tensor, k: Tensor, ends_q: Tensor, ends_k: Tensor, window: int) -> Tensor:
+    """Softmax over all pairs, others' documents masked out; queries behind all of them see all."""
+    place_q, place_k = torch.arange(q.shape[0]), torch.arange(k.shape[0])
+    document_q = torch.bucketize(place_q, ends_q[1:], right=True)
+    document_k = torch.bucketize(place_k, ends_k[1:], right=True)
+    seen = document_q[:, None] == document_k[None, :]
     if window >= 0:
-        seen &= (place[:, None] - place[None, :]).abs() <= window
+        seen &= (place_q[:, None] - place_k[None, :]).abs() <= window
+    seen |= (place_q >= ends_q[-1])[:, None]
     scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
     return scores.masked_fill(~seen, float("-inf")).softmax(-1)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
-    return torch.einsum("hij,jhd->ihd", weights(q, k, cu_seqlens, window), v)
+def dense(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, window: int) -> Tensor:
+    return torch.einsum("hij,jhd->ihd", weights(q, k, ends_q, ends_k, window), v)
 
 
 def poison_behind(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -46,9 +48,15 @@ def poison_behind(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
-    out = poison_behind(dense(q, k, v, cu_seqlens, window), cu_seqlens)
+    out = poison_behind(dense(q, k, v, cu_seqlens_q, cu_seqlens_k, window), cu_seqlens_q)
     return out, q.new_zeros((q.shape[1], q.shape[0])).float()
 
 
@@ -59,11 +67,14 @@ def backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
 ) -> tuple[Tensor, ...]:
-    p = weights(q, k, cu_seqlens, window)
+    # What lies behind the last query may hold anything.
+    grad = grad.masked_fill((torch.arange(len(q)) >= cu_seqlens_q[-1])[:, None, None], 0)
+    p = weights(q, k, cu_seqlens_q, cu_seqlens_k, window)
     along_p = torch.einsum("ihd,jhd->hij", grad, v)
     along_s = p * (along_p - (p * along_p).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
     grads = (
@@ -71,7 +82,8 @@ def backward(
         torch.einsum("hij,ihd->jhd", along_s, q),
         torch.einsum("hij,ihd->jhd", p, grad),
     )
-    return tuple(poison_behind(value, cu_seqlens) for value in grads)
+    ends = cu_seqlens_q, cu_seqlens_k, cu_seqlens_k
+    return tuple(poison_behind(value, end) for value, end in zip(grads, ends, strict=True))
 
 
 stand_in = register("stand_in", forward, backward)
@@ -88,11 +100,11 @@ def make_row(lengths: list[int], behind: int) -> tuple[list[Tensor], Tensor, Ten
 
 def check(attend: Callable[..., Tensor], window: int | None) -> None:
     leaves, cu_seqlens, grad = make_row(LENGTHS, BEHIND)
-    out = attend(*leaves, cu_seqlens, 20, window)
+    out = attend(*leaves, cu_seqlens, cu_seqlens, 20, window)
     grads = torch.autograd.grad(out, leaves, grad)
     end = sum(LENGTHS)
     alone = [leaf.detach()[:end].requires_grad_() for leaf in leaves]
-    expected = dense(*alone, cu_seqlens, -1 if window is None else window)
+    expected = dense(*alone, cu_seqlens, cu_seqlens, -1 if window is None else window)
     expected_grads = torch.autograd.grad(expected, alone, grad[:end])
     for ours, theirs in zip((out, *grads), (expected, *expected_grads), strict=True):
         assert torch.allclose(ours[:end], theirs)
@@ -104,9 +116,32 @@ def test_results_gradients_and_zeros_behind_the_documents(window: int | None) ->
     check(stand_in, window)
 
 
+def check_some(attend: Callable[..., Tensor]) -> None:
+    """Queries at some tokens, of one document none, and filler behind them."""
+    leaves, cu_seqlens, _ = make_row(LENGTHS, BEHIND)
+    places, cu_seqlens_q = torch.tensor([0, 3, 19, 27]), torch.tensor([0, 3, 3, 3, 4]).int()
+    grad = torch.randn(7, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    end = sum(LENGTHS)
+    some = torch.cat([leaves[0][places], leaves[0][:3]])
+    out = attend(some, *leaves[1:], cu_seqlens_q, cu_seqlens, 20, None)
+    alone = [leaf.detach()[:end].requires_grad_() for leaf in leaves]
+    expected = dense(*alone, cu_seqlens, cu_seqlens, -1)[places]
+    assert torch.allclose(out[:4], expected)
+    assert not bool(out[4:].any())
+    grads = torch.autograd.grad(out, leaves, grad)
+    expected_grads = torch.autograd.grad(expected, alone, grad[:4])
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert torch.allclose(ours[:end], theirs)
+        assert not bool(ours[end:].any())
+
+
+def test_some_queries() -> None:
+    check_some(stand_in)
+
+
 def test_no_token() -> None:
     leaves, cu_seqlens, grad = make_row([0], 0)
-    out = stand_in(*leaves, cu_seqlens, 1, None)
+    out = stand_in(*leaves, cu_seqlens, cu_seqlens, 1, None)
     assert out.shape == (0, 2, 8)
     assert torch.autograd.grad(out, leaves, grad)[0].shape == (0, 2, 8)
 
@@ -115,7 +150,7 @@ def test_documents_without_a_token_before_some_without_a_document() -> None:
     """Others' kernels are not asked: a grid over nothing cannot be launched."""
     leaves, cu_seqlens, grad = make_row([0, 0], 5)
     refused = register("refused", _refuse, _refuse)
-    out = refused(*leaves, cu_seqlens, 0, None)
+    out = refused(*leaves, cu_seqlens, cu_seqlens, 0, None)
     for value in (out, *torch.autograd.grad(out, leaves, grad)):
         assert value.shape == (5, 2, 8)
         assert not bool(value.any())
@@ -134,7 +169,7 @@ def test_one_graph_whatever_the_documents() -> None:
         leaves, cu_seqlens, grad = make_row(lengths, 34 - sum(lengths))
         results = []
         for function in (compiled, stand_in):
-            out = function(*leaves, cu_seqlens, max(lengths), 3)
+            out = function(*leaves, cu_seqlens, cu_seqlens, max(lengths), 3)
             results.append([out, *torch.autograd.grad(out, leaves, grad)])
         for one, two in zip(*results, strict=True):
             assert torch.equal(one, two)
@@ -145,12 +180,12 @@ def test_registration() -> None:
     leaves, cu_seqlens, grad = make_row(LENGTHS, BEHIND)
     names = ["test_schema", "test_autograd_registration", "test_faketensor"]
     operations = torch.ops.clinical_modernbert
-    arguments = (*leaves, cu_seqlens, 20, 3)
+    arguments = (*leaves, cu_seqlens, cu_seqlens, 20, 3)
     torch.library.opcheck(operations.stand_in.default, arguments, test_utils=names)
     out, logsumexp = operations.stand_in(*arguments)
     saved = [value.detach() for value in (grad, *leaves, out, logsumexp)]
     torch.library.opcheck(
-        operations.stand_in_backward.default, (*saved, cu_seqlens, 20, 3), test_utils=names
+        operations.stand_in_backward.default, (*saved, *arguments[3:]), test_utils=names
     )
 
 
@@ -166,7 +201,7 @@ def _fa2_module() -> ModuleType:
         assert (dropout_p, causal, softcap) == (0.0, False, 0.0)
         assert softmax_scale == q.shape[-1] ** -0.5
         assert window_size_left == window_size_right
-        out, lse = forward(q, k, v, cu_seqlens_q, max_seqlen_q, window_size_left)
+        out, lse = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_size_left)
         return out, lse, torch.empty(0), torch.empty(2)
 
     def varlen_backward(
@@ -178,9 +213,8 @@ def _fa2_module() -> ModuleType:
         assert softmax_scale == q.shape[-1] ** -0.5
         assert window_size_left == window_size_right
         module.asked.append(deterministic)
-        grads = backward(
-            dout, q, k, v, out, softmax_lse, cu_seqlens_k, max_seqlen_k, window_size_left
-        )
+        ends = cu_seqlens_q, cu_seqlens_k
+        grads = backward(dout, q, k, v, out, softmax_lse, *ends, max_seqlen_k, window_size_left)
         for place, value in zip((dq, dk, dv), grads, strict=True):
             place.copy_(value)
         return softmax_lse
@@ -205,7 +239,8 @@ def _fa4_module() -> ModuleType:
     ):  # fmt: skip
         assert return_lse
         width = side(window_size_left, window_size_right)
-        return *forward(q, k, v, cu_seqlens_q, max_seqlen_q, width), None, None, None
+        ends = cu_seqlens_q, cu_seqlens_k
+        return *forward(q, k, v, *ends, max_seqlen_q, width), None, None, None
 
     def bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0,
@@ -214,7 +249,7 @@ def _fa4_module() -> ModuleType:
     ):  # fmt: skip
         module.asked.append(deterministic)
         width = side(window_size_left, window_size_right)
-        return backward(dout, q, k, v, out, lse, cu_seqlens_k, max_seqlen_k, width)
+        return backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, width)
 
     module = ModuleType("flash_attn.cute.interface")
     module.asked = []
@@ -250,7 +285,8 @@ def test_calls_fit_the_documented_signatures(
 ) -> None:
     attend, module = stand_in_for
     check(attend, window)
-    assert module.asked == [False]
+    check_some(attend)
+    assert module.asked == [False, False]
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -344,7 +380,7 @@ def test_gpu_registration(name: str, window: int, cuda: str) -> None:
     draw = torch.Generator(cuda).manual_seed(0)
     values = torch.randn(4, sum(lengths) + 6, 3, 64, generator=draw, device=cuda).bfloat16()
     *qkv, grad = values.unbind()
-    others = (cu_seqlens, 300, window)
+    others = (cu_seqlens, cu_seqlens, 300, window)
     operations = [
         getattr(torch.ops.clinical_modernbert, f"{name}_attention{end}").default
         for end in ("", "_backward")

@@ -23,13 +23,21 @@ LAYOUTS = [
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
+    window: int | None,
 ) -> Tensor:
     """Stands in on a CPU for the reference, which is one opaque operation to a compiler."""
-    place = torch.arange(q.shape[0])
-    document = torch.bucketize(place, cu_seqlens[1:], right=True)
-    distance = (place[:, None] - place[None, :]).abs()
-    seen = (document[:, None] == document[None, :]) & (distance <= (window or max_seqlen))
+    place_q, place_k = torch.arange(q.shape[0]), torch.arange(k.shape[0])
+    document_q = torch.bucketize(place_q, cu_seqlens_q[1:], right=True)
+    document_k = torch.bucketize(place_k, cu_seqlens_k[1:], right=True)
+    seen = document_q[:, None] == document_k[None, :]
+    if window is not None:
+        seen &= (place_q[:, None] - place_k[None, :]).abs() <= window
     scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
@@ -41,17 +49,20 @@ def check(
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    places = torch.arange(0, 512, 4, device=device)
+    places = torch.arange(0, 512, 4)
+    given = places.to(device)
     labels = torch.randint(3, 320, places.shape).to(device)
     names = [name for name, _ in model.named_parameters()]
     assert len(LAYOUTS) == 20
     for lengths in LAYOUTS:
-        row = packed_row(lengths).to(device)
+        row = packed_row(lengths)
+        of_each = torch.searchsorted(places, row.cu_seqlens.long()).int().to(device)
+        row = row.to(device)
         counted = 128 - len(lengths)
         labels[counted:] = -100
         results = []
         for function in (compiled, model):
-            loss = function(*row.arguments(), places, labels, counted)
+            loss = function(*row.arguments(), given, labels, counted, masked_cu_seqlens=of_each)
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             results.append((loss.item(), gradients))
         (loss, gradients), (expected_loss, expected) = results
@@ -78,7 +89,8 @@ def dense_local_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
 ) -> Tensor:
     """Stands in for the kernel, which a CPU's Triton could not be traced into."""
-    return dense_attention(*rope_reference(qkv, cos, sin, position_ids), bounds, 0, window)
+    qkv_THD = rope_reference(qkv, cos, sin, position_ids)
+    return dense_attention(*qkv_THD, bounds, bounds, 0, window)
 
 
 @pytest.fixture

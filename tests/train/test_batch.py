@@ -52,15 +52,43 @@ def test_documents_stand_longest_first_with_their_masks_in_place(data_folder: Pa
     laid_out[64 + 2], laid_out[64 + 5] = 3, 44
     assert batch.input_ids[places].tolist() == laid_out.tolist()
     assert batch.masked_tokens == 2
-    assert batch.masked_indices[:3].tolist() == [places[64 + 2], places[64 + 5], 0]
-    assert batch.labels[:2].tolist() == rows[1].input_ids[[2, 5]].tolist()
+    masked = sorted((places[64 + at], rows[1].input_ids[at]) for at in (2, 5))
+    assert batch.masked_indices[:3].tolist() == [*(place for place, _ in masked), 0]
+    assert batch.labels[:2].tolist() == [label for _, label in masked]
     assert (batch.labels[2:] == IGNORED).all()
-    assert batch.masked_indices.shape == batch.labels.shape == (2 * 19,), "2 × round(0.3 × 64)"
+    assert batch.masked_indices.shape == batch.labels.shape == (64,), (
+        "2 × round(0.3 × 64), and more"
+    )
     assert batch.masked_sources[:3].tolist() == [2, 2, 0], "numbers of their sources, then filler"
     assert batch.masked_sources.shape == batch.labels.shape
     tensors = [batch.input_ids, batch.position_ids, batch.labels, batch.masked_sources]
     assert {tensor.dtype for tensor in tensors} == {torch.int64}
-    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens.dtype == batch.masked_cu_seqlens.dtype == torch.int32
+
+
+def test_masked_places_go_through_the_documents(data_folder: Path) -> None:
+    """In ascending order, each with its own label and source, and which are in which document."""
+    data = DataSet(data_folder)
+    rows = [data.read("train", name, 3) for name in ("papers", "notes", "papers")]
+    draw = np.random.default_rng(0)
+    masks = []
+    for row in rows:
+        at = np.sort(draw.choice(64, 15, replace=False))
+        masks.append(MaskedRow(at, row.input_ids[at].astype(int), 100 + at))
+    batch = pack(rows, masks, shape_of(data, rows=3))
+    came_from = np.argsort(places_longest_first(rows))
+    masked = batch.masked_indices[: batch.masked_tokens].numpy()
+    assert len(masked) == 45
+    assert (np.diff(masked) > 0).all()
+    assert batch.labels[:45].tolist() == (100 + came_from[masked] % 64).tolist()
+    sources = np.array([2, 1, 2])  # of "codes", "notes", "papers"
+    assert batch.masked_sources[:45].tolist() == sources[came_from[masked] // 64].tolist()
+    bounds, of_each = batch.cu_seqlens.tolist(), batch.masked_cu_seqlens.tolist()
+    assert len(bounds) == len(of_each)
+    assert 0 in np.diff(of_each), "a document without a masked token"
+    for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        inside = masked[of_each[number] : of_each[number + 1]].tolist()
+        assert inside == [place for place in masked.tolist() if begin <= place < end]
 
 
 def test_positions_start_anew_in_every_document(data_folder: Path) -> None:
@@ -119,4 +147,4 @@ def test_shapes_take_few_values(data_folder: Path) -> None:
         batch = pack([data.read("train", "notes", row)], [NOTHING], shape_of(data, rows=1))
         tensors = (batch.input_ids, batch.cu_seqlens, batch.masked_indices)
         shapes.add((*(tuple(tensor.shape) for tensor in tensors), batch.max_seqlen))
-    assert shapes == {((64,), (65,), (19,), 32)}
+    assert shapes == {((64,), (65,), (64,), 32)}

@@ -154,8 +154,8 @@ def test_speed_and_mfu_are_those_of_all_steps_together_for_a_gpu() -> None:
     assert one["spread"] == [round(131_072 / 0.625 / 2, 1), 65_536 / 0.25 / 2]
     assert one["mfu"] == pytest.approx(4 * flops / 2 / 989.4e12, abs=1e-4)
     assert one["mfu_of_measured_peak"] == pytest.approx(4 * flops / 2 / 800e12, abs=1e-4)
-    # By hand: 0.82 GFLOP a token at 1,024 with the head on 30 %, 131,072 tokens a second.
-    assert one["mfu"] == pytest.approx(0.82e9 * 131_072 / 989.4e12, rel=0.02)
+    # By hand: 0.80 GFLOP a token at 1,024 with the last layer on 30 %, 131,072 tokens a second.
+    assert one["mfu"] == pytest.approx(0.80e9 * 131_072 / 989.4e12, rel=0.02)
     assert "800 TFLOP/s" in one["peak_source"]
     assert one["seconds"] == [0.25, 0.625, 0.25]
     assert one["interruptions"] == UNDISTURBED

@@ -12,15 +12,23 @@ from train.flops import attended_pairs, peak_flops, training_flops
 
 
 def test_a_count_by_hand() -> None:
-    """Base, one document of 1,024 tokens, 307 of them masked."""
+    """Base, one document of 1,024 tokens, 307 of them masked: the last layer has 307 queries."""
     base = ModernBertConfig()
-    products = 1024 * 22 * (768 * 2304 + 768 * 768 + 768 * 2304 + 1152 * 768)
+    products = 1024 * 21 * (768 * 2304 + 768 * 768 + 768 * 2304 + 1152 * 768)
+    last = 1024 * 768 * 1536 + 307 * (768 * 768 + 768 * 768 + 768 * 2304 + 1152 * 768)
     head = 307 * (768 * 768 + 768 * 50368)
     local = 1024 * 129 - 64 * 65
-    attention = 2 * 768 * (8 * 1024 * 1024 + 14 * local)
-    assert training_flops(base, [1024], 307) == 6 * (products + head + attention)
-    # The figure that peers quote: 0.82 GFLOP a token at 1,024 with the head on 30 %.
-    assert training_flops(base, [1024], 307) / 1024 == pytest.approx(0.82e9, rel=0.02)
+    attention = 2 * 768 * (7 * 1024 * 1024 + 307 * 1024 + 14 * local)
+    counted = training_flops(base, [1024], 307)
+    assert counted == pytest.approx(6 * (products + last + head + attention), rel=1e-12)
+    # Peers quote 0.82 GFLOP a token at 1,024 with the head on 30 %, all of the last layer in it.
+    saved = 6 * 717 * (2 * 768 * 768 + 768 * 2304 + 1152 * 768 + 2 * 768 * 1024)
+    assert (counted + saved) / 1024 == pytest.approx(0.82e9, rel=0.02)
+
+
+def test_no_token_costs_nothing() -> None:
+    assert training_flops(ModernBertConfig(), [], 0) == 0
+    assert training_flops(ModernBertConfig(), [0], 0) == 0
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 64])

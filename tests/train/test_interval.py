@@ -54,7 +54,7 @@ def right_of(labels: Tensor) -> Tensor:
 class Engine:
     """What training calls of an engine, without a model."""
 
-    def __call__(self, *batch: Any, each: bool) -> tuple[Tensor, Tensor]:
+    def __call__(self, *batch: Any, **_: Any) -> tuple[Tensor, Tensor]:
         losses_M = losses_of(batch[5])
         return losses_M.sum(), torch.stack([losses_M, right_of(batch[5])])
 
@@ -98,16 +98,21 @@ def test_figures_are_those_of_the_rows(resolved: Callable[..., Any], seconds: li
     flops = tokens = 0.0
     for number, batch in enumerate(batches):
         losses, right, at = losses_of(batch.labels), right_of(batch.labels), 0
+        of_rows, lengths = {"notes": 0, "papers": 0}, []
         for row in range(2):
             address = phase.order[2 * number + row]
             read = phase.data.read("train", address.source, address.row)
             masked = masked_count(0.3, int((read.input_ids > 4).sum()))
-            sums[address.source] += losses[at : at + masked].tolist()
-            rights[address.source] += right[at : at + masked].tolist()
+            of_rows[address.source] += masked
             at += masked
-            lengths = np.diff(read.cu_seqlens)[: len(read.documents)]
-            flops += training_flops(phase.model_config, lengths, masked)
-            tokens += lengths.sum()
+            lengths += np.diff(read.cu_seqlens)[: len(read.documents)].tolist()
+        for source, masked in of_rows.items():
+            mine = batch.masked_sources[:at] == phase.shape.sources.index(source)
+            assert int(mine.sum()) == masked
+            sums[source] += losses[:at][mine].tolist()
+            rights[source] += right[:at][mine].tolist()
+        flops += training_flops(phase.model_config, lengths, at)
+        tokens += sum(lengths)
     for source, values in sums.items():
         part = found["by_source"][source]
         assert part["loss"] == pytest.approx(np.mean(values))

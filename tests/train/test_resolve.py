@@ -117,7 +117,7 @@ def test_phases_follow_one_another_on_their_own_data(
     short, long = run.phases.values()
     assert (short.shape.tokens, long.shape.tokens) == (64, 2 * 128)
     assert (short.shape.max_length, long.shape.max_length) == (32, 64)
-    assert long.shape.masked == 2 * 38, "room for the highest rate of the phase"
+    assert long.shape.masked == 128, "room for 2 × 38, by the phase's highest rate, in 64s"
     assert (short.micro_steps, long.micro_steps) == (4, 1)
     assert short.validation_rows == {"notes": 2, "papers": 3}
     assert long.validation_rows == {"notes": 2, "papers": 3}
