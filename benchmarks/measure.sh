@@ -29,7 +29,7 @@
 # RESULTS  where all of it goes, by default benchmarks/results; what lies there is gone on with
 # LIMIT_S  the seconds of a piece, 480; a command that takes longer by itself needs more
 # GPUS     of this machine, for several
-# PROJECT_COMMIT  which commit this is, where its files were copied without the repository
+# PROJECT_COMMIT  which commit this is, where its files were copied from a repository
 set -euo pipefail
 trap 'exit 130' INT
 

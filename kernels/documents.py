@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 _TOKENS_A_PROGRAM = 256
-# Elements that a program clears at once, and its warps.
-_CLEARED = (4096, 4)
+# Elements that a program clears at once, its warps, and the most programs: little of a row lies
+# behind all documents, and programs that find nothing to do take their time as well.
+_CLEARED = (4096, 4, 264)
 
 
 def document_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -71,9 +72,10 @@ def clear_behind_documents(rows: Tensor, cu_seqlens: Tensor) -> None:
     if not rows.is_contiguous():
         raise ValueError("clear_behind_documents needs a contiguous tensor")
     width = rows.numel() // rows.shape[0]
-    block, warps = _CLEARED
+    block, warps, most = _CLEARED
+    programs = min(triton.cdiv(rows.numel(), block), most)
     with torch.cuda.device_of(rows):
-        _clear_kernel[(triton.cdiv(rows.numel(), block),)](
+        _clear_kernel[(programs,)](
             rows,
             cu_seqlens,
             cu_seqlens.shape[0] - 1,
@@ -103,12 +105,15 @@ def _bounds_kernel(cu_seqlens, bounds, documents, tokens, BLOCK: tl.constexpr): 
 
 
 @triton.jit
-def _clear_kernel(rows, cu_seqlens, documents, elements, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+def _clear_kernel(  # type: ignore[no-untyped-def]
+    rows, cu_seqlens, documents, elements, width, BLOCK: tl.constexpr
+):
     covered = tl.load(cu_seqlens + documents).to(tl.int64) * width
-    if start + BLOCK > covered:
-        at = start + tl.arange(0, BLOCK)
-        zeros = tl.zeros((BLOCK,), rows.dtype.element_ty)
+    zeros = tl.zeros((BLOCK,), rows.dtype.element_ty)
+    # Whole blocks from the first that is not covered, for wide stores.
+    first = covered // BLOCK + tl.program_id(0)
+    for block in range(first, tl.cdiv(elements, BLOCK), tl.num_programs(0)):
+        at = block * BLOCK + tl.arange(0, BLOCK)
         tl.store(rows + at, zeros, mask=(at >= covered) & (at < elements))
 
 

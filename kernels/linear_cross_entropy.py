@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.mixed_precision import scale_narrow
+
 IGNORED = -100
 _IGNORED, _LOG2_E = tl.constexpr(IGNORED), tl.constexpr(1.4426950408889634)
 # Rows that count are rounded up to these, for the library's sake.
@@ -331,6 +333,12 @@ def _empty_gradients(
     return of_hidden, of_weight, of_bias
 
 
+def _scale(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if gradient.is_cuda and dtype != gradient.dtype:
+        return scale_narrow(gradient, scale, dtype)
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, *_ = inputs
     ctx.save_for_backward(*output[1:4])
@@ -342,10 +350,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 def _backward(ctx, grad_loss: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
     # Scaled before they are rounded: a loss scaled for fp16 keeps its small gradients. In one step
     # each, without a temporary as large as the fp32 gradient of the weight.
-    scaled = [
-        torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=ctx.dtype))
-        for gradient in ctx.saved_tensors
-    ]
+    scaled = [_scale(gradient, grad_loss, ctx.dtype) for gradient in ctx.saved_tensors]
     return *scaled, None, None, None, None
 
 

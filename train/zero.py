@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.mixed_precision import add_narrow
 from train.stable_adamw import Layout, whole
 
 Wrapper = Any
@@ -136,7 +137,7 @@ def _add_gradient(wrapper: Wrapper, parameter: Any) -> None:
     if parameter.grad_accum is None:
         parameter.grad_accum = parameter.grad.to(wrapper.gradient_accumulation_dtype)
     else:
-        parameter.grad_accum.add_(parameter.grad)
+        _add(parameter.grad_accum, parameter.grad)
     parameter.grad = None
 
 
@@ -145,8 +146,15 @@ def _add_to_partition(wrapper: Wrapper, parameter: Any, group: int) -> None:
     wrapper.setup_buckets()
     name, size = wrapper.get_param_id(parameter), parameter.numel()
     sums = wrapper._get_compact_grad_partition_slice(group, 0, name, size)
-    sums.view_as(parameter).add_(parameter.grad)
+    _add(sums.view_as(parameter), parameter.grad)
     parameter.grad = None
+
+
+def _add(sums: Tensor, gradient: Tensor) -> None:
+    if sums.is_cuda and sums.dtype != gradient.dtype:
+        add_narrow(sums, gradient.contiguous())
+    else:
+        sums.add_(gradient)
 
 
 def _reduce_bucket(

@@ -36,6 +36,7 @@ from kernels import (
     layer_norm,
     linear_cross_entropy,
     local_attention,
+    mixed_precision,
     rope,
     stable_adamw,
     unpad,
@@ -188,6 +189,12 @@ def call_stable_adamw(pieces: stable_adamw.Pieces) -> None:
     stable_adamw.apply_update(flat, flat, flat, rates, 0.1, 1e-6, pieces)
 
 
+def call_mixed_precision(elements: int, dtype: torch.dtype) -> None:
+    wide, narrow = empty(elements, dtype=torch.float32), empty(elements, dtype=dtype)
+    mixed_precision.add_narrow(wide, narrow)
+    mixed_precision.scale_narrow(wide, empty(dtype=torch.float32), dtype)
+
+
 def usual() -> Iterator[tuple[str, Any]]:
     """What a run of the base model launches, in bf16."""
     heads, width, inner = BASE
@@ -203,6 +210,7 @@ def usual() -> Iterator[tuple[str, Any]]:
     sources = [empty(TOKENS, dtype=torch.int64), empty(TOKENS, hidden, dtype=bf16)]
     yield "unpad", partial(call_unpad, 64, 1024, 40_000, torch.int64, sources)
     yield "stable_adamw", partial(call_stable_adamw, ((0, 2**20), (2**20, 2**20 + 768)))
+    yield "mixed_precision", partial(call_mixed_precision, 2304 * hidden, bf16)
 
 
 def types() -> Iterator[tuple[str, Any]]:

@@ -300,8 +300,7 @@ def test_the_commit_is_that_of_the_checkout(
     assert results.commit(tmp_path) == f"{number} and changes"
     assert results.commit(tmp_path / "benchmarks") is None, "a folder in a checkout"
     monkeypatch.setenv("PROJECT_COMMIT", "another")
-    assert results.commit(tmp_path) == f"{number} and changes"
-    assert results.commit(tmp_path / "benchmarks") == "another"
+    assert results.commit(tmp_path) == "another", "whoever copied the files knows"
     monkeypatch.delenv("PROJECT_COMMIT")
     monkeypatch.setenv("PATH", "")
     assert results.commit(tmp_path) is None, "no git"

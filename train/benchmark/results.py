@@ -82,18 +82,21 @@ def versions() -> dict[str, str | None]:
 
 
 def commit(root: Path) -> str | None:
-    """The short hash of the commit checked out in `root`, "… and changes" where files differ from
-    it; without git, or where `root` is no checkout, what PROJECT_COMMIT says, or None.
+    """What PROJECT_COMMIT says; without it, the short hash of the commit checked out in `root`,
+    "… and changes" where files differ from it, or None without git or a checkout.
 
     Results do not count as changes: measuring writes them.
     """
+    if said := os.environ.get("PROJECT_COMMIT"):
+        return said
     words = ("rev-parse", "--short=10", "HEAD")
     changed = ("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{_RESULTS}")
     # A checkout above `root` is another project's.
-    said = [_git(root, *words), _git(root, *changed)] if (root / ".git").exists() else [None]
-    if None in said:
-        return os.environ.get("PROJECT_COMMIT")
-    number, changes = said
+    if not (root / ".git").exists():
+        return None
+    number, changes = _git(root, *words), _git(root, *changed)
+    if number is None or changes is None:
+        return None
     return f"{number} and changes" if changes else number
 
 
