@@ -208,12 +208,22 @@ def test_a_document_does_not_see_its_neighbours(device: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's numpy
-def test_a_document_does_not_feel_its_neighbours_however_large(device: torch.device) -> None:
-    """As long as all numbers are finite, here those that fp16 can hold when they have turned."""
+@pytest.mark.parametrize("scores", ["nothing", "the most"])
+def test_a_document_does_not_feel_its_neighbours_however_large(
+    scores: str, device: torch.device
+) -> None:
+    """As long as all numbers are finite, here those that fp16 can hold when they have turned; and
+    with queries along their keys, those whose scores, of 2^26.6, leave results finite."""
     qkv, turn, cu_seqlens, grad = make_case(([9, 4, 9], 0), 1, 16, torch.float16, device)
     before = run(qkv, turn, cu_seqlens, grad, 64)
     qkv[9:13], grad[9:13] = 4e4, -4e4
-    for one, two in zip(before, run(qkv, turn, cu_seqlens, grad, 64), strict=True):
+    if scores == "nothing":  # every pair of numbers that turns is 0 in a query or in a key
+        qkv[9:13, 0, :, ::2], qkv[9:13, 1, :, 1::2] = 0, 0
+    else:
+        qkv[9:13, :2] = 5e3
+    after = run(qkv, turn, cu_seqlens, grad, 64)
+    assert bool(after[0].isfinite().all())
+    for one, two in zip(before, after, strict=True):
         assert torch.equal(one[:9], two[:9])
         assert torch.equal(one[13:], two[13:])
 
