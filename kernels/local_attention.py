@@ -27,10 +27,12 @@ changes it. A query tile sums ∂q over keys, a key tile ∂k and ∂v over quer
 and without atomics, so two runs give the same bits.
 
 No token reaches one that does not see it, in another document or outside the window, as long as
-all numbers are finite: queries, keys, values and g, and in fp32 their products. Pairs that do not
-see one another are computed with their tile and then count 0 times, and 0 · ∞ is no number: an ∞ or
-NaN may make results NaN up to tokens of a program + tokens of a step + W away, gradients twice as
-far, and changes nothing beyond.
+all numbers are finite: queries, keys, values, g and o, and in fp32 their products. Pairs that do
+not see one another are computed with their tile and then count 0 times, and 0 · ∞ is no number: an
+∞ or NaN may make results NaN up to tokens of a program + tokens of a step + W away, gradients twice
+as far, and changes nothing beyond. o is finite where no score is beyond 2²⁷: a GPU multiplies by
+log2 e and subtracts with one rounding, which leaves of a row's largest score what the maximum lost
+in its product. Of a product of 2²⁸ that may be 16, and fp16 does not hold 2¹⁶.
 """
 
 from dataclasses import dataclass

@@ -30,6 +30,21 @@ def test_one_error_is_seen_by_its_size(
     assert_close("cancelled", one.to(dtype), plain, exact, terms)
 
 
+def test_elements_are_held_to_the_formula_and_the_norm_to_pytorch(
+    assert_close: Callable[..., None],
+) -> None:
+    exact, plain, half = make_case(torch.float32)
+    formula, more = plain.clone(), plain.clone()
+    formula[3] = exact[3] + 20 * half[3]
+    assert_close("as it", formula, plain, exact, formula=formula)
+    more[3] = exact[3] + 50 * half[3]
+    with pytest.raises(AssertionError, match="more: off by"):
+        assert_close("more", more, plain, exact, formula=formula)
+    many = (exact * (1 + 19 * torch.finfo(torch.float32).eps)).float()
+    with pytest.raises(AssertionError, match=r"many: off by .* of all of it"):
+        assert_close("many", many, plain, exact, formula=many)
+
+
 @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
 def test_many_small_errors_are_seen_together(
     dtype: torch.dtype, assert_close: Callable[..., None]

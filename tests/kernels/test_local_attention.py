@@ -15,7 +15,7 @@ from kernels.local_attention import (
     local_attention,
     local_attention_reference,
 )
-from kernels.rope import rope_tables
+from kernels.rope import rope_reference, rope_tables
 
 # Lengths of documents, and tokens behind them.
 LAYOUTS = {
@@ -68,11 +68,45 @@ def run_reference(
     return [out.detach(), *torch.autograd.grad(out, leaf, grad.to(out.dtype))]
 
 
+def gradient_by_formula(
+    qkv: Tensor, turn: list[Tensor], cu_seqlens: Tensor, grad: Tensor, window: int
+) -> Tensor:
+    """The gradient as `kernels.local_attention` says, in plain PyTorch.
+
+    Weights are made again from L, which is rounded, and g · o, with o rounded, is taken off g · v.
+    PyTorch keeps the weights, and sums p g · v. So it errs less, and in other elements.
+    """
+    leaf = qkv.clone().requires_grad_()
+    turned = rope_reference(leaf, *turn)
+    q, k, v = (x.detach() for x in turned)
+    first, end = document_bounds_reference(cu_seqlens, len(qkv))
+    token = torch.arange(len(qkv), device=qkv.device)
+    seen = (token >= first[:, None]) & (token < end[:, None])
+    seen &= (token[:, None] - token).abs() <= window
+    scale = qkv.shape[-1] ** -0.5
+    scores = (torch.einsum("ihd,jhd->hij", q, k) * scale).masked_fill(~seen, -torch.inf)
+    out = torch.einsum("hij,jhd->ihd", torch.where(seen, scores.softmax(-1), 0), v)
+    p = torch.where(seen, (scores - scores.logsumexp(-1, keepdim=True)).exp(), 0)
+    del scores
+    delta = (grad * out).sum(-1)
+    d = p * (torch.einsum("ihd,jhd->hij", grad, v) - delta.T[:, :, None])
+    parts = [
+        torch.einsum("hij,jhd->ihd", d, k) * scale,
+        torch.einsum("hij,ihd->jhd", d, q) * scale,
+        torch.einsum("hij,ihd->jhd", p, grad),
+    ]
+    return torch.autograd.grad(turned, leaf, parts)[0]
+
+
 def compare(what: str, case: tuple, window: int, assert_close: Callable[..., None]) -> list[Tensor]:
     ours, plain = run(*case, window), run_reference(*case, window)
     exact = run_reference(case[0].double(), *case[1:], window)
+    # In half precision the rounding of weights, in both alike, hides how the two formulas differ.
+    fp32 = case[0].dtype == torch.float32
+    formula = gradient_by_formula(*case, window) if fp32 else plain[1]
     assert_close(f"local_attention {what} forward", ours[0], plain[0], exact[0])
-    compare_gradients(what, case, window, [ours[1], plain[1], exact[1]], assert_close)
+    gradients = [ours[1], plain[1], exact[1], formula]
+    compare_gradients(what, case, window, gradients, assert_close)
     return ours
 
 
@@ -83,7 +117,7 @@ def compare_gradients(
     gradients: list[Tensor],
     assert_close: Callable[..., None],
 ) -> None:
-    """Ours, PyTorch's and the truth.
+    """Ours, PyTorch's, the truth, and plain PyTorch's by the kernels' formula.
 
     A score's gradient is p (g · v − g · o), and 0 where a token sees itself alone. There PyTorch,
     which sums p g · v in the place of g · o, leaves 0 to the bit, and the kernels what fp32 leaves
@@ -102,9 +136,11 @@ def compare_gradients(
     gradients = [gradient.clone() for gradient in gradients]
     for gradient in gradients:
         gradient[alone, :2] = 0
-    # Where a token sees few others much of it cancels, in PyTorch too, but in other elements.
-    terms = 2 * float(gradients[2].abs().max()) if len(qkv) else 0
-    assert_close(f"local_attention {what} gradient", *gradients, terms)
+    # Of few elements the largest error is chance: by one formula too, rounded elsewhere, it was up
+    # to three times as large (40 seeds of LAYOUTS). So 2 ulp of the largest element may be left.
+    terms = float(gradients[2].abs().max()) if len(qkv) else 0
+    *gradients, formula = gradients
+    assert_close(f"local_attention {what} gradient", *gradients, terms, formula)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -124,9 +160,10 @@ def test_fp32_gradients_too_large_by_two_millionths_would_be_seen(
     case = make_case(LAYOUTS[layout], 1, 16, torch.float32, device)
     ours, plain = run(*case, 9)[1], run_reference(*case, 9)[1]
     exact = run_reference(case[0].double(), *case[1:], 9)[1]
-    compare_gradients("as it is", case, 9, [ours, plain, exact], assert_close)
+    others = [plain, exact, gradient_by_formula(*case, 9)]
+    compare_gradients("as it is", case, 9, [ours, *others], assert_close)
     with pytest.raises(AssertionError, match="too large gradient: off by"):
-        compare_gradients("too large", case, 9, [ours * (1 + 2e-6), plain, exact], assert_close)
+        compare_gradients("too large", case, 9, [ours * (1 + 2e-6), *others], assert_close)
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "window"), [(3, 6, 0), (4, 2, 1), (1, 80, 64)])
@@ -208,12 +245,22 @@ def test_a_document_does_not_see_its_neighbours(device: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's numpy
-def test_a_document_does_not_feel_its_neighbours_however_large(device: torch.device) -> None:
-    """As long as all numbers are finite, here those that fp16 can hold when they have turned."""
+@pytest.mark.parametrize("scores", ["nothing", "the most"])
+def test_a_document_does_not_feel_its_neighbours_however_large(
+    scores: str, device: torch.device
+) -> None:
+    """As long as all numbers are finite, here those that fp16 can hold when they have turned; and
+    with queries along their keys, those whose scores, of 2^26.6, leave results finite."""
     qkv, turn, cu_seqlens, grad = make_case(([9, 4, 9], 0), 1, 16, torch.float16, device)
     before = run(qkv, turn, cu_seqlens, grad, 64)
     qkv[9:13], grad[9:13] = 4e4, -4e4
-    for one, two in zip(before, run(qkv, turn, cu_seqlens, grad, 64), strict=True):
+    if scores == "nothing":  # every pair of numbers that turns is 0 in a query or in a key
+        qkv[9:13, 0, :, ::2], qkv[9:13, 1, :, 1::2] = 0, 0
+    else:
+        qkv[9:13, :2] = 5e3
+    after = run(qkv, turn, cu_seqlens, grad, 64)
+    assert bool(after[0].isfinite().all())
+    for one, two in zip(before, after, strict=True):
         assert torch.equal(one[:9], two[:9])
         assert torch.equal(one[13:], two[13:])
 
