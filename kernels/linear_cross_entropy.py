@@ -271,14 +271,15 @@ def _linear_cross_entropy(
     gradients = _empty_gradients(hidden, weight, bias, with_gradients)
     each = gradients[0].new_zeros((2, *labels.shape))
     grad_hidden, grad_weight, grad_bias = gradients
-    grad_weight.zero_()
-    grad_bias.zero_()
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     elements = _ELEMENTS_A_CHUNK if in_triton else _ELEMENTS_A_PLAIN_CHUNK
     most = min(max(1, elements // vocabulary), _MOST_ROWS)
     rows = min(rows, -(-counted // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
     buffer = hidden.new_empty((min(rows, most), vocabulary))
     grad_hidden[rows:] = 0
+    grad_bias.zero_()
+    if rows == 0:
+        grad_weight.zero_()
     # As even as can be, and of whole multiples, for the library and for the passes' compiler.
     chunk = -(-rows // max(1, -(-rows // most)))
     chunk = min(-(-chunk // _ROWS_MULTIPLE) * _ROWS_MULTIPLE, most)
@@ -291,7 +292,7 @@ def _linear_cross_entropy(
         if column_sums is not None:
             grad_bias += column_sums
             _product(grad_hidden[part], logits, weight, accumulate=False)
-            _product(grad_weight, logits.T, hidden[part], accumulate=True)
+            _product(grad_weight, logits.T, hidden[part], accumulate=start > 0)
     return each[0, :rows].sum(), *gradients, each
 
 

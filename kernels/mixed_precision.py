@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 # Elements of a program, and its warps.
 _BLOCK, _WARPS = 2048, 4
@@ -47,13 +48,23 @@ def scale_narrow(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         )
     if scale.numel() != 1 or not values.is_contiguous():
         raise ValueError("scale_narrow needs contiguous values and one number to scale them")
+    return _scale_narrow(values, scale, dtype)
+
+
+@triton_op("clinical_modernbert::scale_narrow", mutates_args={})
+def _scale_narrow(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out, elements = torch.empty_like(values, dtype=dtype), values.numel()
     if elements > 0:
         with torch.cuda.device_of(values):
-            _scale_kernel[(triton.cdiv(elements, _BLOCK),)](
+            wrap_triton(_scale_kernel)[(triton.cdiv(elements, _BLOCK),)](
                 values, scale, out, elements, BLOCK=_BLOCK, num_warps=_WARPS
             )
     return out
+
+
+@_scale_narrow.register_fake
+def _scale_narrow_fake(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(values, dtype=dtype)
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """Passes over fp32 and a narrower type give the bits that PyTorch gives."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -36,6 +38,12 @@ def test_scaled(size: tuple[int, ...], dtype: torch.dtype, device: torch.device)
         out = scale_narrow(values, scale, dtype)
         assert out.dtype == dtype
         assert torch.equal(out, (values * scale).to(dtype))
+
+
+def test_registration(device: torch.device, opcheck: Callable[..., None]) -> None:
+    values, scale = torch.ones(5, 3, device=device), torch.tensor(2.0, device=device)
+    operation = torch.ops.clinical_modernbert.scale_narrow.default
+    opcheck(operation, (values, scale, torch.float16))
 
 
 @pytest.mark.gpu

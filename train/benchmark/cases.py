@@ -2,8 +2,8 @@
 
 Lengths are log-normal like those of the real sources: medians of 250 tokens for abstracts and 2,200
 for discharge notes, a standard deviation of the logarithm of 0.7 for both, cut at `max_length`.
-Documents are packed whole, in random order but for a row's last places, so that rows are mixtures
-that end in a little padding, as real ones do; padding counts in no throughput. Token ids are
+Documents are packed as the data stage packs them (`data_prep.packing`), so rows are mixtures that
+end in next to no padding, as real ones do; padding counts in no throughput. Token ids are
 log-uniform, which is Zipf's law.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import load_config
+from data_prep.packing import pack
 from data_prep.shards import DataSet, Row, row_key
 from model.config import BASE
 from train.config import Train
@@ -26,14 +27,17 @@ from train.resolve import Run, open_folders, resolve
 ROW_TOKENS = 8192
 _SOURCE = "synthetic"
 _NEVER = 10**15
-_LOOK_AHEAD = 512
+# A corpus has many rows: in few, those that are filled when its short documents have run out would
+# be many.
+_ROWS_PACKED = 16
 
 
 @dataclass(frozen=True)
 class Layout:
     """Documents of a kind, and the rows they are packed into.
 
-    median: of their length in tokens; None: every document has `max_length`.
+    median: of their length in tokens; None: every document has `max_length`. rows: of so many are
+    there tokens, out of the `_ROWS_PACKED` times as many that are packed.
     """
 
     median: int | None
@@ -44,8 +48,8 @@ class Layout:
     vocabulary: int = BASE.vocab_size
 
     def lengths(self, random: np.random.Generator) -> NDArray[np.int64]:
-        """Lengths of as many documents as fill about `rows` rows."""
-        slots = self.rows * self.row_tokens
+        """Lengths of as many documents as fill about all rows that are packed."""
+        slots = _ROWS_PACKED * self.rows * self.row_tokens
         if self.median is None:
             return np.full(slots // self.max_length, self.max_length, np.int64)
         drawn = np.exp(random.standard_normal(3 * slots // self.median + 64) * self.spread)
@@ -158,8 +162,7 @@ class SyntheticData(DataSet):
         self.max_documents = layout.row_tokens
         self.tokenizer = _tokenizer(layout.vocabulary)
         random = np.random.default_rng(3)
-        packed = pack_rows(layout.lengths(random), layout.row_tokens)
-        random.shuffle(packed)
+        packed = pack_rows(layout.lengths(random), layout.row_tokens)[: layout.rows]
         self._rows = [
             _make_row(random, lengths, layout.row_tokens, number, self.tokenizer)
             for number, lengths in enumerate(packed)
@@ -181,26 +184,16 @@ class SyntheticData(DataSet):
         return tokens, documents
 
 
-def pack_rows(lengths: NDArray[np.int64], row_tokens: int) -> list[list[int]]:
-    """Lengths put into rows of `row_tokens`, in their order until one does not fit.
+def pack_rows(lengths: NDArray[np.int64], row_tokens: int) -> list[NDArray[np.int64]]:
+    """Lengths put into rows of `row_tokens`, in random order, as the data stage packs documents.
 
-    What is then left of the row goes to the longest that fits among the next `_LOOK_AHEAD`. The
-    last row, which runs out of documents, is left out unless it is the only one.
+    The emptiest row, whose documents ran out, is left out unless it is the only one.
     """
-    rows: list[list[int]] = []
-    waiting = np.asarray(lengths)
-    while waiting.size:
-        first = max(1, int(np.searchsorted(np.cumsum(waiting), row_tokens, side="right")))
-        row, waiting = waiting[:first].tolist(), waiting[first:]
-        while True:
-            near = waiting[:_LOOK_AHEAD]
-            fitting = np.where(near <= row_tokens - sum(row), near, 0)
-            if not fitting.any():
-                break
-            row.append(int(fitting.max()))
-            waiting = np.delete(waiting, fitting.argmax())
-        rows.append(row)
-    return rows[:-1] or rows
+    plan = pack(lengths, row_tokens, max_documents=row_tokens, key=3)
+    rows = np.split(lengths[plan.order], plan.bounds[1:-1])
+    if len(rows) > 1:
+        del rows[int(np.argmin([row.sum() for row in rows]))]
+    return rows
 
 
 def _tokenizer(vocabulary: int) -> dict[str, Any]:
@@ -219,7 +212,7 @@ def _tokenizer(vocabulary: int) -> dict[str, Any]:
 
 def _make_row(
     random: np.random.Generator,
-    lengths: list[int],
+    lengths: NDArray[np.int64],
     row_tokens: int,
     number: int,
     tokenizer: dict[str, Any],
