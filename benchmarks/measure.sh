@@ -192,6 +192,7 @@ run() {
     large) for case in large-1024 large-8192; do ours "$case"; done ;;
     accumulate)
       ours accumulate-8
+      ours notes-accumulate-8
       train --case accumulate-8 --who "ours, without engine"
       ;;
     shards) ours shards ;;

@@ -145,9 +145,7 @@ class Layer(nn.Module):
             if branch_TD is not None:
                 normed_TD, hidden_TD = self.attn_norm(branch_TD, hidden_TD)
             branch = self.attn(normed_TD, documents, tables, backends, queries)
-            hidden = hidden_TD
-            if queries is not None:
-                hidden = hidden_TD.index_select(0, queries.places_M)
+            hidden = hidden_TD if queries is None else queries.take(hidden_TD)
             normed, hidden = self.mlp_norm(branch, hidden)
             return hidden, _run(self.mlp, self.recompute == "mlp", normed)
 

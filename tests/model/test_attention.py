@@ -378,6 +378,22 @@ def test_some_queries_are_rows_of_all(
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_rows_are_taken_as_index_select_takes_them() -> None:
+    """Filler has place 0, which is a query's too: that one's gradient must not be lost."""
+    values = torch.randn(7, 2, 3, dtype=torch.float64)
+    places, ends = torch.tensor([0, 2, 6, 0, 0]), torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    weight = torch.randn(5, 2, 3, dtype=torch.float64)
+    weight[3:] = 0
+    results = []
+    for given in (Queries(places, ends), Queries(places, None)):
+        leaf = values.clone().requires_grad_()
+        taken = given.take(leaf)
+        results.append((taken, torch.autograd.grad(taken, leaf, weight)[0]))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    assert bool(results[0][1][0].any())
+
+
 def test_some_queries_are_all_that_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 

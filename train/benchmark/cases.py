@@ -95,6 +95,7 @@ GPU_CASES = (
     Case("full-8192", Layout(None, 8192), _BASE, reach=325_000, stretch=345_000),
     Case("large-1024", _ABSTRACTS, _LARGE, with_peers=False, reach=200_000, stretch=240_000),
     Case("large-8192", _NOTES, _LARGE, with_peers=False, reach=160_000, stretch=190_000),
+    Case("notes-accumulate-8", _NOTES, _BASE, micro_steps=8, with_peers=False),
     Case("accumulate-8", _ABSTRACTS, _BASE, micro_steps=8, with_peers=False, without_engine=True),
 )
 TINY = Case(
