@@ -80,10 +80,16 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
 
 
 def _packed(tokens: int) -> tuple[list[Tensor], dict[str, int]]:
-    """Sets of queries, keys and values together, and the least to move of attention with rotary."""
+    """Sets of queries, keys and values together, and the least to move."""
+    size = 3 * tokens * HIDDEN * BF16
+    return [random_tensor(tokens, 3, HEADS, HEAD_DIM) for _ in sets_of(size)], _moved(tokens)
+
+
+def _moved(tokens: int) -> dict[str, int]:
+    """Bytes that attention moves at least, rotary or not: q, k, v and out; with out's gradient and
+    theirs in the backward."""
     unit = tokens * HIDDEN * BF16
-    packed = [random_tensor(tokens, 3, HEADS, HEAD_DIM) for _ in sets_of(3 * unit)]
-    return packed, {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit}
+    return {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit}
 
 
 def _with_documents(packed: list[Tensor], lengths: list[int]) -> tuple[Tensor, list[list[Tensor]]]:
@@ -97,16 +103,15 @@ def _with_documents(packed: list[Tensor], lengths: list[int]) -> tuple[Tensor, l
 
 def make_global(tokens: int) -> Iterator[Case]:
     """A layer without a window, on queries and keys that are turned already; then `_short`."""
-    unit = tokens * HIDDEN * BF16
-    inputs = [[random_tensor(tokens, HEADS, HEAD_DIM) for _ in range(3)] for _ in sets_of(3 * unit)]
+    size = 3 * tokens * HIDDEN * BF16
+    inputs = [[random_tensor(tokens, HEADS, HEAD_DIM) for _ in range(3)] for _ in sets_of(size)]
     cases = {name: (lengths, max(lengths)) for name, lengths in layouts(tokens).items()}
     cases["code titles, bucketed"] = bucketed(cases["code titles"][0])
     for layout, (lengths, longest) in cases.items():
         ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
         who: dict[str, Callable[..., Outputs]] = dict(_others(ends, longest, None))
-        moved = {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit}
         pairs = sum(length**2 for length in lengths)
-        yield Case("global_attention", layout, inputs, who, moved, _flops(pairs))
+        yield Case("global_attention", layout, inputs, who, _moved(tokens), _flops(pairs))
     yield _short(tokens)
 
 
@@ -193,22 +198,7 @@ def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]
         return out
 
     who |= {f"varlen_attn{note}": partial(torch_attend, mode) for mode, note in modes}
-    if window is None:
-        who["cuDNN"] = _cudnn(ends, longest)
     return who
-
-
-def _cudnn(ends: Tensor, longest: int) -> Attend:
-    """cuDNN's, by an operation of PyTorch's that its `varlen_attn` does not call."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keeps = torch.is_grad_enabled() and q.requires_grad
-        out: Tensor = torch.ops.aten._cudnn_attention_forward(
-            q, k, v, None, ends, ends, longest, longest, keeps
-        )[0]
-        return out
-
-    return attend
 
 
 def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:
