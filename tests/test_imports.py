@@ -12,7 +12,7 @@ ALLOWED = {
     "data_prep": ("common",),
     "kernels": (),
     "model": ("common", "kernels"),
-    "train": ("common", "model", "kernels", "data_prep.shards"),
+    "train": ("common", "model", "kernels", "data_prep.shards", "data_prep.packing"),
     "evaluation": ("common", "model", "data_prep.shards", "train.masking"),
 }
 
