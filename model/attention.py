@@ -129,7 +129,7 @@ class _TakeRows(torch.autograd.Function):
         places_M, cu_seqlens = ctx.saved_tensors
         is_real = torch.arange(places_M.shape[0], device=grad.device) < cu_seqlens[-1]
         to = torch.where(is_real, places_M, ctx.rows)
-        rows = grad.new_zeros((ctx.rows + 1, *grad.shape[1:])).index_put((to,), grad)
+        rows = grad.new_zeros((ctx.rows + 1, *grad.shape[1:])).index_put_((to,), grad)
         return rows[: ctx.rows], None, None
 
 
@@ -208,8 +208,8 @@ def reference_attention(
 ) -> Tensor:
     """Plain PyTorch, any floating dtype, any device: the truth in tests, and what a CPU uses.
 
-    Documents of one length are computed together and no document is padded, so what a document
-    gets depends on its own tokens alone, to the last bit, wherever in the row it lies.
+    Documents of one length and as many queries are computed together and none is padded, so what
+    a document gets depends on its own tokens alone, to the last bit, wherever in the row it lies.
     Reads both cu_seqlens on the host, which no compiler can look into: to one it is an operation.
     """
     if torch.compiler.is_compiling():
@@ -320,11 +320,11 @@ def _opaque_backward(
     ∂k = ∂zᵀ q s
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_HTD, k_HTD, v_HTD, out_HTD, grad_HTD = (
+    q_HMD, k_HTD, v_HTD, out_HMD, grad_HMD = (
         tensor.transpose(0, 1).to(wide) for tensor in (q, k, v, out, grad)
     )
-    grads = [torch.zeros_like(tensor) for tensor in (q_HTD, k_HTD, v_HTD)]
-    along_out_HT1 = (grad_HTD * out_HTD).sum(-1, keepdim=True)
+    grads = [torch.zeros_like(tensor) for tensor in (q_HMD, k_HTD, v_HTD)]
+    along_out_HM1 = (grad_HMD * out_HMD).sum(-1, keepdim=True)
     scale = q.shape[-1] ** -0.5
     bounds = (itertools.pairwise(ends.tolist()) for ends in (cu_seqlens_q, cu_seqlens_k))
     for (first_query, end), (start, stop) in zip(*bounds, strict=True):
@@ -333,15 +333,15 @@ def _opaque_backward(
             low = start if window < 0 else max(start, first - window)
             high = stop if window < 0 else min(stop, last + window)
             queries, keys = slice(first, last), slice(low, high)
-            scores = q_HTD[:, queries] @ k_HTD[:, keys].mT * scale
+            scores = q_HMD[:, queries] @ k_HTD[:, keys].mT * scale
             if window >= 0:
                 band = _band(high - low, window, wide, q.device)
                 scores += band[first - low : last - low]
             p = scores.softmax(-1)
-            g = grad_HTD[:, queries]
-            slope = p * (g @ v_HTD[:, keys].mT - along_out_HT1[:, queries]) * scale
+            g = grad_HMD[:, queries]
+            slope = p * (g @ v_HTD[:, keys].mT - along_out_HM1[:, queries]) * scale
             grads[0][:, queries] = slope @ k_HTD[:, keys]
-            grads[1][:, keys] += slope.mT @ q_HTD[:, queries]
+            grads[1][:, keys] += slope.mT @ q_HMD[:, queries]
             grads[2][:, keys] += p.mT @ g
     by_q, by_k, by_v = (one.transpose(0, 1).to(q.dtype).contiguous() for one in grads)
     return by_q, by_k, by_v
@@ -441,7 +441,11 @@ class _Case(NamedTuple):
     name: str
     longest: int
     window: int | None = None
-    asked_by_some: bool = False
+    some_queries: bool = False
+
+    def __str__(self) -> str:
+        asked = "some" if self.some_queries else "all"
+        return f"{self.name}, window {self.window}, queries at {asked} tokens,"
 
 
 def check_attention(
@@ -468,11 +472,13 @@ def check_attention(
         places = torch.cat([torch.arange(n) for n in [*lengths, behind]]).to(device)
         documents = describe_documents(places, cu_seqlens.to(device), case.longest, which)
         queries = None
-        if case.asked_by_some:
+        if case.some_queries:
             places_M = torch.arange(0, sum(lengths), 3)
             of_each = torch.searchsorted(places_M, cu_seqlens.long()).int()
-            queries = Queries(places_M.to(device), of_each.to(device))
-            grad = grad[: len(places_M)]
+            filled_up = torch.cat([places_M, torch.zeros(behind, dtype=torch.int64)])
+            queries = Queries(filled_up.to(device), of_each.to(device))
+            grad = grad[: len(filled_up)]
+            grad[len(places_M) :] = 0
         leaf = qkv.to(device, dtype).to(wide).requires_grad_()
         out = attend(leaf, tables, documents, case.window, which, queries)
         return [out.detach().float(), torch.autograd.grad(out, leaf, grad.to(wide))[0].float()]
@@ -480,7 +486,7 @@ def check_attention(
     in_kernel = choice.local == "kernel"
     cases = [
         _Case(choice.backend, 300),
-        _Case(choice.backend, 300, asked_by_some=True),
+        _Case(choice.backend, 300, some_queries=True),
         _Case("kernel" if in_kernel else choice.backend, 300, window),
     ]
     if in_kernel:
@@ -498,9 +504,8 @@ def check_attention(
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True)]
         if not max(errors) < tolerance:  # NaN too
             raise AttentionError(
-                f"attention {case.name}, window {case.window}, is off by {errors[0]:.1e} of its "
-                f"result and {errors[1]:.1e} of its gradient, where {tolerance:.1e} is allowed. "
-                f"{_CHANGE}"
+                f"attention {case} is off by {errors[0]:.1e} of its result and {errors[1]:.1e} of "
+                f"its gradient, where {tolerance:.1e} is allowed. {_CHANGE}"
             )
 
 

@@ -20,7 +20,8 @@ from data_prep.shards import Row
 from train.masking import IGNORED, MaskedRow, masked_count
 
 DOCUMENTS_MULTIPLE = 64
-# The last layer multiplies as many rows: 8-bit products take multiples of 16.
+# The last layer multiplies as many rows: 8-bit products take multiples of 16, and the tiles of all
+# products are of 64 rows and more.
 MASKED_MULTIPLE = 64
 SMALLEST_SEQLEN = 128
 SEQLEN_RATIO = 4
@@ -56,10 +57,10 @@ class PackedBatch:
     input_ids, position_ids: (T,) int64; position_ids count from 0 in every document.
     cu_seqlens: (N + 1,) int32, document bounds, then T again for every empty document up to N, a
     multiple of DOCUMENTS_MULTIPLE. max_seqlen: at least the longest document.
-    masked_indices, labels: (M,) int64, places in ascending order; what is left of M points to
-    position 0 with label -100. masked_cu_seqlens: (N + 1,) int32, which of them lie in each
-    document. masked_sources: (M,) int64, the number of the source that each of them is of; 0 for
-    what is left. masked_tokens: how many labels count; lengths: (documents,) tokens of each
+    masked_indices, labels: (M,) int64, different places in ascending order; what is left of M
+    points to position 0 with label -100. masked_cu_seqlens: (N + 1,) int32, which of them lie in
+    each document. masked_sources: (M,) int64, the number of the source that each of them is of; 0
+    for what is left. masked_tokens: how many labels count; lengths: (documents,) tokens of each
     document in the order of the rows, padding not counted; both are known on the host.
     """
 

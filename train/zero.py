@@ -137,7 +137,7 @@ def _add_gradient(wrapper: Wrapper, parameter: Any) -> None:
     if parameter.grad_accum is None:
         parameter.grad_accum = parameter.grad.to(wrapper.gradient_accumulation_dtype)
     else:
-        _add(parameter.grad_accum, parameter.grad)
+        add_gradient(parameter.grad_accum, parameter.grad)
     parameter.grad = None
 
 
@@ -146,12 +146,13 @@ def _add_to_partition(wrapper: Wrapper, parameter: Any, group: int) -> None:
     wrapper.setup_buckets()
     name, size = wrapper.get_param_id(parameter), parameter.numel()
     sums = wrapper._get_compact_grad_partition_slice(group, 0, name, size)
-    _add(sums.view_as(parameter), parameter.grad)
+    add_gradient(sums.view_as(parameter), parameter.grad)
     parameter.grad = None
 
 
-def _add(sums: Tensor, gradient: Tensor) -> None:
-    if sums.is_cuda and sums.dtype != gradient.dtype:
+def add_gradient(sums: Tensor, gradient: Tensor) -> None:
+    """Add a gradient to its sum, of whatever dtypes; the kernel wants memory in one order."""
+    if sums.is_cuda and sums.dtype == torch.float32 != gradient.dtype:
         add_narrow(sums, gradient.contiguous())
     else:
         sums.add_(gradient)
@@ -182,7 +183,7 @@ def _reduce_bucket(
     dist.all_reduce(reduced, group=process_group)
     for piece, sums in zip(reduced.split(sizes), output_bucket, strict=True):
         if sums is not None:
-            sums.add_(piece)
+            add_gradient(sums, piece)
     if bucket.is_cuda:
         # It may be given back before this stream has come so far.
         bucket.record_stream(torch.cuda.current_stream())

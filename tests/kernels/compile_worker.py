@@ -225,6 +225,8 @@ def types() -> Iterator[tuple[str, Any]]:
         yield f"norms {name}", partial(call_norms, TOKENS, hidden, dtype, torch.float32)
         yield f"geglu {name}", partial(call_geglu, TOKENS, inner, dtype)
         yield f"loss {name}", partial(call_loss, 19_660, 50_368, hidden, dtype)
+        if dtype in HALF_TYPES:
+            yield f"mixed_precision {name}", partial(call_mixed_precision, 2304 * hidden, dtype)
 
 
 def odd() -> Iterator[tuple[str, Any]]:

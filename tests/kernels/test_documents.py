@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import documents
 from kernels.documents import (
     _document_bounds,
     clear_behind_documents,
@@ -79,8 +80,13 @@ def test_other_bounds_than_cu_seqlens_are_refused(function: Callable, device: to
             call(wrong)
 
 
+@pytest.mark.parametrize("programs", [1, 2, 264])
 @pytest.mark.parametrize("covered", [0, 5, 7])
-def test_only_what_lies_behind_is_cleared(covered: int, device: torch.device) -> None:
+def test_only_what_lies_behind_is_cleared(
+    covered: int, programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By programs of which each takes its turn again, and by more than there is to do."""
+    monkeypatch.setattr(documents, "_CLEARED", (512, 4, programs))
     rows = torch.full((7, 3, 500), float("nan"), dtype=torch.float16, device=device)
     rows[:covered] = 2
     clear_behind_documents(rows, ends_of([2, 0, covered - 2] if covered else [0], device))

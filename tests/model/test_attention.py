@@ -242,7 +242,9 @@ def test_a_choice_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.01 * reference_attention(*values)
 
     monkeypatch.setitem(BACKENDS, "fa4", wrong)
-    with pytest.raises(AttentionError, match="attention fa4, window None, is off by 1"):
+    with pytest.raises(
+        AttentionError, match="attention fa4, window None, queries at all tokens, is off by 1"
+    ):
         check_attention(Choice("fa4", "backend"), *arguments)
 
     def missing(*values: Tensor) -> Tensor:
@@ -283,7 +285,9 @@ def test_the_kernel_is_tried_out_on_short_documents_too(monkeypatch: pytest.Monk
         return kernel(*values) * (1.01 if values[-1] == SHORT_DOCUMENTS - 1 else 1)
 
     monkeypatch.setattr(attention, "local_attention", wrong)
-    with pytest.raises(AttentionError, match="attention kernel, window None, is off by 1"):
+    with pytest.raises(
+        AttentionError, match="attention kernel, window None, queries at all tokens, is off by 1"
+    ):
         check_attention(Choice("reference", "kernel"), CPU, torch.float32, 1, 16, 8)
 
 
@@ -455,11 +459,23 @@ def test_gpu_attention_agrees_with_the_reference(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gpu_some_queries_agree_with_the_reference(name: str, layout: str, cuda: str) -> None:
     """Documents without a query among them, filler, and tokens behind all documents."""
-    width, lengths = 64, LAYOUTS[layout]
+    check_some_queries(name, LAYOUTS[layout], every_third(LAYOUTS[layout], 7), cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fa4", "fa2", "varlen"])
+def test_gpu_filler_alone(name: str, cuda: str) -> None:
+    """As of a batch of validation in which nothing is masked."""
+    lengths = [300, 0, 17]
+    nowhere = Queries(torch.zeros(64, dtype=torch.int64), torch.zeros(4, dtype=torch.int32))
+    check_some_queries(name, lengths, nowhere, cuda)
+
+
+def check_some_queries(name: str, lengths: list[int], queries: Queries, cuda: str) -> None:
+    width = 64
     if reason := why_not(name, "cuda", None, torch.bfloat16, width):
         pytest.skip(reason)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(cuda)
-    queries = every_third(lengths, 7 if sum(lengths) else 0)
     assert queries.cu_seqlens is not None
     real = int(queries.cu_seqlens[-1])
     queries = Queries(queries.places_M.to(cuda), queries.cu_seqlens.to(cuda))
@@ -483,7 +499,10 @@ def test_gpu_some_queries_agree_with_the_reference(name: str, layout: str, cuda:
     ours = run(torch.bfloat16, fast)
     assert not bool(ours[0][real:].any())
     assert not bool(ours[1][sum(lengths) :].any())
-    check_norms(f"{name} {layout}, every third", ours, plain, exact)
+    if real:
+        check_norms(f"{name} {lengths[:4]} …, some queries", ours, plain, exact)
+    else:
+        assert not bool(ours[1].any())
 
 
 def check_norms(

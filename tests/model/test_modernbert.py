@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import ModernBertConfig as TheirConfig
 from transformers import ModernBertForMaskedLM as TheirModel
 
+from model.attention import BACKENDS, reference_attention
 from model.config import BASE, LARGE, ModernBertConfig, to_hugging_face
 from model.modernbert import ModernBertForMaskedLM
 
@@ -99,12 +101,23 @@ def test_a_document_does_not_see_its_neighbours(
 
 
 @pytest.mark.parametrize("labels", [[], [-100, -100]])
+@pytest.mark.parametrize("said", [False, True], ids=["", "in which documents"])
 def test_nothing_to_predict_gives_zero_loss_and_gradients(
-    labels: list[int], small: ModernBertConfig, lively_model: Callable, packed_row: Callable
+    labels: list[int],
+    said: bool,
+    small: ModernBertConfig,
+    lively_model: Callable,
+    packed_row: Callable,
 ) -> None:
     model, row = lively_model(small), packed_row([5, 4])
     places = torch.zeros(len(labels), dtype=torch.int64)
-    loss = model(*row.arguments(), places, torch.tensor(labels, dtype=torch.int64))
+    of_each = torch.zeros(3, dtype=torch.int32) if said else None
+    loss = model(
+        *row.arguments(),
+        places,
+        torch.tensor(labels, dtype=torch.int64),
+        masked_cu_seqlens=of_each,
+    )
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.item() == 0
@@ -113,17 +126,41 @@ def test_nothing_to_predict_gives_zero_loss_and_gradients(
         assert not bool(parameter.grad.any()), name
 
 
+@pytest.mark.parametrize("layers", [1, 2, 4], ids=lambda n: f"{n} layers")
+@pytest.mark.parametrize("said", [False, True], ids=["", "in which documents"])
 def test_loss_and_gradients_are_those_of_transformers(
-    small: ModernBertConfig, lively_model: Callable, packed_row: Callable
+    layers: int,
+    said: bool,
+    small: ModernBertConfig,
+    lively_model: Callable,
+    packed_row: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ours, theirs = lively_model(small), make_theirs(small, "eager")
+    """Which computes all of the last layer, of 2 layers with a window. One document has no mask."""
+    asked: list[int] = []
+
+    def counted(*values: Any) -> Tensor:
+        asked.append(len(values[0]))
+        return reference_attention(*values)
+
+    monkeypatch.setitem(BACKENDS, "reference", counted)
+    config = replace(small, num_hidden_layers=layers)
+    ours, theirs = lively_model(config), make_theirs(config, "eager")
     theirs.load_state_dict(ours.state_dict())
-    lengths = [200, 90, 12]
+    lengths = [200, 30, 60, 12]
     row = packed_row(lengths)
     places = torch.tensor([0, 5, 199, 200, 250, 301, 0])
     labels = torch.tensor([7, 8, 9, 10, 11, 12, -100])
-    loss = ours(*row.arguments(), places, labels)
+    of_each = torch.tensor([0, 3, 4, 5, 6], dtype=torch.int32)
+    if not said:
+        of_each = None
+    else:
+        # 200 is the first token of the second document; none of the third's.
+        places[4], of_each[2], of_each[3] = 228, 5, 5
+    loss = ours(*row.arguments(), places, labels, masked_cu_seqlens=of_each)
     loss.backward()
+    narrow = said and config.window(layers - 1) is None
+    assert asked == [302] * (layers - 1) + [7 if narrow else 302]
 
     input_ids_BS, mask_BS = pad_row(row.input_ids_T, lengths)
     target_T = torch.full_like(row.input_ids_T, -100).index_put((places[:6],), labels[:6])

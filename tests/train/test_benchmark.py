@@ -110,6 +110,19 @@ def test_packing_keeps_every_document_but_those_of_the_emptiest_row() -> None:
     assert sorted(only) == [5, 6]
 
 
+@pytest.mark.parametrize("case", cases.GPU_CASES[:2], ids=lambda case: case.name)
+def test_rows_stand_for_all_that_are_packed(case: cases.Case) -> None:
+    """In tokens and in pairs of tokens, which attention pays for."""
+    assert isinstance(case.layout, cases.Layout)
+    lengths = case.layout.lengths(np.random.default_rng(3))
+    data = cases.SyntheticData(case.layout)
+    rows = [data.read("train", "synthetic", row) for row in range(256)]
+    chosen = np.concatenate([np.diff(row.cu_seqlens)[: len(row.documents)] for row in rows])
+    chosen = chosen.astype(np.int64)
+    expected = (lengths**2).sum() / lengths.sum()
+    assert (chosen**2).sum() / chosen.sum() == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize("case", cases.GPU_CASES[:3], ids=lambda case: case.name)
 def test_made_up_rows_are_as_full_as_real_ones(case: cases.Case) -> None:
     """The real sample's notes fill 99.95 % of their rows of 8,192."""

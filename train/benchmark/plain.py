@@ -16,6 +16,7 @@ from train.optimizer import make_optimizer
 from train.optimizer_step import OptimizerStep
 from train.resolve import Run
 from train.stable_adamw import Layout, StableAdamW
+from train.zero import add_gradient
 
 
 class PlainEngine:
@@ -87,12 +88,10 @@ class _Flat:
 
     def add_gradients(self) -> None:
         """Add the parameters' gradients to the sums, and drop them."""
-        gradients = []
-        for parameter in self.parameters:
+        for parameter, sums in zip(self.parameters, self._sums, strict=True):
             assert parameter.grad is not None, "every parameter is used"
-            gradients.append(parameter.grad)
+            add_gradient(sums, parameter.grad)
             parameter.grad = None
-        torch._foreach_add_(self._sums, gradients)
 
     def write_back(self) -> None:
         """Round the weights into the parameters, and begin the next sums."""
