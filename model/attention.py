@@ -114,8 +114,8 @@ class Queries(NamedTuple):
 class _TakeRows(torch.autograd.Function):
     """`index_select` whose backward writes rows: each has one place, so that nothing adds up.
 
-    That of `index_select` adds row by row, atomically, which is slow in bf16. The filler's gradient,
-    which is zero, goes to a row too many, for its place may be somebody's.
+    That of `index_select` adds row by row, atomically, which is slow in bf16. The gradient of
+    filler, which is zero, goes to a row too many, for its place may be somebody's.
     """
 
     @staticmethod
