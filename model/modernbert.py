@@ -314,19 +314,6 @@ class ModernBertForMaskedLM(nn.Module):
         """(…, D) hidden states to (…, V) logits."""
         return self.decoder(self.head(hidden))
 
-    def masked_logits(
-        self,
-        input_ids_T: Tensor,
-        position_ids_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        masked_indices_M: Tensor,
-    ) -> Tensor:
-        """Logits (M, V) at the given places."""
-        queries = Queries(masked_indices_M, None)
-        documents = input_ids_T, position_ids_T, cu_seqlens, max_seqlen
-        return self.logits(self.encode(*documents, queries))
-
     def forward_padded(
         self, input_ids_BS: Tensor, attention_mask_BS: Tensor, capacity: int | None = None
     ) -> Tensor:

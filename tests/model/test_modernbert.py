@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import ModernBertConfig as TheirConfig
 from transformers import ModernBertForMaskedLM as TheirModel
 
-from model.attention import BACKENDS, reference_attention
+from model.attention import BACKENDS, Queries, reference_attention
 from model.config import BASE, LARGE, ModernBertConfig, to_hugging_face
 from model.modernbert import ModernBertForMaskedLM
 
@@ -217,13 +217,15 @@ def test_another_base_is_the_model_that_was_made_with_it(
 
 
 @torch.no_grad()
-def test_masked_logits_and_capacity(
+def test_some_queries_and_a_capacity(
     small: ModernBertConfig, lively_model: Callable, packed_row: Callable
 ) -> None:
+    """Hidden states of some tokens alone, and logits of a padded batch without counting them."""
     model, row = lively_model(small), packed_row([30, 10])
-    every = model.logits(model.encode(*row.arguments()))
+    every = model.encode(*row.arguments())
     places = torch.tensor([39, 0, 7])
-    assert torch.allclose(model.masked_logits(*row.arguments(), places), every[places], atol=1e-5)
+    some = model.encode(*row.arguments(), Queries(places, None))
+    assert torch.allclose(some, every[places], atol=1e-5)
     input_ids_BS, mask_BS = pad_row(row.input_ids_T, [30, 10])
     exact = model.forward_padded(input_ids_BS, mask_BS)
     assert torch.allclose(model.forward_padded(input_ids_BS, mask_BS, 77), exact, atol=1e-5)

@@ -44,13 +44,13 @@ def plain(run: Any, engine: Engine, source: str) -> tuple[float, int, int]:
         lengths = np.diff(row.cu_seqlens)
         positions = np.arange(64) - np.repeat(row.cu_seqlens[:-1], lengths)
         with torch.no_grad():
-            logits = engine.module.masked_logits(
+            hidden = engine.module.encode(
                 torch.from_numpy(ids),
                 torch.from_numpy(positions.astype(np.int64)),
                 torch.from_numpy(row.cu_seqlens),
                 64,
-                torch.from_numpy(mask.positions),
             )
+            logits = engine.module.logits(hidden[torch.from_numpy(mask.positions)])
         labels = torch.from_numpy(mask.labels)
         total += float(F.cross_entropy(logits, labels, reduction="sum"))
         correct += int((logits.argmax(-1) == labels).sum())
