@@ -4,8 +4,8 @@
     scale_narrow:  out = round(scale · values)      6 bytes
 
 PyTorch's own kernels for two dtypes load element by element, which on an H200 took 1.7 times as
-long (docs/kernels.md). A step of training has both: the gradient of every parameter is
-added to its fp32 sum, and the loss's fp32 gradients are scaled and rounded.
+long (docs/kernels.md). A step of training has both: the gradient of every parameter is added to its
+fp32 sum, and the loss's fp32 gradients are scaled and rounded.
 """
 
 import torch

@@ -71,8 +71,8 @@ def check_preparation(config: Train, precision: str, on_gpu: bool) -> None:
 def check_tokens(fp8: str, phase: str, micro_rows: int, row_tokens: int) -> None:
     """Raise ConfigError for a micro-batch whose tokens 8-bit products cannot be summed over.
 
-    That is what the gradient of a weight does. The last layer multiplies masked tokens, of which
-    `train.batch` makes a multiple of more; the head is in bf16.
+    That is what the gradient of a weight does. The last layer multiplies masked tokens, which
+    `train.batch` fills up to a multiple that these products take; the head is in bf16.
     """
     in_8_bits = fp8 not in ("none", "rowwise_with_gw_hp")
     if in_8_bits and micro_rows * row_tokens % _FP8_MULTIPLE:

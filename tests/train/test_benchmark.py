@@ -123,6 +123,13 @@ def test_rows_stand_for_all_that_are_packed(case: cases.Case) -> None:
     assert (chosen**2).sum() / chosen.sum() == pytest.approx(expected, rel=0.01)
 
 
+def test_of_few_rows_all_stand_for_all() -> None:
+    rows = [np.array([length]) for length in (5, 1, 9)]
+    for number in (3, 4):
+        assert [int(row[0]) for row in cases.stand_for(rows, number)] == [1, 5, 9]
+    assert [int(row[0]) for row in cases.stand_for(rows, 1)] == [5]
+
+
 @pytest.mark.parametrize("case", cases.GPU_CASES[:3], ids=lambda case: case.name)
 def test_made_up_rows_are_as_full_as_real_ones(case: cases.Case) -> None:
     """The real sample's notes fill 99.95 % of their rows of 8,192."""

@@ -203,9 +203,9 @@ def stand_for(rows: list[NDArray[np.int64]], number: int) -> list[NDArray[np.int
 
     Drawn at random, a few hundred rows of notes may have a twentieth more or fewer than all.
     """
+    number = min(number, len(rows))
     ordered = sorted(rows, key=lambda lengths: int((lengths**2).sum()))
-    middles = (2 * np.arange(min(number, len(rows))) + 1) * len(rows) // (2 * number)
-    return [ordered[at] for at in middles]
+    return [ordered[(2 * place + 1) * len(rows) // (2 * number)] for place in range(number)]
 
 
 def _tokenizer(vocabulary: int) -> dict[str, Any]:
