@@ -3,8 +3,10 @@
 FlashAttention-4, flash-attn 2 and torch's `varlen_attn` take queries and keys that are turned
 already; for layers with a window they are timed together with this project's `rope`, forward and
 backward, which is the best there is for them. So they are without a window where documents are so
-short that `local_attention` takes them as windows. Deterministic modes are contestants of their
-own; this project's kernels have no other mode.
+short that `local_attention` takes them as windows. All of them read one packed tensor and give one
+gradient of it, which the first two write in place, as in `model.attention_backends`, and PyTorch
+puts together for the third. Deterministic modes are contestants of their own; this project's
+kernels have no other mode.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,7 +51,8 @@ _KEYS = [
     Tiles(64, 16, 4, 3, 128),
 ]
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor], Tensor]
+"""(T, 3, H, D), turned, to (T, H, D)"""
 
 
 def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
@@ -66,7 +69,7 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
         else:
             who["ours"] = _local
             for name, attend in _others(ends, max(lengths), WINDOW).items():
-                who[f"{name} + our rope"] = partial(_apart, attend)
+                who[f"{name} + our rope"] = partial(_turned, attend)
         pairs = sum(seen_pairs(length, WINDOW) for length in lengths)
         yield Case(
             "local_attention_tuning" if tune else "local_attention",
@@ -82,18 +85,14 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
 def _packed(tokens: int) -> tuple[list[Tensor], dict[str, int]]:
     """Sets of queries, keys and values together, and the least to move."""
     size = 3 * tokens * HIDDEN * BF16
-    return [random_tensor(tokens, 3, HEADS, HEAD_DIM) for _ in sets_of(size)], _moved(tokens)
-
-
-def _moved(tokens: int) -> dict[str, int]:
-    """Bytes that attention moves at least, rotary or not: q, k, v and out; with out's gradient and
-    theirs in the backward."""
     unit = tokens * HIDDEN * BF16
-    return {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit}
+    # Rotary or not: q, k, v and out; with out's gradient and theirs in the backward.
+    moved = {"forward": 4 * unit, "backward": 8 * unit, "both": 12 * unit}
+    return [random_tensor(tokens, 3, HEADS, HEAD_DIM) for _ in sets_of(size)], moved
 
 
 def _with_documents(packed: list[Tensor], lengths: list[int]) -> tuple[Tensor, list[list[Tensor]]]:
-    """cu_seqlens, and the input sets of `_local` and `_apart`."""
+    """cu_seqlens, and the input sets of `_local` and `_turned`."""
     cos, sin = (table.cuda() for table in rope_tables(8192, HEAD_DIM, 10_000.0))
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
     tokens = sum(lengths)
@@ -103,15 +102,15 @@ def _with_documents(packed: list[Tensor], lengths: list[int]) -> tuple[Tensor, l
 
 def make_global(tokens: int) -> Iterator[Case]:
     """A layer without a window, on queries and keys that are turned already; then `_short`."""
-    size = 3 * tokens * HIDDEN * BF16
-    inputs = [[random_tensor(tokens, HEADS, HEAD_DIM) for _ in range(3)] for _ in sets_of(size)]
+    packed, moved = _packed(tokens)
+    inputs = [[qkv] for qkv in packed]
     cases = {name: (lengths, max(lengths)) for name, lengths in layouts(tokens).items()}
     cases["code titles, bucketed"] = bucketed(cases["code titles"][0])
     for layout, (lengths, longest) in cases.items():
         ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
         who: dict[str, Callable[..., Outputs]] = dict(_others(ends, longest, None))
         pairs = sum(length**2 for length in lengths)
-        yield Case("global_attention", layout, inputs, who, _moved(tokens), _flops(pairs))
+        yield Case("global_attention", layout, inputs, who, moved, _flops(pairs))
     yield _short(tokens)
 
 
@@ -127,7 +126,7 @@ def _short(tokens: int) -> Case:
         "ours, as a window": partial(_local, window=longest - 1)
     }
     for name, attend in _others(ends, longest, None).items():
-        who[f"{name} + our rope"] = partial(_apart, attend)
+        who[f"{name} + our rope"] = partial(_turned, attend)
     pairs = sum(length**2 for length in lengths)
     layout = "code titles, with rope"
     return Case("global_attention", layout, inputs, who, moved, _flops(pairs))
@@ -151,10 +150,10 @@ def _local(
     return local_attention(qkv, cos, sin, places, bounds, window)
 
 
-def _apart(
+def _turned(
     attend: Attend, qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, bounds: Tensor
 ) -> Outputs:
-    return attend(*rope(qkv, cos, sin, places))
+    return attend(rope(qkv, cos, sin, places))
 
 
 def candidates(usual: Tuning) -> Iterator[Tuning]:
@@ -187,8 +186,9 @@ def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]
     if version_of("flash-attn"):
         who |= {f"flash-attn{note}": _fa2(ends, longest, window, mode) for mode, note in modes}
 
-    def torch_attend(deterministic: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def torch_attend(deterministic: bool, qkv: Tensor) -> Tensor:
         size = (-1, -1) if window is None else (window, window)
+        q, k, v = qkv.unbind(1)
         out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=size)
         assert isinstance(out, Tensor)
         if deterministic and out.grad_fn is not None:
@@ -202,35 +202,51 @@ def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]
 
 
 def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:
-    from flash_attn.cute import flash_attn_varlen_func
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=ends,
-            cu_seqlens_k=ends,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            window_size=(window, window),
-            deterministic=deterministic,
-        )
-        return out if isinstance(out, Tensor) else out[0]
+    options = {
+        "cu_seqlens_q": ends,
+        "cu_seqlens_k": ends,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+        "window_size_left": window,
+        "window_size_right": window,
+    }
 
-    return attend
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, qkv: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+            out, logsumexp, *_ = _flash_attn_fwd(*qkv.unbind(1), return_lse=True, **options)
+            ctx.save_for_backward(qkv, out, logsumexp)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+            qkv, out, logsumexp = ctx.saved_tensors
+            grad_qkv = torch.empty_like(qkv)
+            places = dict(zip(("dq", "dk", "dv"), grad_qkv.unbind(1), strict=True))
+            _flash_attn_bwd(
+                *qkv.unbind(1),
+                out,
+                grad,
+                logsumexp,
+                deterministic=deterministic,
+                **options,
+                **places,
+            )
+            return grad_qkv
+
+    return Attention.apply
 
 
 def _fa2(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_qkvpacked_func
 
     side = -1 if window is None else window
     return partial(
-        flash_attn_varlen_func,
-        cu_seqlens_q=ends,
-        cu_seqlens_k=ends,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        flash_attn_varlen_qkvpacked_func,
+        cu_seqlens=ends,
+        max_seqlen=longest,
         window_size=(side, side),
         deterministic=deterministic,
     )

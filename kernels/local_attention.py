@@ -14,12 +14,11 @@ and backward, for a gradient g of o (Dao 2023, arXiv 2307.08691):
 are q̂, k̂ and the factors p and d of a product; everything else is fp32. A token behind
 cu_seqlens[-1] belongs to no document: its output is 0, and so is every gradient of it.
 
-Forward, `rope` takes queries, keys and values apart and turns them, at the speed of a copy, and one
-launch does the rest; backward turns ∂q and ∂k back before they leave the chip. Turning tiles inside
-the attention instead costs more than the pass that it saves: every key tile is turned for three
-query tiles forward and as many backward, its tables are twice its size, and what is computed cannot
-be prefetched into shared memory as what is loaded can. The backward needs nothing of the packed
-input, which need not be kept.
+Forward, `rope` turns queries and keys, at the speed of a copy, and one launch does the rest;
+backward turns ∂q and ∂k back before they leave the chip, and reads what `rope` made, which may lie
+where its input did. Turning tiles inside the attention instead costs more than the pass that it
+saves: every key tile is turned for three query tiles forward and as many backward, its tables are
+twice its size, and what is computed cannot be prefetched into shared memory as what is loaded can.
 
 A program has one head and one tile of tokens and walks over the tiles that its window and the
 documents let it see. The grid runs over tokens: neither the number of documents nor the longest one
@@ -105,7 +104,8 @@ def local_attention_reference(
     window: int,
 ) -> Tensor:
     """What `local_attention` computes, in plain PyTorch, for any floating dtype; T × T scores."""
-    q_THD, k_THD, v_THD = rope_reference(qkv_T3HD, cos_PR, sin_PR, position_ids_T)
+    turned_T3HD = rope_reference(qkv_T3HD, cos_PR, sin_PR, position_ids_T)
+    q_THD, k_THD, v_THD = turned_T3HD.unbind(1)
     first_T, end_T = document_bounds_reference(cu_seqlens, qkv_T3HD.shape[0])
     token_T = torch.arange(qkv_T3HD.shape[0], device=qkv_T3HD.device)
     seen_TT = (token_T >= first_T[:, None]) & (token_T < end_T[:, None])
@@ -143,7 +143,7 @@ def local_attention(
         )
     if not 0 <= window <= _WIDEST_WINDOW:
         raise ValueError(f"window must be between 0 and {_WIDEST_WINDOW}, not {window}")
-    out_THD, *_ = _local_attention(
+    out_THD: Tensor = _LocalAttention.apply(
         qkv_T3HD.contiguous(),
         cos_PR.contiguous(),
         sin_PR.contiguous(),
@@ -249,7 +249,7 @@ def _masked(scores, start, low, behind, STEP: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
-    q_in, k_in, v_in, bounds, out, logsumexp, tokens, scale_log2,
+    qkv, bounds, out, logsumexp, tokens, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -257,14 +257,17 @@ def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK
     column = head * 2 * HALF
+    q_in = qkv + column
+    k_in = q_in + WIDTH
+    v_in = k_in + WIDTH
     low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
-    q = _load(q_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
+    q = _load(q_in, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
     top = tl.full((BLOCK,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     result = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
     for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
-        k = _load(k_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
-        v = _load(v_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
+        k = _load(k_in, start, end, 3 * WIDTH, HALF, STEP, PAIRS)
+        v = _load(v_in, start, end, 3 * WIDTH, HALF, STEP, PAIRS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         s = _masked(s, start - first, low, behind, STEP)
         higher = tl.maximum(top, tl.max(s, 1) * scale_log2)
@@ -284,7 +287,7 @@ def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
-    q_in, k_in, v_in, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
+    qkv, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
     tokens, scale, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -294,10 +297,13 @@ def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK
     column = head * 2 * HALF
+    q_in = qkv + column
+    k_in = q_in + WIDTH
+    v_in = k_in + WIDTH
     row = first + tl.arange(0, BLOCK)
     live = row < tokens
     low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
-    q = _load(q_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
+    q = _load(q_in, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
     g = _load(grad + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     o = _load(out + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
@@ -307,8 +313,8 @@ def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
     tl.store(to, tl.join(log_sum, d), mask=live[:, None])
     grad_q = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
     for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
-        k = _load(k_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
-        v = _load(v_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
+        k = _load(k_in, start, end, 3 * WIDTH, HALF, STEP, PAIRS)
+        v = _load(v_in, start, end, 3 * WIDTH, HALF, STEP, PAIRS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         s = _masked(s, start - first, low, behind, STEP)
         along_p = tl.dot(g, tl.trans(v), input_precision="ieee")
@@ -323,7 +329,7 @@ def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _local_attention_keys_kernel(  # type: ignore[no-untyped-def]
-    q_in, k_in, v_in, bounds, grad, cos, sin, position_ids, grad_qkv, pairs,
+    qkv, bounds, grad, cos, sin, position_ids, grad_qkv, pairs,
     tokens, scale, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -333,13 +339,16 @@ def _local_attention_keys_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK
     column = head * 2 * HALF
+    q_in = qkv + column
+    k_in = q_in + WIDTH
+    v_in = k_in + WIDTH
     low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
-    k = _load(k_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
-    v = _load(v_in + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
+    k = _load(k_in, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
+    v = _load(v_in, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
     grad_k = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
     grad_v = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
     for start in tl.range(begin // STEP * STEP, end, STEP, num_stages=STAGES):
-        q = _load(q_in + column, start, end, WIDTH, HALF, STEP, PAIRS)
+        q = _load(q_in, start, end, 3 * WIDTH, HALF, STEP, PAIRS)
         g = _load(grad + column, start, end, WIDTH, HALF, STEP, PAIRS)
         query = start + tl.arange(0, STEP)
         at = head.to(tl.int64) * tokens + query
@@ -378,21 +387,16 @@ def launch_options(tiles: Tiles, heads: int, head_dim: int, window: int) -> dict
 
 # Opaque to the compiler: the launches that it generates know no bound on registers.
 @torch.library.custom_op("clinical_modernbert::local_attention", mutates_args=())
-def _local_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result, what `rope` makes of qkv, and log2 of the sums, (H, T) fp32."""
-    tokens, _, heads, head_dim = qkv.shape
-    q, k, v = rope(qkv, cos, sin, position_ids)
-    out = torch.empty_like(q)
-    logsumexp = qkv.new_empty((heads, tokens), dtype=torch.float32)
-    if qkv.numel() > 0:
-        tiles = tuning(qkv.element_size(), head_dim).forward
-        with torch.cuda.device_of(q):
+def _local_attention(turned: Tensor, bounds: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Of what `rope` gave, the result, and log2 of the sums, (H, T) fp32."""
+    tokens, _, heads, head_dim = turned.shape
+    out = turned.new_empty((tokens, heads, head_dim))
+    logsumexp = turned.new_empty((heads, tokens), dtype=torch.float32)
+    if turned.numel() > 0:
+        tiles = tuning(turned.element_size(), head_dim).forward
+        with torch.cuda.device_of(turned):
             _local_attention_forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
-                q,
-                k,
-                v,
+                turned,
                 bounds,
                 out,
                 logsumexp,
@@ -400,24 +404,20 @@ def _local_attention(
                 _LOG2_E * head_dim**-0.5,
                 **launch_options(tiles, heads, head_dim, window),
             )
-    return out, q, k, v, logsumexp
+    return out, logsumexp
 
 
 @_local_attention.register_fake
-def _local_attention_fake(
-    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, _, heads, head_dim = qkv.shape
-    out, q, k, v = (qkv.new_empty((tokens, heads, head_dim)) for _ in range(4))
-    return out, q, k, v, qkv.new_empty((heads, tokens), dtype=torch.float32)
+def _local_attention_fake(turned: Tensor, bounds: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    tokens, _, heads, head_dim = turned.shape
+    out = turned.new_empty((tokens, heads, head_dim))
+    return out, turned.new_empty((heads, tokens), dtype=torch.float32)
 
 
 @torch.library.custom_op("clinical_modernbert::local_attention_backward", mutates_args=())
 def _local_attention_backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    turned: Tensor,
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
@@ -426,18 +426,19 @@ def _local_attention_backward(
     logsumexp: Tensor,
     window: int,
 ) -> Tensor:
-    """The gradient of the packed queries, keys and values: (T, 3, H, D)."""
-    tokens, heads, head_dim = q.shape
-    grad_qkv = q.new_empty((tokens, 3, heads, head_dim))
-    if q.numel() == 0:
+    """The gradient by what was given to `rope`: (T, 3, H, D)."""
+    tokens, _, heads, head_dim = turned.shape
+    grad_qkv = torch.empty_like(turned)
+    if turned.numel() == 0:
         return grad_qkv
-    cut = tuning(q.element_size(), head_dim)
+    cut = tuning(turned.element_size(), head_dim)
     pairs = logsumexp.new_empty((*logsumexp.shape, 2))
-    turned, turn = (q, k, v, bounds), (cos, sin, position_ids)
+    turn = (cos, sin, position_ids)
     scales = (head_dim**-0.5, _LOG2_E * head_dim**-0.5)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(turned):
         _local_attention_queries_kernel[(heads * triton.cdiv(tokens, cut.queries.block),)](
-            *turned,
+            turned,
+            bounds,
             out,
             logsumexp,
             grad,
@@ -449,7 +450,8 @@ def _local_attention_backward(
             **launch_options(cut.queries, heads, head_dim, window),
         )
         _local_attention_keys_kernel[(heads * triton.cdiv(tokens, cut.keys.block),)](
-            *turned,
+            turned,
+            bounds,
             grad,
             *turn,
             grad_qkv,
@@ -464,9 +466,7 @@ def _local_attention_backward(
 @_local_attention_backward.register_fake
 def _local_attention_backward_fake(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    turned: Tensor,
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
@@ -475,23 +475,32 @@ def _local_attention_backward_fake(
     logsumexp: Tensor,
     window: int,
 ) -> Tensor:
-    tokens, heads, head_dim = q.shape
-    return q.new_empty((tokens, 3, heads, head_dim))
+    return torch.empty_like(turned)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, *turn, ctx.window = inputs
-    out, *turned, logsumexp = output
-    ctx.save_for_backward(*turned, *turn, out, logsumexp)
-    ctx.mark_non_differentiable(*turned, logsumexp)
-    ctx.set_materialize_grads(False)
+class _LocalAttention(torch.autograd.Function):
+    """Two operations forward, of which the second alone has a backward: it turns back as well.
 
+    The compiler sees `rope`, and so turns a product where it lies.
+    """
 
-def _backward(ctx, grad: Tensor | None, *_: Tensor):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return (None,) * 6
-    grad_qkv = _local_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window)
-    return grad_qkv, None, None, None, None, None
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor,
+        bounds: Tensor,
+        window: int,
+    ) -> Tensor:
+        turned = rope(qkv, cos, sin, position_ids)
+        out, logsumexp = _local_attention(turned, bounds, window)
+        ctx.save_for_backward(turned, cos, sin, position_ids, bounds, out, logsumexp)
+        ctx.window = window
+        return out
 
-
-_local_attention.register_autograd(_backward, setup_context=_save_for_backward)
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        grad_qkv = _local_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window)
+        return grad_qkv, None, None, None, None, None

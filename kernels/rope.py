@@ -9,9 +9,10 @@ by the angle p · theta^(-2i/D):
 (Su et al. 2021, arXiv 2104.09864; the two halves of a head make the pairs, as in GPT-NeoX.)
 Queries and keys turn, values pass through. The inverse turn, by −angle, is the backward.
 
-`rope` takes the product of one linear layer, (T, 3, H, D), apart into contiguous q, k and v, as
-attention wants them, and its backward puts their gradients together again, so that nothing else
-copies them. `rope_in_place`, for inference, leaves the values where they are: a third less to move.
+Queries, keys and values stay where one linear layer's product has them, (T, 3, H, D): attention
+reads and writes rows of it as well as others. `rope` makes a new one, and `rope_in_place`, for
+inference, writes over what it is given and leaves the values alone: a third less to move. A
+compiler does that for `rope` too, forward and backward, where nobody reads what it is given again.
 
 The grid runs over tokens, one a program, so that it does as much work for one long document among
 thousands of short ones as for even lengths. Sines and cosines come from fp32 tables and the
@@ -46,7 +47,7 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Te
 
 def rope_reference(
     qkv_T3HD: Tensor, cos_PR: Tensor, sin_PR: Tensor, position_ids_T: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """What `rope` computes, in plain PyTorch, for any floating dtype (fp64 in fp64)."""
     wide = torch.promote_types(qkv_T3HD.dtype, torch.float32)
     cos_T11R = cos_PR[position_ids_T].to(wide)[:, None, None]
@@ -55,14 +56,11 @@ def rope_reference(
     turned = torch.cat(
         [first * cos_T11R - second * sin_T11R, second * cos_T11R + first * sin_T11R], dim=-1
     )
-    q_THD, k_THD = turned.to(qkv_T3HD.dtype).unbind(1)
-    return q_THD, k_THD, qkv_T3HD[:, 2]
+    return torch.cat([turned.to(qkv_T3HD.dtype), qkv_T3HD[:, 2:]], dim=1)
 
 
-def rope(
-    qkv_T3HD: Tensor, cos_PR: Tensor, sin_PR: Tensor, position_ids_T: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys turned to their positions, and values: contiguous (T, H, D) each.
+def rope(qkv_T3HD: Tensor, cos_PR: Tensor, sin_PR: Tensor, position_ids_T: Tensor) -> Tensor:
+    """Queries and keys turned to their positions, and values as they are: a new (T, 3, H, D).
 
     qkv: (T, 3, H, D) bf16, fp16 or fp32, any even D; copied first if it is not contiguous.
     cos, sin: (P, D / 2) fp32 from `rope_tables`. position_ids: (T,) int32 or int64, each below P
@@ -71,13 +69,13 @@ def rope(
     """
     check_rope("rope", qkv_T3HD, cos_PR, sin_PR, position_ids_T)
     tables = (cos_PR.contiguous(), sin_PR.contiguous(), position_ids_T.contiguous())
-    return _rope(qkv_T3HD.contiguous(), *tables)
+    return _rope(qkv_T3HD.contiguous(), *tables, False)
 
 
 def rope_in_place(
     qkv_T3HD: Tensor, cos_PR: Tensor, sin_PR: Tensor, position_ids_T: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without autograd, written over qkv, of which q, k and v are views.
+) -> Tensor:
+    """The same without autograd, written over qkv, which is returned.
 
     As `rope`, but a non-contiguous qkv (ValueError) and one that needs a gradient (RuntimeError)
     are refused.
@@ -89,8 +87,7 @@ def rope_in_place(
         raise ValueError("rope_in_place needs a contiguous qkv; rope copies one that is not")
     tables = (cos_PR.contiguous(), sin_PR.contiguous(), position_ids_T.contiguous())
     _rope_in_place(qkv_T3HD, *tables)
-    q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
-    return q_THD, k_THD, v_THD
+    return qkv_T3HD
 
 
 def check_rope(who: str, qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
@@ -114,176 +111,124 @@ def check_rope(who: str, qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Te
 
 @triton.jit
 def _turn(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,  # with VALUES only, like v_out
-    q_out,
-    k_out,
-    v_out,
+    qkv,
+    out,
     cos,
     sin,
     position_ids,
     tokens,
-    STEP: tl.constexpr,  # elements from one token to the next
-    STEP_OUT: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,  # D / 2
     INVERSE: tl.constexpr,
-    VALUES: tl.constexpr,
+    VALUES: tl.constexpr,  # whether `out` lies elsewhere and needs them too
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,  # HEADS and HALF rounded up to powers of two
     BLOCK_R: tl.constexpr,
 ):
     """Turn all heads of BLOCK_T tokens; every load comes before the first store."""
+    WIDTH: tl.constexpr = HEADS * 2 * HALF
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     head = tl.arange(0, BLOCK_H)[None, :, None]
     pair = tl.arange(0, BLOCK_R)[None, None, :]
     live = (token < tokens)[:, None, None]
     inside = live & (head < HEADS) & (pair < HALF)
-    within = head * (2 * HALF) + pair
-    at = token[:, None, None] * STEP + within
-    q_first = tl.load(q + at, mask=inside, other=0.0, eviction_policy="evict_first")
-    q_second = tl.load(q + at + HALF, mask=inside, other=0.0, eviction_policy="evict_first")
-    k_first = tl.load(k + at, mask=inside, other=0.0, eviction_policy="evict_first")
-    k_second = tl.load(k + at + HALF, mask=inside, other=0.0, eviction_policy="evict_first")
+    q = token[:, None, None] * (3 * WIDTH) + head * (2 * HALF) + pair
+    k = q + WIDTH
+    v = q + 2 * WIDTH
+    q_first = tl.load(qkv + q, mask=inside, other=0.0, eviction_policy="evict_first")
+    q_second = tl.load(qkv + q + HALF, mask=inside, other=0.0, eviction_policy="evict_first")
+    k_first = tl.load(qkv + k, mask=inside, other=0.0, eviction_policy="evict_first")
+    k_second = tl.load(qkv + k + HALF, mask=inside, other=0.0, eviction_policy="evict_first")
     if VALUES:
-        v_first = tl.load(v + at, mask=inside, other=0.0, eviction_policy="evict_first")
-        v_second = tl.load(v + at + HALF, mask=inside, other=0.0, eviction_policy="evict_first")
+        v_first = tl.load(qkv + v, mask=inside, other=0.0, eviction_policy="evict_first")
+        v_second = tl.load(qkv + v + HALF, mask=inside, other=0.0, eviction_policy="evict_first")
     position = tl.load(position_ids + token, mask=token < tokens, other=0).to(tl.int64)
     entry = position[:, None, None] * HALF + pair
     c = tl.load(cos + entry, mask=live & (pair < HALF), other=1.0)
     s = tl.load(sin + entry, mask=live & (pair < HALF), other=0.0)
     if INVERSE:
         s = -s
-    to = token[:, None, None] * STEP_OUT + within
-    dtype = q_out.dtype.element_ty
+    dtype = out.dtype.element_ty
     a = q_first.to(tl.float32)
     b = q_second.to(tl.float32)
-    tl.store(q_out + to, (a * c - b * s).to(dtype), mask=inside, cache_modifier=".cs")
-    tl.store(q_out + to + HALF, (b * c + a * s).to(dtype), mask=inside, cache_modifier=".cs")
+    tl.store(out + q, (a * c - b * s).to(dtype), mask=inside, cache_modifier=".cs")
+    tl.store(out + q + HALF, (b * c + a * s).to(dtype), mask=inside, cache_modifier=".cs")
     a = k_first.to(tl.float32)
     b = k_second.to(tl.float32)
-    tl.store(k_out + to, (a * c - b * s).to(dtype), mask=inside, cache_modifier=".cs")
-    tl.store(k_out + to + HALF, (b * c + a * s).to(dtype), mask=inside, cache_modifier=".cs")
+    tl.store(out + k, (a * c - b * s).to(dtype), mask=inside, cache_modifier=".cs")
+    tl.store(out + k + HALF, (b * c + a * s).to(dtype), mask=inside, cache_modifier=".cs")
     if VALUES:
-        tl.store(v_out + to, v_first, mask=inside, cache_modifier=".cs")
-        tl.store(v_out + to + HALF, v_second, mask=inside, cache_modifier=".cs")
+        tl.store(out + v, v_first, mask=inside, cache_modifier=".cs")
+        tl.store(out + v + HALF, v_second, mask=inside, cache_modifier=".cs")
 
 
-# Three entries to the same turn. Each names the packed tensor once, so that a compiler sees which
-# whole tensors are written.
+# Two entries to the same turn. Each names a tensor once, so that a compiler sees which is written.
 @triton.jit
-def _apart_kernel(  # type: ignore[no-untyped-def]
-    qkv, q_out, k_out, v_out, cos, sin, position_ids, tokens,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
+def _rope_kernel(  # type: ignore[no-untyped-def]
+    qkv, out, cos, sin, position_ids, tokens,
+    HEADS: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = HEADS * 2 * HALF
     _turn(
-        qkv, qkv + WIDTH, qkv + 2 * WIDTH, q_out, k_out, v_out, cos, sin, position_ids, tokens,
-        3 * WIDTH, WIDTH, HEADS, HALF, False, True, BLOCK_T, BLOCK_H, BLOCK_R,
+        qkv, out, cos, sin, position_ids, tokens, HEADS, HALF, INVERSE, True,
+        BLOCK_T, BLOCK_H, BLOCK_R,
     )  # fmt: skip
 
 
 @triton.jit
-def _together_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, out, cos, sin, position_ids, tokens,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    WIDTH: tl.constexpr = HEADS * 2 * HALF
-    _turn(
-        q, k, v, out, out + WIDTH, out + 2 * WIDTH, cos, sin, position_ids, tokens,
-        WIDTH, 3 * WIDTH, HEADS, HALF, True, True, BLOCK_T, BLOCK_H, BLOCK_R,
-    )  # fmt: skip
-
-
-@triton.jit
-def _in_place_kernel(  # type: ignore[no-untyped-def]
+def _rope_in_place_kernel(  # type: ignore[no-untyped-def]
     qkv, cos, sin, position_ids, tokens,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = HEADS * 2 * HALF
     _turn(
-        qkv, qkv + WIDTH, qkv, qkv, qkv + WIDTH, qkv, cos, sin, position_ids, tokens,
-        3 * WIDTH, 3 * WIDTH, HEADS, HALF, False, False, BLOCK_T, BLOCK_H, BLOCK_R,
+        qkv, qkv, cos, sin, position_ids, tokens, HEADS, HALF, INVERSE, False,
+        BLOCK_T, BLOCK_H, BLOCK_R,
     )  # fmt: skip
 
 
-def _sizes(heads: int, head_dim: int) -> dict[str, int]:
-    half = head_dim // 2
-    return {
+def _launch(qkv: Tensor, inverse: bool) -> tuple[tuple[int], dict[str, int | bool]]:
+    """Grid, and what both kernels are compiled for."""
+    tokens, _, heads, head_dim = qkv.shape
+    half, (block_t, warps) = head_dim // 2, _TILE
+    sizes: dict[str, int | bool] = {
         "HEADS": heads,
         "HALF": half,
-        "BLOCK_T": _TILE[0],
+        "INVERSE": inverse,
+        "BLOCK_T": block_t,
         "BLOCK_H": triton.next_power_of_2(heads),
         "BLOCK_R": triton.next_power_of_2(half),
-        "num_warps": _TILE[1],
+        "num_warps": warps,
     }
+    return (triton.cdiv(tokens, block_t),), sizes
 
 
 @triton_op("clinical_modernbert::rope", mutates_args={})
-def _rope(
-    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, _, heads, head_dim = qkv.shape
-    q, k, v = (qkv.new_empty((tokens, heads, head_dim)) for _ in range(3))
+def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, inverse: bool) -> Tensor:
+    if torch.compiler.is_compiling():
+        # A copy that the compiler leaves out where nobody reads qkv again, as behind a linear
+        # layer, whose product is then turned where it is.
+        out = qkv.clone()
+        _turn_in_place(out, cos, sin, position_ids, inverse)
+        return out
+    out = torch.empty_like(qkv)
     if qkv.numel() > 0:
+        grid, sizes = _launch(qkv, inverse)
         with torch.cuda.device_of(qkv):
-            wrap_triton(_apart_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
-                qkv, q, k, v, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
-            )
-    return q, k, v
+            wrap_triton(_rope_kernel)[grid](qkv, out, cos, sin, position_ids, qkv.shape[0], **sizes)
+    return out
 
 
 @_rope.register_fake
 def _rope_fake(
-    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, _, heads, head_dim = qkv.shape
-    q, k, v = (qkv.new_empty((tokens, heads, head_dim)) for _ in range(3))
-    return q, k, v
-
-
-@triton_op("clinical_modernbert::rope_backward", mutates_args={})
-def _rope_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, inverse: bool
 ) -> Tensor:
-    tokens, heads, head_dim = grad_q.shape
-    out = grad_q.new_empty((tokens, 3, heads, head_dim))
-    if out.numel() > 0:
-        with torch.cuda.device_of(grad_q):
-            wrap_triton(_together_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
-                grad_q,
-                grad_k,
-                grad_v,
-                out,
-                cos,
-                sin,
-                position_ids,
-                tokens,
-                **_sizes(heads, head_dim),
-            )
-    return out
-
-
-@_rope_backward.register_fake
-def _rope_backward_fake(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
-) -> Tensor:
-    tokens, heads, head_dim = grad_q.shape
-    return grad_q.new_empty((tokens, 3, heads, head_dim))
+    return torch.empty_like(qkv)
 
 
 @triton_op("clinical_modernbert::rope_in_place", mutates_args={"qkv"})
 def _rope_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
-    tokens, _, heads, head_dim = qkv.shape
-    if qkv.numel() > 0:
-        with torch.cuda.device_of(qkv):
-            wrap_triton(_in_place_kernel)[(triton.cdiv(tokens, _TILE[0]),)](
-                qkv, cos, sin, position_ids, tokens, **_sizes(heads, head_dim)
-            )
+    _turn_in_place(qkv, cos, sin, position_ids, False)
 
 
 @_rope_in_place.register_fake
@@ -291,13 +236,25 @@ def _rope_in_place_fake(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Ten
     return None
 
 
+def _turn_in_place(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, inverse: bool
+) -> None:
+    if qkv.numel() > 0:
+        grid, sizes = _launch(qkv, inverse)
+        with torch.cuda.device_of(qkv):
+            wrap_triton(_rope_in_place_kernel)[grid](
+                qkv, cos, sin, position_ids, qkv.shape[0], **sizes
+            )
+
+
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[1:])
+    _, *turn, ctx.inverse = inputs
+    ctx.save_for_backward(*turn)
 
 
-def _backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    grad_qkv = _rope_backward(*(grad.contiguous() for grad in grads), *ctx.saved_tensors)
-    return grad_qkv, None, None, None
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    grad_qkv = _rope(grad.contiguous(), *ctx.saved_tensors, not ctx.inverse)
+    return grad_qkv, None, None, None, None
 
 
 _rope.register_autograd(_backward, setup_context=_save_for_backward)

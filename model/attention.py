@@ -8,17 +8,19 @@ takes the layers without one where no document is longer than SHORT_DOCUMENTS: a
 that is the whole of each, and a grid over tokens does not pay for the number of documents, as a
 backend's grid does.
 
-A backend is a function `(q_MHD, k_THD, v_THD, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) ->
+A backend is a function `(qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) ->
 out_MHD`:
 
-- q (M, H, D), k and v (T, H, D): queries and keys after the rotary positions, and values;
+- qkv (T, 3, H, D): queries q and keys k after the rotary positions, and values v, of all tokens;
+- places_M: int64, the tokens whose queries are meant, M of them; None means all: M is T, and the
+  two cu_seqlens are alike;
 - cu_seqlens_k (N + 1,) int32: document n is tokens cu_seqlens_k[n] to cu_seqlens_k[n + 1],
   possibly none; the first entry is 0; tokens behind the last get no gradient;
 - cu_seqlens_q (N + 1,) int32: the same of the queries of document n, again possibly none; those
   behind the last get zeros, and no gradient;
 - max_seqlen: no document is longer (a bound, need not be reached), nor has more queries;
 - window: tokens a query sees to either side, both ends included, within its document; None is the
-  whole document. With a window all tokens are queries: M is T and the two cu_seqlens are alike.
+  whole document. With a window all tokens are queries.
 
 out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document reaches another, as long
 as all numbers are finite. Those that are not never do in the reference; kernels compute whole tiles
@@ -49,7 +51,7 @@ SHORT_DOCUMENTS = 128
 # Queries that the reference treats together in a long document's window.
 _TILE = 64
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
+Attention = Callable[[Tensor, Tensor | None, Tensor, Tensor, int, int | None], Tensor]
 
 _INSTALL = {
     "fa4": "pip install -r requirements-gpu.txt (FlashAttention-4, for Hopper and Blackwell)",
@@ -174,13 +176,12 @@ def attend(
         return local_attention(
             qkv_T3HD, tables.cos_PR, tables.sin_PR, position_ids_T, bounds_2T, kernel_window
         )
-    q, k_THD, v_THD = tables(qkv_T3HD, documents.position_ids_T)
-    if queries is not None:
-        q = queries.take(q)
+    turned_T3HD = tables(qkv_T3HD, documents.position_ids_T)
+    places_M = None if queries is None else queries.places_M
     assert cu_seqlens_q is not None
     longest = documents.longest.shape[0]
     return BACKENDS[choice.backend](
-        q, k_THD, v_THD, cu_seqlens_q, documents.cu_seqlens, longest, window
+        turned_T3HD, places_M, cu_seqlens_q, documents.cu_seqlens, longest, window
     )
 
 
@@ -198,9 +199,8 @@ def _kernel_window(window: int | None, documents: Documents, choice: Choice) -> 
 
 
 def reference_attention(
-    q_MHD: Tensor,
-    k_THD: Tensor,
-    v_THD: Tensor,
+    qkv_T3HD: Tensor,
+    places_M: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen: int,
@@ -213,12 +213,22 @@ def reference_attention(
     Reads both cu_seqlens on the host, which no compiler can look into: to one it is an operation.
     """
     if torch.compiler.is_compiling():
-        return _opaque_reference(
-            q_MHD, k_THD, v_THD, cu_seqlens_q, cu_seqlens_k, max_seqlen, window
-        )
+        return _opaque_reference(qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
+    q_MHD, kv_T2HD = qkv_T3HD[:, 0], qkv_T3HD[:, 1:]
+    if places_M is not None:
+        q_MHD = q_MHD.index_select(0, places_M)
+    return _reference(q_MHD, kv_T2HD, cu_seqlens_q, cu_seqlens_k, window)
+
+
+def _reference(
+    q_MHD: Tensor,
+    kv_T2HD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window: int | None,
+) -> Tensor:
     queries, keys = (ends.diff().tolist() for ends in (cu_seqlens_q, cu_seqlens_k))
     *q_of, q_behind = q_MHD.split([*queries, q_MHD.shape[0] - sum(queries)])
-    kv_T2HD = torch.stack([k_THD, v_THD], dim=1)
     *kv_of, _ = kv_T2HD.split([*keys, kv_T2HD.shape[0] - sum(keys)])
     alike: dict[tuple[int, int], list[int]] = {}
     for document, sizes in enumerate(zip(queries, keys, strict=True)):
@@ -297,7 +307,7 @@ def _opaque_forward(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     side = None if window < 0 else window
-    out = reference_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, side)
+    out = _reference(q, torch.stack([k, v], dim=1), cu_seqlens_q, cu_seqlens_k, side)
     # The backward makes its own softmax.
     return out, q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -309,11 +319,14 @@ def _opaque_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     """The formula, a few queries of a document at a time, in fp32 or wider.
 
     p = softmax(q kᵀ s), s = 1 / sqrt(D);  ∂v = pᵀ g,  ∂z = p (g vᵀ − g · o),  ∂q = ∂z k s,
@@ -343,8 +356,8 @@ def _opaque_backward(
             grads[0][:, queries] = slope @ k_HTD[:, keys]
             grads[1][:, keys] += slope.mT @ q_HMD[:, queries]
             grads[2][:, keys] += p.mT @ g
-    by_q, by_k, by_v = (one.transpose(0, 1).to(q.dtype).contiguous() for one in grads)
-    return by_q, by_k, by_v
+    for place, gradient in zip((dq, dk, dv), grads, strict=True):
+        place.copy_(gradient.transpose(0, 1))
 
 
 _opaque_reference = register(

@@ -2,11 +2,14 @@
 
 Each kernel is wrapped in a custom operation for its forward and one for its backward, with shapes
 for the compiler and autograd registered between them, so that a compiled layer has no graph break.
-What they share: q (M, H, D), k and v (T, H, D) contiguous, bf16 or fp16; cu_seqlens_q and
-cu_seqlens_k (N + 1,) int32, where each document's queries and its keys lie; no document has more
-than max_seqlen of either; window tokens to either side, −1 for the whole document. They leave the
-results behind the last entry of each unwritten: here these become zeros, in the output and in all
-gradients. A document without queries gives its keys and values gradients of zero.
+They read queries, keys and values where they lie in qkv (T, 3, H, D), contiguous, bf16 or fp16, and
+write the gradients of it in one such tensor, so that nothing is put together or taken apart. Where
+places_M are given, the queries are those of these tokens, (M, H, D). cu_seqlens_q and cu_seqlens_k
+(N + 1,) int32: where each document's queries and its keys lie, alike where all tokens are queries;
+no document has more than max_seqlen of either; window tokens to either side, −1 for the whole
+document. They leave the results behind the last entry of each unwritten: here these become zeros,
+in the output and in all gradients. A document without queries gives its keys and values gradients
+of zero.
 
 Where `torch.use_deterministic_algorithms` is set, their backward sums in a fixed order.
 """
@@ -19,60 +22,67 @@ from torch import Tensor
 from kernels.documents import clear_behind_documents
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[..., None]
+
+
+def _queries(qkv: Tensor, places: Tensor | None) -> Tensor:
+    """(M, H, D): of all tokens, as a view, or of those at `places`."""
+    return qkv[:, 0] if places is None else qkv[:, 0].index_select(0, places)
 
 
 def _shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
+    places: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    rows = (qkv if places is None else places).shape[0]
+    out = qkv.new_empty((rows, *qkv.shape[2:]))
+    return out, qkv.new_empty((qkv.shape[2], rows), dtype=torch.float32)
 
 
 def _shapes_backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
+    places: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+) -> Tensor:
+    return torch.empty_like(qkv)
 
 
 def register(
     name: str, forward: Forward, backward: Backward, leaves_rows_unwritten: bool = True
 ) -> Callable[..., Tensor]:
-    """An operation `(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) -> out` from a pair.
+    """An operation `(qkv, places, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) -> out` of two.
 
-    forward returns out and the (H, M) fp32 log-sum-exp; backward takes (grad, q, k, v, out,
-    logsumexp, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) and returns the gradients by q, k and
-    v. Neither is called without queries, nor where all documents are empty. They run with the
-    tensors' GPU as the current one. leaves_rows_unwritten: rows behind the last document have to be
-    cleared.
+    forward (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) returns out and the (H, M)
+    fp32 log-sum-exp. backward (grad, q, k, v, out, logsumexp, dq, dk, dv, cu_seqlens_q,
+    cu_seqlens_k, max_seqlen, window) writes the gradients into dq, dk and dv. Of q, k, v, dq, dk
+    and dv the rows, (H, D), are contiguous, but may lie apart. Neither is called without queries,
+    nor where all documents are empty. They run with the tensors' GPU as the current one.
+    leaves_rows_unwritten: rows behind the last document have to be cleared.
     """
 
     @torch.library.custom_op(f"clinical_modernbert::{name}", mutates_args=())
     def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: Tensor,
+        places: Tensor | None,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         max_seqlen: int,
         window: int,
     ) -> tuple[Tensor, Tensor]:
+        q, k, v = _queries(qkv, places), qkv[:, 1], qkv[:, 2]
         if 0 in (q.shape[0], max_seqlen):
-            return torch.zeros_like(q), q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
+            out, logsumexp = _shapes(qkv, places, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
+            return out.zero_(), logsumexp.zero_()
         with torch.cuda.device_of(q):
             out, logsumexp = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
         if leaves_rows_unwritten:
@@ -82,58 +92,76 @@ def register(
     @torch.library.custom_op(f"clinical_modernbert::{name}_backward", mutates_args=())
     def attend_backward(
         grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: Tensor,
+        places: Tensor | None,
         out: Tensor,
         logsumexp: Tensor,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         max_seqlen: int,
         window: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if 0 in (q.shape[0], max_seqlen):
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    ) -> Tensor:
+        if 0 in (grad.shape[0], max_seqlen):
+            return torch.zeros_like(qkv)
+        grad_qkv = torch.empty_like(qkv)
+        q, k, v = _queries(qkv, places), qkv[:, 1], qkv[:, 2]
+        dq, dk, dv = grad_qkv.unbind(1)
+        if places is not None:
+            dq = torch.empty_like(q)
         with torch.cuda.device_of(q):
-            where = cu_seqlens_q, cu_seqlens_k
-            grads = backward(grad, q, k, v, out, logsumexp, *where, max_seqlen, window)
+            saved, where = (q, k, v, out, logsumexp), (cu_seqlens_q, cu_seqlens_k)
+            backward(grad, *saved, dq, dk, dv, *where, max_seqlen, window)
         if leaves_rows_unwritten:
-            for one, ends in zip(grads, (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k), strict=True):
-                clear_behind_documents(one, ends)
-        return grads
+            clear_behind_documents(grad_qkv, cu_seqlens_k)
+        if places is not None:
+            if leaves_rows_unwritten:
+                clear_behind_documents(dq, cu_seqlens_q)
+            _put(grad_qkv[:, 0], dq, places, cu_seqlens_q)
+        return grad_qkv
 
     attend.register_fake(_shapes)
     attend_backward.register_fake(_shapes_backward)
 
     def save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen, ctx.window = inputs
+        qkv, places, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen, ctx.window = inputs
         out, logsumexp = output
-        ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens_q, cu_seqlens_k)
+        ctx.save_for_backward(qkv, places, out, logsumexp, cu_seqlens_q, cu_seqlens_k)
         ctx.mark_non_differentiable(logsumexp)
 
     def run_backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         saved = ctx.saved_tensors
-        grads = attend_backward(grad.contiguous(), *saved, ctx.max_seqlen, ctx.window)
-        return *grads, None, None, None, None
+        grad_qkv = attend_backward(grad.contiguous(), *saved, ctx.max_seqlen, ctx.window)
+        return grad_qkv, None, None, None, None, None
 
     attend.register_autograd(run_backward, setup_context=save_for_backward)
 
     def call(
-        q_MHD: Tensor,
-        k_THD: Tensor,
-        v_THD: Tensor,
+        qkv_T3HD: Tensor,
+        places_M: Tensor | None,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         max_seqlen: int,
         window: int | None,
     ) -> Tensor:
-        q, k, v = q_MHD.contiguous(), k_THD.contiguous(), v_THD.contiguous()
         where = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        out, _ = attend(q, k, v, *where, max_seqlen, -1 if window is None else window)
+        side = -1 if window is None else window
+        out, _ = attend(qkv_T3HD.contiguous(), places_M, *where, max_seqlen, side)
         return out
 
     call.__doc__ = f"`model.attention`'s interface to {name}."
     return call
+
+
+def _put(rows: Tensor, values: Tensor, places: Tensor, cu_seqlens: Tensor) -> None:
+    """Write `values` to their places among `rows`, zeros to all others.
+
+    Each place is written by one value, or by equal ones: filler, whose own place may be somebody's,
+    says again what the first value says, which is zero where there is nothing but filler.
+    """
+    is_real = torch.arange(places.shape[0], device=places.device) < cu_seqlens[-1]
+    rows.zero_()
+    to = torch.where(is_real, places, places[:1])
+    rows.index_put_((to,), torch.where(is_real[:, None, None], values, values[:1]))
 
 
 def _fa4_forward(
@@ -170,15 +198,18 @@ def _fa4_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     from flash_attn.cute.interface import _flash_attn_bwd
 
     side = None if window < 0 else window
-    dq, dk, dv, *_ = _flash_attn_bwd(
+    _flash_attn_bwd(
         q,
         k,
         v,
@@ -192,8 +223,10 @@ def _fa4_backward(
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        dq=dq,
+        dk=dk,
+        dv=dv,
     )
-    return dq, dk, dv
 
 
 def _fa2_forward(
@@ -231,14 +264,16 @@ def _fa2_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     from flash_attn.flash_attn_interface import _wrapped_flash_attn_varlen_backward
 
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     _wrapped_flash_attn_varlen_backward(
         grad,
         q,
@@ -246,7 +281,9 @@ def _fa2_backward(
         v,
         out,
         logsumexp,
-        *grads,
+        dq,
+        dk,
+        dv,
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen,
@@ -260,7 +297,6 @@ def _fa2_backward(
         None,
         torch.are_deterministic_algorithms_enabled(),
     )
-    return grads
 
 
 def _varlen_forward(
@@ -296,14 +332,17 @@ def _varlen_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     # Only dropout would read the state of a generator.
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
-    return torch.ops.aten._flash_attention_backward(
+    grads = torch.ops.aten._flash_attention_backward(
         grad,
         q,
         k,
@@ -321,6 +360,8 @@ def _varlen_backward(
         window_size_left=window,
         window_size_right=window,
     )
+    for place, gradient in zip((dq, dk, dv), grads, strict=True):
+        place.copy_(gradient)
 
 
 fa4_attention = register("fa4_attention", _fa4_forward, _fa4_backward)

@@ -48,8 +48,8 @@ class RotaryTables(nn.Module):
         self.cos_PR.copy_(cos)
         self.sin_PR.copy_(sin)
 
-    def forward(self, qkv_T3HD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys turned to their positions, and values: (T, H, D) each.
+    def forward(self, qkv_T3HD: Tensor, position_ids_T: Tensor) -> Tensor:
+        """Queries and keys turned to their positions, and values as they are: (T, 3, H, D).
 
         Triton on a GPU, where qkv is written over if there is no gradient to compute; plain
         PyTorch elsewhere.

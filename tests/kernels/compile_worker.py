@@ -129,8 +129,8 @@ def rotary_case(
 
 def call_rope(tokens: int, heads: int, width: int, dtype: torch.dtype, index: torch.dtype) -> None:
     qkv, *turn = rotary_case(tokens, heads, width, dtype, index)
-    parts = rope._rope._init_fn(qkv, *turn)
-    rope._rope_backward._init_fn(*parts, *turn)
+    for inverse in (False, True):
+        rope._rope._init_fn(qkv, *turn, inverse)
     rope._rope_in_place._init_fn(qkv, *turn)
 
 
@@ -138,9 +138,10 @@ def call_local_attention(
     tokens: int, heads: int, width: int, dtype: torch.dtype, index: torch.dtype, window: int = 64
 ) -> None:
     qkv, *turn = rotary_case(tokens, heads, width, dtype, index)
-    turn.append(empty(2, tokens, dtype=torch.int32))
-    out, *turned, logsumexp = local_attention._local_attention._init_fn(qkv, *turn, window)
-    local_attention._local_attention_backward._init_fn(out, *turned, *turn, out, logsumexp, window)
+    bounds = empty(2, tokens, dtype=torch.int32)
+    out, logsumexp = local_attention._local_attention._init_fn(qkv, bounds, window)
+    saved = (qkv, *turn, bounds, out, logsumexp)
+    local_attention._local_attention_backward._init_fn(out, *saved, window)
 
 
 def call_documents(tokens: int, count: int, dtype: torch.dtype) -> None:

@@ -142,14 +142,14 @@ def test_rotary_of_others_has_nothing_else_to_do(
     case = next(benchmark_cases.make("rope_in_place", 1024))
     qkv, *others = case.inputs[0]
     before = qkv.clone()
-    q, k = case.who["reference"](qkv, *others)
+    turned = case.who["reference"](qkv, *others)
     assert torch.equal(qkv, before)
     for inputs in 2 * [case.inputs[0]]:
         case.who["flash-attn"](*inputs)
     assert [tensor.data_ptr() for tensor in asked[0]] == [t.data_ptr() for t in asked[1]]
     assert all(tensor.dtype == torch.bfloat16 for tensor in asked[0])
     assert asked[0][0].data_ptr() == qkv.data_ptr()
-    assert q.shape == k.shape == qkv[:, 0].shape
+    assert turned.shape == qkv[:, :2].shape
 
 
 def test_a_record_says_which_tiles_it_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,13 +345,13 @@ def test_torch_attention_is_measured_in_both_modes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(benchmark_attention, "version_of", lambda package: None)
     who = benchmark_attention._others(torch.tensor([0, 2]), 2, None)
     assert list(who) == ["varlen_attn", "varlen_attn, deterministic"]
-    q, others = torch.ones(2, 1, 4, requires_grad=True), [torch.ones(2, 1, 4)] * 2
-    outs = [attend(q, *others) for attend in who.values()]
+    qkv = torch.ones(2, 3, 1, 4, requires_grad=True)
+    outs = [attend(qkv) for attend in who.values()]
     for _ in range(2):
         for asked, out in enumerate(outs):
-            (gradient,) = torch.autograd.grad(out, q, torch.ones_like(out), retain_graph=True)
-            assert bool((gradient == asked).all())
+            (gradient,) = torch.autograd.grad(out, qkv, torch.ones_like(out), retain_graph=True)
+            assert bool((gradient[:, 0] == asked).all())
             assert not torch.are_deterministic_algorithms_enabled()
             assert torch.utils.deterministic.fill_uninitialized_memory
     with torch.no_grad():
-        assert not who["varlen_attn, deterministic"](q, *others).requires_grad
+        assert not who["varlen_attn, deterministic"](qkv).requires_grad

@@ -20,9 +20,9 @@ from kernels.unpad import pad, unpad
 def call_rope(device: torch.device) -> list[Tensor]:
     qkv = torch.ones(3, 3, 1, 4, device=device, requires_grad=True)
     turn = [*(table.to(device) for table in rope_tables(8, 4, 1e4)), torch.arange(3, device=device)]
-    q, k, v = rope(qkv, *turn)
-    (gradient,) = torch.autograd.grad((q * k * v).sum(), qkv)
-    return [q, gradient, *rope_in_place(qkv.detach().clone(), *turn)]
+    turned = rope(qkv, *turn)
+    (gradient,) = torch.autograd.grad(turned.prod(1).sum(), qkv)
+    return [turned, gradient, rope_in_place(qkv.detach().clone(), *turn)]
 
 
 def call_local_attention(device: torch.device) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Attention backends against an fp64 softmax written out, document by document."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def call(
     window: int | None,
 ) -> Tensor:
     """A backend's result where every token is a query."""
-    return backend(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, window)
+    return backend(qkv, None, cu_seqlens, cu_seqlens, max_seqlen, window)
 
 
 def every_third(lengths: list[int], filler: int) -> Queries:
@@ -321,7 +322,7 @@ def test_a_bound_beyond_short_documents_is_the_backends_affair(
     asked: list[int] = []
 
     def counted(*values: Tensor) -> Tensor:
-        asked.append(int(values[5]))
+        asked.append(int(values[4]))
         return reference_attention(*values)
 
     monkeypatch.setitem(BACKENDS, IN_KERNEL.backend, counted)
@@ -401,8 +402,9 @@ def test_rows_are_taken_as_index_select_takes_them() -> None:
 def test_some_queries_are_all_that_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def counted(*values: Tensor) -> Tensor:
-        asked.append(len(values[0]))
+    def counted(*values: Any) -> Tensor:
+        qkv, places, *_ = values
+        asked.append(len(qkv if places is None else places))
         return reference_attention(*values)
 
     monkeypatch.setitem(BACKENDS, "reference", counted)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import pytest
 import torch
@@ -67,11 +68,14 @@ def backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
-) -> tuple[Tensor, ...]:
+) -> None:
     # What lies behind the last query may hold anything.
     grad = grad.masked_fill((torch.arange(len(q)) >= cu_seqlens_q[-1])[:, None, None], 0)
     p = weights(q, k, cu_seqlens_q, cu_seqlens_k, window)
@@ -83,30 +87,32 @@ def backward(
         torch.einsum("hij,ihd->jhd", p, grad),
     )
     ends = cu_seqlens_q, cu_seqlens_k, cu_seqlens_k
-    return tuple(poison_behind(value, end) for value, end in zip(grads, ends, strict=True))
+    for place, value, end in zip((dq, dk, dv), grads, ends, strict=True):
+        place.copy_(poison_behind(value, end))
 
 
 stand_in = register("stand_in", forward, backward)
 
 
-def make_row(lengths: list[int], behind: int) -> tuple[list[Tensor], Tensor, Tensor]:
+def make_row(lengths: list[int], behind: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv, a leaf, cu_seqlens, and a gradient of the result."""
     tokens = sum(lengths) + behind
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(3, tokens, 2, 8, generator=generator, dtype=torch.float64)
+    qkv = torch.randn(tokens, 3, 2, 8, generator=generator, dtype=torch.float64)
     grad = torch.randn(tokens, 2, 8, generator=generator, dtype=torch.float64)
-    leaves = [value.clone().requires_grad_() for value in qkv]
-    return leaves, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), grad
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return qkv.requires_grad_(), cu_seqlens, grad
 
 
 def check(attend: Callable[..., Tensor], window: int | None) -> None:
-    leaves, cu_seqlens, grad = make_row(LENGTHS, BEHIND)
-    out = attend(*leaves, cu_seqlens, cu_seqlens, 20, window)
-    grads = torch.autograd.grad(out, leaves, grad)
+    qkv, cu_seqlens, grad = make_row(LENGTHS, BEHIND)
+    out = attend(qkv, None, cu_seqlens, cu_seqlens, 20, window)
+    (gradient,) = torch.autograd.grad(out, qkv, grad)
     end = sum(LENGTHS)
-    alone = [leaf.detach()[:end].requires_grad_() for leaf in leaves]
-    expected = dense(*alone, cu_seqlens, cu_seqlens, -1 if window is None else window)
-    expected_grads = torch.autograd.grad(expected, alone, grad[:end])
-    for ours, theirs in zip((out, *grads), (expected, *expected_grads), strict=True):
+    alone = qkv.detach()[:end].requires_grad_()
+    expected = dense(*alone.unbind(1), cu_seqlens, cu_seqlens, -1 if window is None else window)
+    (expected_gradient,) = torch.autograd.grad(expected, alone, grad[:end])
+    for ours, theirs in ((out, expected), (gradient, expected_gradient)):
         assert torch.allclose(ours[:end], theirs)
         assert not bool(ours[end:].any())
 
@@ -118,21 +124,31 @@ def test_results_gradients_and_zeros_behind_the_documents(window: int | None) ->
 
 def check_some(attend: Callable[..., Tensor]) -> None:
     """Queries at some tokens, of one document none, and filler behind them."""
-    leaves, cu_seqlens, _ = make_row(LENGTHS, BEHIND)
+    qkv, cu_seqlens, _ = make_row(LENGTHS, BEHIND)
+    # Filler has place 0, which is a query's too: that one's gradient must not be lost.
     places, cu_seqlens_q = torch.tensor([0, 3, 19, 27]), torch.tensor([0, 3, 3, 3, 4]).int()
+    filled_up = torch.cat([places, torch.zeros(3, dtype=torch.int64)])
     grad = torch.randn(7, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     end = sum(LENGTHS)
-    some = torch.cat([leaves[0][places], leaves[0][:3]])
-    out = attend(some, *leaves[1:], cu_seqlens_q, cu_seqlens, 20, None)
-    alone = [leaf.detach()[:end].requires_grad_() for leaf in leaves]
-    expected = dense(*alone, cu_seqlens, cu_seqlens, -1)[places]
+    out = attend(qkv, filled_up, cu_seqlens_q, cu_seqlens, 20, None)
+    alone = qkv.detach()[:end].requires_grad_()
+    expected = dense(*alone.unbind(1), cu_seqlens, cu_seqlens, -1)[places]
     assert torch.allclose(out[:4], expected)
     assert not bool(out[4:].any())
-    grads = torch.autograd.grad(out, leaves, grad)
-    expected_grads = torch.autograd.grad(expected, alone, grad[:4])
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert torch.allclose(ours[:end], theirs)
-        assert not bool(ours[end:].any())
+    (gradient,) = torch.autograd.grad(out, qkv, grad)
+    (expected_gradient,) = torch.autograd.grad(expected, alone, grad[:4])
+    assert torch.allclose(gradient[:end], expected_gradient)
+    assert not bool(gradient[end:].any())
+
+
+def test_filler_alone() -> None:
+    """As of a batch of validation in which nothing is masked."""
+    qkv, cu_seqlens, _ = make_row(LENGTHS, BEHIND)
+    places, nowhere = torch.zeros(4, dtype=torch.int64), torch.zeros_like(cu_seqlens)
+    out = stand_in(qkv, places, nowhere, cu_seqlens, 20, None)
+    (gradient,) = torch.autograd.grad(out, qkv, torch.randn_like(out))
+    assert not bool(out.any())
+    assert not bool(gradient.any())
 
 
 def test_some_queries() -> None:
@@ -140,23 +156,25 @@ def test_some_queries() -> None:
 
 
 def test_no_token() -> None:
-    leaves, cu_seqlens, grad = make_row([0], 0)
-    out = stand_in(*leaves, cu_seqlens, cu_seqlens, 1, None)
+    qkv, cu_seqlens, grad = make_row([0], 0)
+    out = stand_in(qkv, None, cu_seqlens, cu_seqlens, 1, None)
     assert out.shape == (0, 2, 8)
-    assert torch.autograd.grad(out, leaves, grad)[0].shape == (0, 2, 8)
+    assert torch.autograd.grad(out, qkv, grad)[0].shape == (0, 3, 2, 8)
 
 
 def test_documents_without_a_token_before_some_without_a_document() -> None:
     """Others' kernels are not asked: a grid over nothing cannot be launched."""
-    leaves, cu_seqlens, grad = make_row([0, 0], 5)
+    qkv, cu_seqlens, grad = make_row([0, 0], 5)
     refused = register("refused", _refuse, _refuse)
-    out = refused(*leaves, cu_seqlens, cu_seqlens, 0, None)
-    for value in (out, *torch.autograd.grad(out, leaves, grad)):
-        assert value.shape == (5, 2, 8)
-        assert not bool(value.any())
+    out = refused(qkv, None, cu_seqlens, cu_seqlens, 0, None)
+    (gradient,) = torch.autograd.grad(out, qkv, grad)
+    assert out.shape == (5, 2, 8)
+    assert gradient.shape == qkv.shape
+    assert not bool(out.any())
+    assert not bool(gradient.any())
 
 
-def _refuse(*_: object) -> tuple[Tensor, ...]:
+def _refuse(*_: object) -> NoReturn:
     raise AssertionError("called without a token in any document")
 
 
@@ -166,27 +184,28 @@ def test_one_graph_whatever_the_documents() -> None:
     compiled = torch.compile(stand_in, fullgraph=True, backend=counter)
     assert len(LAYOUTS) == 20
     for lengths in LAYOUTS:
-        leaves, cu_seqlens, grad = make_row(lengths, 34 - sum(lengths))
+        qkv, cu_seqlens, grad = make_row(lengths, 34 - sum(lengths))
         results = []
         for function in (compiled, stand_in):
-            out = function(*leaves, cu_seqlens, cu_seqlens, max(lengths), 3)
-            results.append([out, *torch.autograd.grad(out, leaves, grad)])
+            out = function(qkv, None, cu_seqlens, cu_seqlens, max(lengths), 3)
+            results.append([out, *torch.autograd.grad(out, qkv, grad)])
         for one, two in zip(*results, strict=True):
             assert torch.equal(one, two)
     assert counter.frame_count <= 2
 
 
 def test_registration() -> None:
-    leaves, cu_seqlens, grad = make_row(LENGTHS, BEHIND)
+    qkv, cu_seqlens, _ = make_row(LENGTHS, BEHIND)
     names = ["test_schema", "test_autograd_registration", "test_faketensor"]
     operations = torch.ops.clinical_modernbert
-    arguments = (*leaves, cu_seqlens, cu_seqlens, 20, 3)
-    torch.library.opcheck(operations.stand_in.default, arguments, test_utils=names)
-    out, logsumexp = operations.stand_in(*arguments)
-    saved = [value.detach() for value in (grad, *leaves, out, logsumexp)]
-    torch.library.opcheck(
-        operations.stand_in_backward.default, (*saved, *arguments[3:]), test_utils=names
-    )
+    for places in (None, torch.zeros(4, dtype=torch.int64)):
+        others = (cu_seqlens if places is None else 0 * cu_seqlens, cu_seqlens, 20, 3)
+        torch.library.opcheck(operations.stand_in.default, (qkv, places, *others), test_utils=names)
+        out, logsumexp = (x.detach() for x in operations.stand_in(qkv, places, *others))
+        saved = (torch.zeros_like(out), qkv.detach(), places, out, logsumexp)
+        torch.library.opcheck(
+            operations.stand_in_backward.default, (*saved, *others), test_utils=names
+        )
 
 
 # The parameters of flash-attn 2.8.3.post2 (flash_attn/flash_attn_interface.py) and of flash-attn-4
@@ -213,10 +232,8 @@ def _fa2_module() -> ModuleType:
         assert softmax_scale == q.shape[-1] ** -0.5
         assert window_size_left == window_size_right
         module.asked.append(deterministic)
-        ends = cu_seqlens_q, cu_seqlens_k
-        grads = backward(dout, q, k, v, out, softmax_lse, *ends, max_seqlen_k, window_size_left)
-        for place, value in zip((dq, dk, dv), grads, strict=True):
-            place.copy_(value)
+        saved, ends = (q, k, v, out, softmax_lse), (cu_seqlens_q, cu_seqlens_k)
+        backward(dout, *saved, dq, dk, dv, *ends, max_seqlen_k, window_size_left)
         return softmax_lse
 
     module = ModuleType("flash_attn.flash_attn_interface")
@@ -245,11 +262,13 @@ def _fa4_module() -> ModuleType:
     def bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0,
         window_size_left=None, window_size_right=None, *, cu_seqlens_q=None, cu_seqlens_k=None,
-        max_seqlen_q=None, max_seqlen_k=None, deterministic=False,
+        max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None,
     ):  # fmt: skip
         module.asked.append(deterministic)
         width = side(window_size_left, window_size_right)
-        return backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, width)
+        saved, ends = (q, k, v, out, lse), (cu_seqlens_q, cu_seqlens_k)
+        backward(dout, *saved, dq, dk, dv, *ends, max_seqlen_k, width)
+        return dq, dk, dv
 
     module = ModuleType("flash_attn.cute.interface")
     module.asked = []
@@ -378,26 +397,29 @@ def test_gpu_registration(name: str, window: int, cuda: str) -> None:
     lengths = [300, 0, 16, 1, 77]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(cuda)
     draw = torch.Generator(cuda).manual_seed(0)
-    values = torch.randn(4, sum(lengths) + 6, 3, 64, generator=draw, device=cuda).bfloat16()
-    *qkv, grad = values.unbind()
+    values = torch.randn(sum(lengths) + 6, 4, 3, 64, generator=draw, device=cuda).bfloat16()
+    qkv, grad = values[:, :3].contiguous(), values[:, 3].contiguous()
     others = (cu_seqlens, cu_seqlens, 300, window)
     operations = [
         getattr(torch.ops.clinical_modernbert, f"{name}_attention{end}").default
         for end in ("", "_backward")
     ]
-    forward_inputs = (*qkv, *others)
-    backward_inputs = (grad, *qkv, *operations[0](*forward_inputs), *others)
+    forward_inputs = (qkv, None, *others)
+    backward_inputs = (grad, qkv, None, *operations[0](*forward_inputs), *others)
     for operation, inputs in zip(operations, (forward_inputs, backward_inputs), strict=True):
         results = torch.library.opcheck(operation, inputs, test_utils=checks)
         assert set(results.values()) == {"SUCCESS"}
         with FakeTensorMode() as mode:
             said = operation(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs))
-        for real, fake in zip(operation(*inputs), said, strict=True):
+        found = operation(*inputs)
+        if isinstance(found, Tensor):
+            found, said = (found,), (said,)
+        for real, fake in zip(found, said, strict=True):
             assert (real.shape, real.dtype, real.stride()) == (
                 fake.shape,
                 fake.dtype,
                 fake.stride(),
             )
-    leaves = tuple(x.clone().requires_grad_() for x in qkv)
-    results = torch.library.opcheck(operations[0], (*leaves, *others), test_utils=checks)
+    inputs = (qkv.clone().requires_grad_(), None, *others)
+    results = torch.library.opcheck(operations[0], inputs, test_utils=checks)
     assert set(results.values()) == {"SUCCESS"}

@@ -23,15 +23,17 @@ LAYOUTS = [
 
 
 def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
+    places: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int | None,
 ) -> Tensor:
     """Stands in on a CPU for the reference, which is one opaque operation to a compiler."""
+    q, k, v = qkv.unbind(1)
+    if places is not None:
+        q = q[places]
     place_q, place_k = torch.arange(q.shape[0]), torch.arange(k.shape[0])
     document_q = torch.bucketize(place_q, cu_seqlens_q[1:], right=True)
     document_k = torch.bucketize(place_k, cu_seqlens_k[1:], right=True)
@@ -89,8 +91,8 @@ def dense_local_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, bounds: Tensor, window: int
 ) -> Tensor:
     """Stands in for the kernel, which a CPU's Triton could not be traced into."""
-    qkv_THD = rope_reference(qkv, cos, sin, position_ids)
-    return dense_attention(*qkv_THD, bounds, bounds, 0, window)
+    turned = rope_reference(qkv, cos, sin, position_ids)
+    return dense_attention(turned, None, bounds, bounds, 0, window)
 
 
 @pytest.fixture
