@@ -1,5 +1,6 @@
 """`torch.compile` takes the model as one graph, and at most twice whatever the documents."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from kernels.documents import positions_from
 from kernels.rope import rope_reference
 from model import attention
-from model.attention import BACKENDS, Choice
+from model.attention import BACKENDS, Choice, attend, choose_attention, describe_documents
 from model.config import ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
+from model.rotary import RotaryTables
 
 # Twenty, all of 512 tokens.
 LAYOUTS = [
@@ -147,3 +150,40 @@ def test_gpu_one_graph(
 ) -> None:
     model = lively_model(replace(small, num_attention_heads=2)).to(cuda, torch.bfloat16)
     check(model, "inductor", cuda, packed_row, 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 64])
+def test_gpu_a_compiled_layer_turns_its_product_where_it_lies(
+    window: int | None, cuda: str
+) -> None:
+    """No pass beside: neither a copy of the product, nor one of its gradient."""
+    torch._dynamo.reset()
+    tables = RotaryTables(1024, 64, 10_000.0).to(cuda)
+    project = torch.nn.Linear(128, 3 * 128, bias=False).to(cuda, torch.bfloat16)
+    choice = choose_attention(torch.device(cuda), torch.bfloat16, 64)
+    cu_seqlens = torch.tensor([0, 500, 1024], dtype=torch.int32, device=cuda)
+    positions = positions_from(cu_seqlens, 1024)
+    documents = describe_documents(positions, cu_seqlens, 1024, choice)
+    hidden = torch.randn(1024, 128, device=cuda, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(1024, 2, 64, device=cuda, dtype=torch.bfloat16)
+
+    def layer(hidden: Tensor) -> Tensor:
+        qkv = project(hidden).unflatten(-1, (3, 2, 64))
+        return attend(qkv, tables, documents, window, choice)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    results = []
+    for function in (layer, compiled):
+        torch.autograd.grad(function(hidden), hidden, grad)  # compiles, and wakes the library
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            out = function(hidden)
+            (gradient,) = torch.autograd.grad(out, hidden, grad)
+            torch.cuda.synchronize()
+        results.append((out, gradient))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.float() - theirs.float()).norm() <= 1e-2 * theirs.float().norm()
+    names = [event.name for event in profile.events()]
+    turns = sum("rope" in name for name in names)
+    assert turns == (2 if window is None else 1), names
+    assert not [name for name in names if re.search("copy|clone|triton_poi", name, re.I)], names
