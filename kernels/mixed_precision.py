@@ -1,12 +1,16 @@
 """Passes over an fp32 tensor and a narrower one, as fast as memory is.
 
     add_narrow:    sums ← sums + values            10 bytes an element, of bf16 and fp16
+    write_narrow:  sums ← 0 + values                6 bytes
     scale_narrow:  out = round(scale · values)      6 bytes
 
 PyTorch's own kernels for two dtypes load element by element, which on an H200 took 1.7 times as
-long (docs/kernels.md). A step of training has both: the gradient of every parameter is added to its
-fp32 sum, and the loss's fp32 gradients are scaled and rounded.
+long (docs/kernels.md); its copy to fp32 is one of these, its copy from fp32 is not. A step of
+training has all three: the gradient of every parameter is the first of its fp32 sum or is added to
+it, and the loss's fp32 gradients are scaled and rounded.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -24,14 +28,29 @@ def add_narrow(sums: Tensor, values: Tensor) -> None:
 
     The same bits as `sums.add_(values)`. Raises TypeError or ValueError otherwise.
     """
+    _pass(_add_kernel, "add_narrow", sums, values)
+
+
+def write_narrow(sums: Tensor, values: Tensor) -> None:
+    """Write bf16 or fp16 `values` to fp32 `sums`; as many elements, both contiguous.
+
+    The same bits as `sums.zero_().add_(values)`, -0 becomes +0. Raises TypeError or ValueError
+    otherwise.
+    """
+    _pass(_write_kernel, "write_narrow", sums, values)
+
+
+def _pass(kernel: Any, name: str, sums: Tensor, values: Tensor) -> None:
     if sums.dtype != torch.float32 or values.dtype not in _NARROW:
-        raise TypeError(f"add_narrow adds bf16 or fp16 to fp32, not {values.dtype} to {sums.dtype}")
+        raise TypeError(
+            f"{name} takes fp32 sums and bf16 or fp16 values, not {sums.dtype} and {values.dtype}"
+        )
     if sums.shape != values.shape or not (sums.is_contiguous() and values.is_contiguous()):
-        raise ValueError("add_narrow needs two contiguous tensors of one shape")
+        raise ValueError(f"{name} needs two contiguous tensors of one shape")
     elements = sums.numel()
     if elements > 0:
         with torch.cuda.device_of(sums):
-            _add_kernel[(triton.cdiv(elements, _BLOCK),)](
+            kernel[(triton.cdiv(elements, _BLOCK),)](
                 sums, values, elements, BLOCK=_BLOCK, num_warps=_WARPS
             )
 
@@ -73,6 +92,14 @@ def _add_kernel(sums, values, elements, BLOCK: tl.constexpr):  # type: ignore[no
     inside = at < elements
     value = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(sums + at, tl.load(sums + at, mask=inside, other=0.0) + value, mask=inside)
+
+
+@triton.jit
+def _write_kernel(sums, values, elements, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    value = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sums + at, 0.0 + value, mask=inside)
 
 
 @triton.jit

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from kernels.mixed_precision import add_narrow
+from kernels.mixed_precision import add_narrow, write_narrow
 from train.stable_adamw import Layout, whole
 
 Wrapper = Any
@@ -72,7 +73,8 @@ def without_waits(wrapper: Wrapper) -> None:
     """
     name = type(wrapper).__name__
     if name == "DeepSpeedZeroOptimizer":
-        wrapper.independent_gradient_partition_epilogue = types.MethodType(_end_backward, wrapper)
+        epilogue = wrapper.independent_gradient_partition_epilogue
+        wrapper.independent_gradient_partition_epilogue = lambda: _end_backward(wrapper, epilogue)
     elif name == "FP16_UnfusedOptimizer":
         wrapper.step = types.MethodType(_step_unfused, wrapper)
     elif name == "DeepSpeedZeroOptimizer_Stage3":
@@ -85,16 +87,17 @@ def without_waits(wrapper: Wrapper) -> None:
 def without_copies(wrapper: Wrapper) -> None:
     """Let ZeRO 1 and 2 add bf16 gradients up in fp32 without copying them; same sums, to the bit.
 
-    DeepSpeed keeps the fp32 sums of what a rank steps in a buffer of their own. What it does before
-    that with whole gradients is passes over memory: a cast, a copy into a bucket, one out of it to
-    be reduced, and one back which nothing reads. Other dtypes, and Muon's groups, have no such
-    buffer and stay as they are.
+    DeepSpeed keeps the fp32 sums of what a rank steps in a buffer of their own, which it fills with
+    zeros every step. What it does before that with whole gradients is passes over memory: a cast, a
+    copy into a bucket, one out of it to be reduced, and one back which nothing reads. Other dtypes,
+    and Muon's groups, have no such buffer and stay as they are.
     """
     if type(wrapper).__name__ != "DeepSpeedZeroOptimizer" or wrapper.cpu_offload:
         return
     groups = range(len(wrapper.bit16_groups))
     if not all(wrapper._use_compact_grad_partition_buffer(group) for group in groups):
         return
+    _write_first(wrapper)
     wrapper._fill_param_grad_accum_attribute = types.MethodType(_add_gradient, wrapper)
     wrapper.allreduce_and_copy_with_multiple_ranks = types.MethodType(_reduce_bucket, wrapper)
     # What travels in another dtype is rounded, also where it travels nowhere.
@@ -130,12 +133,65 @@ def without_losses(wrapper: Wrapper) -> None:
     wrapper._add_to_grad_partition_buffer = add
 
 
+def _write_first(wrapper: Wrapper) -> None:
+    """Write what comes first to a sum, which DeepSpeed adds to zeros; the same sum, to the bit.
+
+    DeepSpeed makes the buffer of a group's sums when the first of its gradients comes in a step,
+    and gives it back at the step's end, also where the step is left out. Here it is made without
+    zeros, and what nothing was written to by the end of backward (parameters without a gradient,
+    padding) becomes zero then. It does not matter to which micro-step a gradient belongs.
+    """
+    sums_of = wrapper._get_compact_grad_partition_buffer
+    epilogue = wrapper.independent_gradient_partition_epilogue
+    # By address, for every caller cuts slices of its own out of the buffer.
+    unwritten: dict[int, Tensor] = {}
+
+    def sums_of_group(group: int) -> list[Tensor]:
+        sums: list[Tensor] | None = wrapper.averaged_gradients.get(group)
+        if sums is None:
+            with _Unfilled():
+                sums = sums_of(group)
+            unwritten.update({piece.data_ptr(): piece for piece in sums})
+        return sums
+
+    def add(sums: Tensor | None, gradient: Tensor) -> None:
+        if sums is None:
+            return
+        first = unwritten.pop(sums.data_ptr(), None)
+        if first is None:
+            add_gradient(sums, gradient)
+        else:
+            assert first.numel() == gradient.numel(), "a sum is written as a whole"
+            write_gradient(sums, gradient)
+
+    def end_backward() -> None:
+        epilogue()
+        if unwritten:
+            torch._foreach_zero_(list(unwritten.values()))
+            unwritten.clear()
+
+    wrapper._get_compact_grad_partition_buffer = sums_of_group
+    # All of DeepSpeed's own ways of reduction add by it too, where keys choose another.
+    wrapper._add_to_grad_partition_buffer = add
+    wrapper.independent_gradient_partition_epilogue = end_backward
+
+
+class _Unfilled(TorchFunctionMode):
+    """Memory as it comes where zeros are asked for, in this thread."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (torch.empty if func is torch.zeros else func)(*args, **(kwargs or {}))
+
+
 def _add_gradient(wrapper: Wrapper, parameter: Any) -> None:
     """Add a gradient to the parameter's sum over micro-steps, cast as it is read (stage 1)."""
     if parameter.grad is None:
         return
     if parameter.grad_accum is None:
-        parameter.grad_accum = parameter.grad.to(wrapper.gradient_accumulation_dtype)
+        parameter.grad_accum = torch.empty(
+            parameter.shape, dtype=wrapper.gradient_accumulation_dtype, device=parameter.device
+        )
+        write_gradient(parameter.grad_accum, parameter.grad)
     else:
         add_gradient(parameter.grad_accum, parameter.grad)
     parameter.grad = None
@@ -146,8 +202,19 @@ def _add_to_partition(wrapper: Wrapper, parameter: Any, group: int) -> None:
     wrapper.setup_buckets()
     name, size = wrapper.get_param_id(parameter), parameter.numel()
     sums = wrapper._get_compact_grad_partition_slice(group, 0, name, size)
-    add_gradient(sums.view_as(parameter), parameter.grad)
+    wrapper._add_to_grad_partition_buffer(sums.view_as(parameter), parameter.grad)
     parameter.grad = None
+
+
+def write_gradient(sums: Tensor, gradient: Tensor) -> None:
+    """Write the first gradient of a sum, whatever is in it: the bits of `add_gradient` to zero.
+
+    (Not those of a copy: 0 + (-0) is +0.)
+    """
+    if sums.is_cuda and sums.dtype == torch.float32 != gradient.dtype:
+        write_narrow(sums, gradient.contiguous())
+    else:
+        torch.add(gradient, 0, out=sums)
 
 
 def add_gradient(sums: Tensor, gradient: Tensor) -> None:
@@ -182,14 +249,13 @@ def _reduce_bucket(
     reduced = bucket.to(communication_data_type)
     dist.all_reduce(reduced, group=process_group)
     for piece, sums in zip(reduced.split(sizes), output_bucket, strict=True):
-        if sums is not None:
-            add_gradient(sums, piece)
+        wrapper._add_to_grad_partition_buffer(sums, piece)
     if bucket.is_cuda:
         # It may be given back before this stream has come so far.
         bucket.record_stream(torch.cuda.current_stream())
 
 
-def _end_backward(wrapper: Wrapper) -> None:
+def _end_backward(wrapper: Wrapper, epilogue: Callable[[], None]) -> None:
     """The end of a backward, where the streams wait for each other, and the host for neither.
 
     What follows (gradients handed to the step, their memory given back and written anew) comes
@@ -206,7 +272,7 @@ def _end_backward(wrapper: Wrapper) -> None:
 
     accelerator.synchronize = synchronize
     try:
-        type(wrapper).independent_gradient_partition_epilogue(wrapper)
+        epilogue()
     finally:
         del accelerator.synchronize
 

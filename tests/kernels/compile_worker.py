@@ -193,6 +193,7 @@ def call_stable_adamw(pieces: stable_adamw.Pieces) -> None:
 def call_mixed_precision(elements: int, dtype: torch.dtype) -> None:
     wide, narrow = empty(elements, dtype=torch.float32), empty(elements, dtype=dtype)
     mixed_precision.add_narrow(wide, narrow)
+    mixed_precision.write_narrow(wide, narrow)
     mixed_precision._scale_narrow._init_fn(wide, empty(dtype=torch.float32), dtype)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.mixed_precision import add_narrow, scale_narrow
+from kernels.mixed_precision import add_narrow, scale_narrow, write_narrow
 
 SIZES = [(0,), (1,), (7, 3), (2048,), (2049,), (5, 1000)]
 
@@ -23,6 +23,22 @@ def test_sums(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     assert torch.equal(sums, expected)
     assert torch.equal(whole[:4], before[:4])
     assert torch.equal(whole[4 + values.numel() :], before[4 + values.numel() :])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_first_of_sums(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Whatever was there before; to the bit, of which a zero's sign is one."""
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(size, generator=draw).to(device, dtype)
+    values.view(-1)[::5] = -0.0
+    whole = torch.full((values.numel() + 9,), torch.nan, device=device)
+    sums = whole[4 : 4 + values.numel()].view(size)
+    write_narrow(sums, values)
+    expected = torch.zeros_like(sums).add_(values)
+    assert torch.equal(sums.view(torch.int32), expected.view(torch.int32))
+    assert whole[:4].isnan().all()
+    assert whole[4 + values.numel() :].isnan().all()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -55,6 +71,9 @@ def test_offsets_beyond_31_bits() -> None:
     values = torch.ones(elements, dtype=torch.bfloat16, device="cuda")
     add_narrow(sums, values)
     assert bool((sums == 1).all())
+    sums.fill_(torch.nan)
+    write_narrow(sums, values)
+    assert bool((sums == 1).all())
     out = scale_narrow(sums, torch.tensor(3.0, device="cuda"), torch.bfloat16)
     assert bool((out == 3).all())
 
@@ -62,14 +81,15 @@ def test_offsets_beyond_31_bits() -> None:
 def test_refusals() -> None:
     wide, narrow = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float16)
     scale = torch.ones(())
-    with pytest.raises(TypeError, match="adds bf16 or fp16 to fp32"):
-        add_narrow(wide, wide)
-    with pytest.raises(TypeError, match="adds bf16 or fp16 to fp32"):
-        add_narrow(narrow, narrow)
-    with pytest.raises(ValueError, match="contiguous tensors of one shape"):
-        add_narrow(wide, narrow[:1])
-    with pytest.raises(ValueError, match="contiguous tensors of one shape"):
-        add_narrow(wide, narrow.T.contiguous().T)
+    for operation in (add_narrow, write_narrow):
+        with pytest.raises(TypeError, match="takes fp32 sums and bf16 or fp16 values"):
+            operation(wide, wide)
+        with pytest.raises(TypeError, match="takes fp32 sums and bf16 or fp16 values"):
+            operation(narrow, narrow)
+        with pytest.raises(ValueError, match="contiguous tensors of one shape"):
+            operation(wide, narrow[:1])
+        with pytest.raises(ValueError, match="contiguous tensors of one shape"):
+            operation(wide, narrow.T.contiguous().T)
     with pytest.raises(TypeError, match="makes bf16 or fp16 of fp32"):
         scale_narrow(narrow, scale, torch.float16)
     with pytest.raises(TypeError, match="makes bf16 or fp16 of fp32"):

@@ -4,11 +4,11 @@ The gradients depend on no weight, so what a rule makes of them can be computed 
 without DeepSpeed. The steps `POISONED` have an infinity in them on one rank.
 """
 
-import itertools
+import contextlib
 import json
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from train.config import Train
-from train.ranks import Ranks
+from train.ranks import Ranks, sum_over_ranks
 from train.schedule import Rates
 
 STEPS, MICRO_STEPS, POISONED, LOGGED = 12, 2, (6, 9), (3, 9, 11)
@@ -107,7 +107,8 @@ class Model(nn.Module):
         self.again = Dot(self.tied.weight)
 
     def forward(self, factors: dict[str, Tensor]) -> Tensor:
-        return torch.stack([module(factors[name]) for name, module in self.named_children()]).sum()
+        used = [(name, module) for name, module in self.named_children() if name in factors]
+        return torch.stack([module(factors[name]) for name, module in used]).sum()
 
 
 def factors(step: int, micro_step: int, rank: int) -> dict[str, Tensor]:
@@ -244,7 +245,7 @@ def full_weights(engine: Any) -> dict[str, np.ndarray]:
 
 # Where DeepSpeed's passes over gradients are replaced, and where not. Buckets of 200 elements: some
 # parameters share one, one is larger.
-SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 200}}
+SMALL_BUCKETS: dict[str, dict[str, Any]] = {"zero_optimization": {"reduce_bucket_size": 200}}
 SUMS: dict[str, dict[str, Any]] = {
     f"{precision}_zero{stage}{kind}": {"zero_stage": stage, "precision": precision}
     | {"deepspeed": SMALL_BUCKETS}
@@ -254,7 +255,18 @@ SUMS: dict[str, dict[str, Any]] = {
     for kind in ("", "_reduced_in_bf16")
     if precision == "bf16" or not kind
 }
-SUM_STEPS, SUM_MICRO_STEPS = 2, 3
+# By another of DeepSpeed's ways to reduce, which has its own additions.
+SUMS["bf16_zero1_unscattered"] = {
+    "zero_stage": 1,
+    "precision": "bf16",
+    "deepspeed": {
+        "zero_optimization": SMALL_BUCKETS["zero_optimization"] | {"reduce_scatter": False}
+    },
+}
+# Micro-steps of each step. The sums of the second are not finite, in the third two parameters have
+# no gradient, in the fourth one has none but in its last micro-step.
+SUM_MICRO_STEPS = (3, 2, 1, 2, 3)
+WITH_NAN, UNUSED, LATE = 1, (2, ("matrix", "norm")), (3, ("bias", "long"))
 
 
 class Passes(TorchDispatchMode):
@@ -266,61 +278,110 @@ class Passes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = str(func).split(".")[1]
-        if name in ("_to_copy", "copy_", "add_", "cat", "div_", "zeros"):
+        name = str(func).removeprefix("aten.").removesuffix(".default").removesuffix(".Tensor")
+        if name in ("_to_copy", "copy_", "add_", "add.out", "cat", "div_", "zeros"):
             first = next(t for t in tree_leaves(out) if isinstance(t, Tensor))
             if first.numel() > 0:
                 self.counts[name] = self.counts.get(name, 0) + 1
         return out
 
 
-def sum_gradients(ranks: Ranks, changes: dict[str, Any], as_deepspeed: bool) -> dict[str, Any]:
-    """Weights after steps with gradients whose sums are rounded, and passes over gradients.
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that a place left unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(False)
 
-    as_deepspeed: with DeepSpeed's own sums.
+
+def rounded_gradients(step: int, micro_step: int, rank: int) -> dict[str, Tensor]:
+    """Gradients whose sums are rounded, some of them zeros of either sign."""
+    draw = torch.Generator().manual_seed(1000 * step + 10 * micro_step + rank)
+    shapes = SHAPES | {"again": SHAPES["tied"]}
+    given = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    for part in given.values():
+        part.view(-1)[1::4], part.view(-1)[3::4] = 0.0, -0.0
+    if (step, micro_step) == (WITH_NAN, 0):
+        given["long"][5, 5] = torch.nan
+    is_last = micro_step == SUM_MICRO_STEPS[step] - 1
+    without = UNUSED[1] if step == UNUSED[0] else LATE[1] if step == LATE[0] and not is_last else ()
+    return {name: part for name, part in given.items() if name not in without}
+
+
+def sum_gradients(
+    ranks: Ranks, changes: dict[str, Any], as_deepspeed: bool, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """This rank's sums in each step, weights after it, and passes over gradients in the last.
+
+    as_deepspeed: with DeepSpeed's own sums. checkpoint: where to leave one behind the step that is
+    not finite, with which another engine goes on.
     """
     from train import engine as ours
 
-    replaced = ours.without_copies
-    if as_deepspeed:
-        ours.without_copies = lambda wrapper: None
-    try:
-        engine = make_engine(ranks, changes)
-    finally:
-        ours.without_copies = replaced
+    def make() -> Any:
+        replaced = ours.without_copies
+        if as_deepspeed:
+            ours.without_copies = lambda wrapper: None
+        try:
+            return make_engine(ranks, changes)
+        finally:
+            ours.without_copies = replaced
+
+    engine = make()
     dtype = torch.bfloat16 if changes["precision"] == "bf16" else torch.float32
-    draw, shapes = torch.Generator(), SHAPES | {"again": SHAPES["tied"]}
-    passes = []
-    for number, micro_step in itertools.product(range(SUM_STEPS), range(SUM_MICRO_STEPS)):
-        draw.manual_seed(1000 * number + 10 * micro_step + ranks.rank)
-        given = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-        loss = engine({name: part.to(engine.device, dtype) for name, part in given.items()})
-        with Passes() as watch:
-            is_last = micro_step == SUM_MICRO_STEPS - 1
-            ours.backward(engine, loss, ranks.size, ranks.size, is_last)
-        passes.append(watch.counts)
-        if is_last:
-            ours.step(engine, Rates(lr_of(number), PEAK, DECAY), want_norms=False)
-    found = {"passes": passes[-SUM_MICRO_STEPS:], "weights": full_weights(engine)}
+    passes: list[dict[str, int]] = []
+    sums, weights = [], []
+    for number, micro_steps in enumerate(SUM_MICRO_STEPS):
+        passes.clear()
+        for micro_step in range(micro_steps):
+            given = rounded_gradients(number, micro_step, ranks.rank)
+            loss = engine({name: part.to(engine.device, dtype) for name, part in given.items()})
+            is_last = micro_step == micro_steps - 1
+            with Passes() as watch:
+                ours.backward(engine, loss, ranks.size, ranks.size, is_last)
+            passes.append(watch.counts)
+        pieces = [piece.flatten().float() for piece in engine.optimizer_step.held.gradients()]
+        all_sums = torch.cat(pieces).cpu()
+        # One NaN is like another.
+        sums.append(all_sums.masked_fill(all_sums.isnan(), torch.nan).numpy())
+        ours.step(engine, Rates(lr_of(number), PEAK, DECAY), want_norms=False)
+        full = full_weights(engine)
+        weights.append(np.concatenate([full[key] for key in SHAPES]))
+        if checkpoint is not None and number == WITH_NAN:
+            engine.save_checkpoint(str(checkpoint), tag="state", save_latest=False)
+            engine.destroy()
+            engine = make()
+            engine.load_checkpoint(str(checkpoint), tag="state")
     engine.destroy()
-    return found
+    return {"passes": passes, "sums": sums, "weights": weights}
 
 
-def compare_sums(ranks: Ranks, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """For each of SUMS: whether no bit depends on who adds gradients up, and passes of a step."""
+def compare_sums(
+    ranks: Ranks, names: Iterable[str], checkpoint: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """For each of SUMS and each step, on how many ranks bits depend on who adds gradients up, and
+    on how many something is not finite; passes over gradients in the last step.
+
+    checkpoint: where ours leaves one and goes on from it; DeepSpeed's own does not.
+    """
     found = {}
     for name in names:
-        changes = SUMS[name]
-        ours, theirs = (
-            sum_gradients(ranks, changes, as_deepspeed) for as_deepspeed in (False, True)
-        )
-        pairs = [(ours["weights"][key], theirs["weights"][key]) for key in SHAPES]
-        found[name] = {
-            "same": all(a.tobytes() == b.tobytes() for a, b in pairs),
-            "finite": all(bool(np.isfinite(a).all()) for a, _ in pairs),
-            "ours": ours["passes"],
-            "theirs": theirs["passes"],
-        }
+        theirs = sum_gradients(ranks, SUMS[name], as_deepspeed=True)
+        with poisoned():
+            ours = sum_gradients(ranks, SUMS[name], as_deepspeed=False, checkpoint=checkpoint)
+        found[name] = {"ours": ours["passes"], "theirs": theirs["passes"]}
+        for what in ("sums", "weights"):
+            pairs = list(zip(ours[what], theirs[what], strict=True))
+            differ = torch.tensor([mine.tobytes() != other.tobytes() for mine, other in pairs])
+            infinite = torch.tensor([not np.isfinite(other).all() for _, other in pairs])
+            found[name][f"{what} differ"] = sum_over_ranks(differ.int()).tolist()
+            found[name][f"{what} not finite"] = sum_over_ranks(infinite.int()).tolist()
     return found
 
 

@@ -16,7 +16,7 @@ from train.optimizer import make_optimizer
 from train.optimizer_step import OptimizerStep
 from train.resolve import Run
 from train.stable_adamw import Layout, StableAdamW
-from train.zero import add_gradient
+from train.zero import add_gradient, write_gradient
 
 
 class PlainEngine:
@@ -79,7 +79,8 @@ class _Flat:
         self.layout = Layout(pieces, tuple(sizes), whole=True)
         flat = torch.cat([p.detach().float().flatten() for p in self.parameters])
         self.weights = nn.Parameter(flat)
-        self.sums = torch.zeros_like(flat, dtype=sum_dtype)
+        self.sums = torch.empty_like(flat, dtype=sum_dtype)
+        self._is_empty = True
         self._weights, self._sums = (
             [part.view_as(p) for part, p in zip(whole.split(sizes), self.parameters, strict=True)]
             for whole in (self.weights.detach(), self.sums)
@@ -88,15 +89,17 @@ class _Flat:
 
     def add_gradients(self) -> None:
         """Add the parameters' gradients to the sums, and drop them."""
+        add = write_gradient if self._is_empty else add_gradient
+        self._is_empty = False
         for parameter, sums in zip(self.parameters, self._sums, strict=True):
             assert parameter.grad is not None, "every parameter is used"
-            add_gradient(sums, parameter.grad)
+            add(sums, parameter.grad)
             parameter.grad = None
 
     def write_back(self) -> None:
         """Round the weights into the parameters, and begin the next sums."""
         torch._foreach_copy_(list(self.parameters), self._weights)
-        self.sums.zero_()
+        self._is_empty = True
         self.weights.grad = None
 
 
