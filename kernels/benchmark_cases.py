@@ -20,8 +20,10 @@ from kernels.benchmark_layouts import (
     layouts,
     random_tensor,
     sets_of,
+    token_ids,
     version_of,
 )
+from kernels.embedding import embedding, embedding_reference
 from kernels.geglu import _geglu_backward, geglu, geglu_reference
 from kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from kernels.linear_cross_entropy import (
@@ -43,6 +45,7 @@ OPERATIONS = (
     "rope",
     "rope_in_place",
     "unpad",
+    "embedding",
     "layer_norm",
     "geglu",
     "linear_cross_entropy",
@@ -51,6 +54,7 @@ OPERATIONS = (
     "global_attention",
 )
 INTERMEDIATE, VOCABULARY, LAYERS = 1152, 50_368, 22
+PADDING = 50_283
 MASKED_SHARE = 0.3
 
 
@@ -60,6 +64,7 @@ def make(name: str, tokens: int) -> Iterator[Case]:
         "rope": _rope,
         "rope_in_place": _rope_in_place,
         "unpad": _unpad,
+        "embedding": _embedding,
         "layer_norm": _layer_norm,
         "geglu": _geglu,
         "linear_cross_entropy": _linear_cross_entropy,
@@ -185,6 +190,26 @@ def _unpad_contestants(capacity: int) -> dict[str, Callable[..., Outputs]]:
 
         who["flash-attn"] = lambda mask, *values: [unpad_input(v, mask)[0] for v in values]
     return who
+
+
+def _embedding(tokens: int) -> Iterator[Case]:
+    """Only the backward is ours. From many rows with a token or two each to one row with all."""
+    table = VOCABULARY * HIDDEN * BF16
+    weights = [random_tensor(VOCABULARY, HIDDEN) for _ in sets_of(table)]
+    who: dict[str, Callable[..., Outputs]] = {
+        name: partial(_with_padding, function)
+        for name, function in (("ours", embedding), ("reference", embedding_reference))
+    }
+    who["torch.compile"] = _compiled(who["reference"])
+    for layout, ids in token_ids(tokens, VOCABULARY).items():
+        read, written = ids.unique().numel() * HIDDEN * BF16, tokens * HIDDEN * BF16
+        forward, backward = 8 * tokens + read + written, 8 * tokens + written + table
+        moved = {"forward": forward, "backward": backward, "both": forward + backward}
+        yield Case("embedding", layout, [[ids.cuda(), weight] for weight in weights], who, moved)
+
+
+def _with_padding(function: Callable[..., Outputs], ids: Tensor, weight: Tensor) -> Outputs:
+    return function(ids, weight, PADDING)
 
 
 def _layer_norm(tokens: int) -> Iterator[Case]:

@@ -67,6 +67,22 @@ def _lognormal(tokens: int, median: int, spread: float, longest: int) -> list[in
     return lengths
 
 
+def token_ids(tokens: int, vocabulary: int) -> dict[str, Tensor]:
+    """Ids of tokens by the name of their distribution; int64, on the CPU.
+
+    Of `Zipf`, the frequency of the n-th most frequent is proportional to 1 / (n + 1), and which id
+    that is, is random: of 65,536 tokens and 50,368 ids the first has 5 %.
+    """
+    generator = torch.Generator().manual_seed(3)
+    frequencies = 1 / torch.arange(2, vocabulary + 2).double()
+    places = torch.multinomial(frequencies, tokens, replacement=True, generator=generator)
+    return {
+        "uniform": torch.randint(0, vocabulary, (tokens,), generator=generator),
+        "Zipf": torch.randperm(vocabulary, generator=generator)[places],
+        "one token": torch.full((tokens,), vocabulary // 2),
+    }
+
+
 def random_tensor(*shape: int, grad: bool = True) -> Tensor:
     return torch.randn(shape, device="cuda").bfloat16().requires_grad_(grad)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kernels.embedding import embedding, embedding_reference
 from kernels.geglu import geglu_linear, geglu_linear_reference
 from kernels.layer_norm import (
     add_layer_norm,
@@ -153,12 +154,20 @@ class Layer(nn.Module):
         return result
 
 
+class TokenEmbedding(nn.Embedding):
+    """Rows of the weight; the padding row gets no gradient from being looked up."""
+
+    def forward(self, input_ids_T: Tensor) -> Tensor:
+        look_up = embedding if runs_in_triton(self.weight) else embedding_reference
+        return look_up(input_ids_T, self.weight, self.padding_idx)
+
+
 class Embeddings(nn.Module):
     """Token embeddings, normalised; [PAD]'s row gets no gradient from being looked up."""
 
     def __init__(self, config: ModernBertConfig):
         super().__init__()
-        self.tok_embeddings = nn.Embedding(
+        self.tok_embeddings = TokenEmbedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
         self.norm = Norm(config)

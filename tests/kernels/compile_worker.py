@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import (
     documents,
+    embedding,
     geglu,
     layer_norm,
     linear_cross_entropy,
@@ -150,6 +151,12 @@ def call_documents(tokens: int, count: int, dtype: torch.dtype) -> None:
     documents.clear_behind_documents(empty(tokens, 12, 64, dtype=dtype), cu_seqlens)
 
 
+def call_embedding(tokens: int, vocabulary: int, width: int, dtype: torch.dtype) -> None:
+    ids = empty(tokens, dtype=torch.int64)
+    grad = empty(tokens, width, dtype=dtype)
+    embedding._embedding_backward._init_fn(grad, ids, vocabulary, vocabulary - 1)
+
+
 def call_norms(rows: int, width: int, dtype: torch.dtype, weights: torch.dtype) -> None:
     x, weight = empty(rows, width, dtype=dtype), empty(width, dtype=weights)
     normed, rstd = layer_norm._layer_norm._init_fn(x, weight, 1e-5)
@@ -206,6 +213,7 @@ def usual() -> Iterator[tuple[str, Any]]:
     yield "local_attention", partial(call_local_attention, *rotary)
     yield "local_attention, short documents", partial(call_local_attention, *rotary, 127)
     yield "documents", partial(call_documents, TOKENS, 4096, bf16)
+    yield "embedding", partial(call_embedding, TOKENS, 50_368, hidden, bf16)
     yield "norms", partial(call_norms, TOKENS, hidden, bf16, bf16)
     yield "geglu", partial(call_geglu, TOKENS, inner, bf16)
     yield "loss", partial(call_loss, 19_660, 50_368, hidden, bf16)
@@ -224,6 +232,7 @@ def types() -> Iterator[tuple[str, Any]]:
         yield f"rope {name}", partial(call_rope, *rotary)
         yield f"local_attention {name}", partial(call_local_attention, *rotary)
         yield f"documents {name}", partial(call_documents, TOKENS, 4096, dtype)
+        yield f"embedding {name}", partial(call_embedding, TOKENS, 50_368, hidden, dtype)
         yield f"norms {name}", partial(call_norms, TOKENS, hidden, dtype, torch.float32)
         yield f"geglu {name}", partial(call_geglu, TOKENS, inner, dtype)
         yield f"loss {name}", partial(call_loss, 19_660, 50_368, hidden, dtype)
@@ -242,7 +251,9 @@ def odd() -> Iterator[tuple[str, Any]]:
     full = (37, 2, 256, torch.float32, torch.int64)
     yield "local_attention 2×256 fp32", partial(call_local_attention, *full)
     yield "one document", partial(call_documents, 1000, 1, half)
+    yield "embedding in 32 bits", partial(call_embedding, 1000, 100_000, 100, half)
     for rows, width in ((37, 6), (1, 96)):
+        yield f"embedding {rows}×{width}", partial(call_embedding, rows, 50, width, half)
         yield f"norms {rows}×{width}", partial(call_norms, rows, width, half, half)
         yield f"geglu {rows}×{width}", partial(call_geglu, rows, width, half)
         yield f"loss {rows}×{width}", partial(call_loss, rows, 50, width, half)

@@ -13,7 +13,7 @@ import torch
 from kernels import benchmark, benchmark_attention, benchmark_cases, local_attention
 from kernels.benchmark_attention import candidates, name_of, seen_pairs
 from kernels.benchmark_cases import _adamw, _both_passes, base_parameters
-from kernels.benchmark_layouts import Case, bucketed, layouts
+from kernels.benchmark_layouts import Case, bucketed, layouts, token_ids
 from kernels.local_attention import NARROW
 from kernels.stable_adamw import apply_update_reference, update_moments_reference
 from model import attention
@@ -31,6 +31,19 @@ def test_skewed_is_skewed() -> None:
     lengths = layouts(65_536)["skewed"]
     assert sorted(set(lengths)) == [16, 8192]
     assert sum(lengths) == 65_536
+
+
+def test_token_ids_have_runs_of_every_length() -> None:
+    longest = {}
+    for name, ids in token_ids(65_536, 50_368).items():
+        assert ids.shape == (65_536,)
+        assert ids.amin() >= 0
+        counts = ids.bincount(minlength=50_368)
+        assert len(counts) == 50_368
+        longest[name] = int(counts.amax())
+    assert longest["uniform"] < 20
+    assert 3000 < longest["Zipf"] < 3500
+    assert longest["one token"] == 65_536
 
 
 def test_share_of_the_roofline_and_files(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.documents import clear_behind_documents, document_bounds, positions_from
+from kernels.embedding import embedding
 from kernels.geglu import geglu_linear
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.linear_cross_entropy import _linear_cross_entropy
@@ -38,6 +39,12 @@ def call_documents(device: torch.device) -> list[Tensor]:
     rows = torch.ones(3, 4, device=device)
     clear_behind_documents(rows, torch.tensor([0, 2], dtype=torch.int32, device=device))
     return [rows]
+
+
+def call_embedding(device: torch.device) -> list[Tensor]:
+    weight = torch.ones(5, 4, device=device, requires_grad=True)
+    out = embedding(torch.tensor([1, 3, 1], device=device), weight, 3)
+    return [out, *torch.autograd.grad(out.sum(), weight)]
 
 
 def call_norms(device: torch.device) -> list[Tensor]:
@@ -78,6 +85,7 @@ CALLS = [
     call_rope,
     call_local_attention,
     call_documents,
+    call_embedding,
     call_norms,
     call_geglu,
     call_loss,

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.benchmark_layouts import layouts
+from kernels.benchmark_layouts import layouts, token_ids
 from kernels.documents import document_bounds, positions_from
+from kernels.embedding import embedding
 from kernels.geglu import geglu_linear
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.linear_cross_entropy import _linear_cross_entropy
@@ -93,6 +94,13 @@ def run_local_attention(row: Row) -> list[Tensor]:
     return with_gradients(row, lambda x: local_attention(x, *turn, bounds, 64), qkv)
 
 
+def run_embedding(row: Row) -> list[Tensor]:
+    sizes = row.sizes
+    ids = token_ids(sizes.tokens, sizes.vocabulary)["Zipf"].to(row.device)
+    weight = row.random(sizes.vocabulary, sizes.hidden)
+    return with_gradients(row, lambda w: embedding(ids, w, 3), weight)
+
+
 def run_norms(row: Row) -> list[Tensor]:
     shape, weight = (row.sizes.tokens, row.sizes.hidden), row.random(row.sizes.hidden)
     x, residual = row.random(*shape), row.random(*shape)
@@ -151,6 +159,7 @@ def run_stable_adamw(row: Row) -> list[Tensor]:
     [
         run_rope,
         run_local_attention,
+        run_embedding,
         run_norms,
         run_geglu,
         run_loss,
