@@ -180,8 +180,8 @@ run() {
   case $1 in
     tiny) task python -m train.benchmark --json "$RESULTS/tiny_$GPU.json" --case tiny ;;
     kernels)
-      for operation in rope rope_in_place unpad layer_norm geglu linear_cross_entropy \
-        stable_adamw local_attention; do
+      for operation in rope rope_in_place unpad embedding layer_norm geglu \
+        linear_cross_entropy stable_adamw local_attention; do
         kernels --op "$operation" --csv "$RESULTS/kernels_$GPU.csv"
       done
       # The last draws all that the file then holds.

@@ -40,10 +40,10 @@ SMALLEST_WEIGHT = 2.0**-126
 """in absolute value, that the backward can divide by; below it a weight counts as 0"""
 
 # Measured on one H200 (docs/kernels.md): rows of a tile and warps; backward also how many programs
-# walk over the rows on each multiprocessor.
+# walk over the rows on each multiprocessor, and how many tiles of a walk are under way at once.
 _FORWARD_TILE = (4, 4)
-_BACKWARD_TILE = (1, 1)
-_PROGRAMS_A_MULTIPROCESSOR = 12
+_BACKWARD_TILE = (2, 2)
+_PROGRAMS_A_MULTIPROCESSOR, _STAGES = 8, 3
 # Without a GPU, where Triton interprets.
 _PROGRAMS_INTERPRETED = 3
 
@@ -159,6 +159,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     SMALLEST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_W)
@@ -168,7 +169,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     hidden = tl.abs(divisor) < SMALLEST
     inverse_w = tl.where(hidden, 0.0, 1.0 / tl.where(hidden, 1.0, divisor))
     grad_w = tl.zeros((BLOCK_R, BLOCK_W), dtype=tl.float32)
-    for tile in range(program, tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+    tiles = tl.cdiv(rows, BLOCK_R)
+    for tile in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
         row = (tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
         live = row < rows
         inside = live[:, None] & filled[None, :]
@@ -270,6 +272,7 @@ def _layer_norm_backward(
             SMALLEST=SMALLEST_WEIGHT,
             BLOCK_R=block_r,
             BLOCK_W=triton.next_power_of_2(width),
+            STAGES=_STAGES,
             num_warps=warps,
         )
     return grad_x, partial.sum(0)
