@@ -20,10 +20,12 @@ where its input did. Turning tiles inside the attention instead costs more than 
 saves: every key tile is turned for three query tiles forward and as many backward, its tables are
 twice its size, and what is computed cannot be prefetched into shared memory as what is loaded can.
 
-A program has one head and one tile of tokens and walks over the tiles that its window and the
-documents let it see. The grid runs over tokens: neither the number of documents nor the longest one
-changes it. A query tile sums ∂q over keys, a key tile ∂k and ∂v over queries, each in a fixed order
-and without atomics, so two runs give the same bits.
+There are two implementations, and `pipelined` says which is taken. The one in this file runs
+anywhere: a program has one head and one tile of tokens and walks over the tiles that its window and
+the documents let it see. The other, `kernels.local_attention_hopper`, is for Hopper, bf16, heads of
+64 and windows up to 64. All that follows holds for both. The grid runs over tokens: neither the
+number of documents nor the longest one changes it. ∂q is summed over keys, ∂k and ∂v over queries,
+each in a fixed order and without atomics, so two runs give the same bits.
 
 No token reaches one that does not see it, in another document or outside the window, as long as
 all numbers are finite: queries, keys, values, g and o, and in fp32 their products. Pairs that do
@@ -80,6 +82,11 @@ NARROW = Tuning(
     queries=Tiles(64, 64, 4, 2, 128),
     keys=Tiles(64, 32, 4, 3, 128),
 )
+# Whether `local_attention_hopper` is taken where it can be; off to compare the two.
+WALKS = True
+# Gluon is experimental, and each version changes it: what runs is what was measured, with the
+# triton 3.6 that torch 2.11 for CUDA brings. With 3.9 these kernels compile, and have not run.
+_WALKING_TRITON = ("3", "6")
 _WIDEST_HEAD = 256
 _WIDEST_WINDOW = 2**19  # so that places stay exact in the mask
 
@@ -93,6 +100,20 @@ def tuning(element_size: int, head_dim: int) -> Tuning:
     else:  # products of full fp32 have no tensor cores, and take many registers
         tiles = Tiles(32, 32, 4, 1) if head_dim <= 64 else Tiles(16, 16, 4, 1)
     return Tuning(tiles, tiles, tiles)
+
+
+def pipelined(dtype: torch.dtype, head_dim: int, window: int, device: torch.device) -> bool:
+    """Whether `kernels.local_attention_hopper` computes this, rather than the kernels here."""
+    return (
+        WALKS
+        and dtype == torch.bfloat16
+        and head_dim == 64
+        and window <= 64
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and tuple(triton.__version__.split(".")[:2]) == _WALKING_TRITON
+        and torch.cuda.get_device_capability(device)[0] == 9
+    )
 
 
 def local_attention_reference(
@@ -392,16 +413,24 @@ def _local_attention(turned: Tensor, bounds: Tensor, window: int) -> tuple[Tenso
     tokens, _, heads, head_dim = turned.shape
     out = turned.new_empty((tokens, heads, head_dim))
     logsumexp = turned.new_empty((heads, tokens), dtype=torch.float32)
-    if turned.numel() > 0:
-        tiles = tuning(turned.element_size(), head_dim).forward
-        with torch.cuda.device_of(turned):
+    if turned.numel() == 0:
+        return out, logsumexp
+    scale_log2 = _LOG2_E * head_dim**-0.5
+    with torch.cuda.device_of(turned):
+        if pipelined(turned.dtype, head_dim, window, turned.device):
+            # Imported where it is needed: not every triton has Gluon as these kernels write it.
+            from kernels import local_attention_hopper as walks
+
+            walks.forward(turned, bounds, out, logsumexp, window, scale_log2)
+        else:
+            tiles = tuning(turned.element_size(), head_dim).forward
             _local_attention_forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
                 turned,
                 bounds,
                 out,
                 logsumexp,
                 tokens,
-                _LOG2_E * head_dim**-0.5,
+                scale_log2,
                 **launch_options(tiles, heads, head_dim, window),
             )
     return out, logsumexp
@@ -431,10 +460,17 @@ def _local_attention_backward(
     grad_qkv = torch.empty_like(turned)
     if turned.numel() == 0:
         return grad_qkv
-    cut = tuning(turned.element_size(), head_dim)
-    pairs = logsumexp.new_empty((*logsumexp.shape, 2))
     turn = (cos, sin, position_ids)
     scales = (head_dim**-0.5, _LOG2_E * head_dim**-0.5)
+    if pipelined(turned.dtype, head_dim, window, turned.device):
+        from kernels import local_attention_hopper as walks
+
+        with torch.cuda.device_of(turned):
+            saved = (turned, *turn, bounds, out, logsumexp)
+            walks.backward(grad, *saved, grad_qkv, window, *scales)
+        return grad_qkv
+    cut = tuning(turned.element_size(), head_dim)
+    pairs = logsumexp.new_empty((*logsumexp.shape, 2))
     with torch.cuda.device_of(turned):
         _local_attention_queries_kernel[(heads * triton.cdiv(tokens, cut.queries.block),)](
             turned,
