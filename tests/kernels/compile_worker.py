@@ -9,7 +9,8 @@ arguments (alignment, ones).
 
 A line of JSON a kernel: its name, the case it was first compiled for, registers a thread, bytes of
 stack (spilled registers, above all), warps, shared memory, products on the tensor cores' warp-group
-instructions, bytes of the widest load, and CPU seconds to compile.
+instructions, waits for these that the assembler added, bytes of the widest load, and CPU seconds to
+compile.
 """
 
 import json
@@ -37,6 +38,7 @@ from kernels import (
     layer_norm,
     linear_cross_entropy,
     local_attention,
+    local_attention_hopper,
     mixed_precision,
     rope,
     stable_adamw,
@@ -88,6 +90,7 @@ class Report:
             "warps": compiled.metadata.num_warps,
             "shared": compiled.metadata.shared,
             "products": ptx.count("wgmma.mma_async"),
+            "added_waits": waits(compiled.asm["cubin"]) - ptx.count("wgmma.wait_group"),
             "widest_load": widest_load(ptx),
             "seconds": round(seconds, 2),
         }
@@ -95,18 +98,24 @@ class Report:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        used = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+    used = cuobjdump(cubin, "--dump-resource-usage")
     found = {key: re.search(rf"{key}:(\d+)", used) for key in ("REG", "STACK")}
     registers, stack = (int(match[1]) for match in found.values() if match)
     return {"registers": registers, "stack": stack}
+
+
+def waits(cubin: bytes) -> int:
+    """Of a warp group for its products. ptxas makes each product wait for the one before where it
+    thinks that a register is touched in between, and says so in nothing but a remark."""
+    return cuobjdump(cubin, "--dump-sass").count("WARPGROUP.DEPBAR")
+
+
+def cuobjdump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def widest_load(ptx: str) -> int:
@@ -143,6 +152,17 @@ def call_local_attention(
     out, logsumexp = local_attention._local_attention._init_fn(qkv, bounds, window)
     saved = (qkv, *turn, bounds, out, logsumexp)
     local_attention._local_attention_backward._init_fn(out, *saved, window)
+
+
+def call_walks(tokens: int, heads: int, index: torch.dtype, window: int = 64) -> None:
+    """As `local_attention` calls them on Hopper; a tensor without storage has no GPU to ask."""
+    qkv, *turn = rotary_case(tokens, heads, 64, torch.bfloat16, index)
+    bounds = empty(2, tokens, dtype=torch.int32)
+    out = empty(tokens, heads, 64, dtype=torch.bfloat16)
+    logsumexp = empty(heads, tokens, dtype=torch.float32)
+    local_attention_hopper.forward(qkv, bounds, out, logsumexp, window, 0.18)
+    saved = (qkv, *turn, bounds, out, logsumexp)
+    local_attention_hopper.backward(out, *saved, qkv, window, 0.125, 0.18)
 
 
 def call_documents(tokens: int, count: int, dtype: torch.dtype) -> None:
@@ -212,6 +232,7 @@ def usual() -> Iterator[tuple[str, Any]]:
     yield "rope", partial(call_rope, *rotary)
     yield "local_attention", partial(call_local_attention, *rotary)
     yield "local_attention, short documents", partial(call_local_attention, *rotary, 127)
+    yield "local_attention, walks", partial(call_walks, TOKENS, heads, torch.int64)
     yield "documents", partial(call_documents, TOKENS, 4096, bf16)
     yield "embedding", partial(call_embedding, TOKENS, 50_368, hidden, bf16)
     yield "norms", partial(call_norms, TOKENS, hidden, bf16, bf16)
@@ -236,6 +257,8 @@ def types() -> Iterator[tuple[str, Any]]:
         yield f"norms {name}", partial(call_norms, TOKENS, hidden, dtype, torch.float32)
         yield f"geglu {name}", partial(call_geglu, TOKENS, inner, dtype)
         yield f"loss {name}", partial(call_loss, 19_660, 50_368, hidden, dtype)
+        if dtype == torch.bfloat16:
+            yield f"local_attention {name}, walks", partial(call_walks, TOKENS, heads, torch.int32)
         if dtype in HALF_TYPES:
             yield f"mixed_precision {name}", partial(call_mixed_precision, 2304 * hidden, dtype)
 
@@ -248,6 +271,9 @@ def odd() -> Iterator[tuple[str, Any]]:
         rotary = (37, heads, width, half, torch.int32)
         yield f"rope {heads}×{width}", partial(call_rope, *rotary)
         yield f"local_attention {heads}×{width}", partial(call_local_attention, *rotary, window)
+    for heads, tokens, window in ((1, 37, 9), (2, 1, 0)):
+        walks = partial(call_walks, tokens, heads, torch.int64, window)
+        yield f"local_attention {heads}×64, walks", walks
     full = (37, 2, 256, torch.float32, torch.int64)
     yield "local_attention 2×256 fp32", partial(call_local_attention, *full)
     yield "one document", partial(call_documents, 1000, 1, half)
@@ -285,6 +311,7 @@ def tune() -> Iterator[tuple[str, Any]]:
 def main() -> None:
     cases = {"usual": usual, "types": types, "odd": odd, "tune": tune}[sys.argv[1]]
     triton.runtime.driver.set_active(NoDevice())
+    local_attention_hopper.multiprocessors = lambda device: 132
     report = Report()
     JITFunction.run = lambda kernel, *args, **options: report(kernel, *args, **options)
     with set_wrap_triton_enabled(False):

@@ -16,6 +16,15 @@ SHARED, REGISTERS = 227 * 1024, 65_536
 SPILLED = {
     "local_attention._local_attention_queries_kernel": 64,
     "local_attention._local_attention_keys_kernel": 64,
+    # 56 with triton 3.6, which runs it, and 88 with 3.9.
+    "local_attention_hopper._local_attention_walk_backward_kernel": 96,
+    # None with 3.6, and 16 with 3.9.
+    "local_attention_hopper._local_attention_walk_forward_kernel": 16,
+}
+# Of local attention, and how many programs the walks' stretches reckon with.
+PROGRAMS = {
+    "local_attention_hopper._local_attention_walk_backward_kernel": 2,
+    "local_attention_hopper._local_attention_walk_forward_kernel": 3,
 }
 
 
@@ -54,9 +63,11 @@ def test_what_a_run_launches(tmp_path: Path) -> None:
             "stable_adamw._sum_kernel",
         )
         assert line["widest_load"] == 16 or narrow, line
-        if line["kernel"].startswith("local_attention."):
+        if line["kernel"].startswith("local_attention"):
             assert line["products"] > 0, line
-            assert programs(line) >= 3, line
+            assert programs(line) >= PROGRAMS.get(line["kernel"], 3), line
+            # Walks begin products while others run, as long as the assembler lets them.
+            assert line["added_waits"] <= 0 or "walk" not in line["kernel"], line
         else:
             # Few warps are enough where a program loads ahead.
             least = 8 if line["kernel"] == "layer_norm._backward_kernel" else 16
@@ -72,7 +83,8 @@ def kernels_in_source() -> list[str]:
         for before, line in zip(
             ["", *file.read_text().splitlines()], file.read_text().splitlines(), strict=False
         )
-        if before == "@triton.jit" and line.partition("(")[0].endswith("_kernel")
+        if before.startswith(("@triton.jit", "@gluon.jit"))
+        and line.partition("(")[0].endswith("_kernel")
     ]
 
 
@@ -81,7 +93,9 @@ def test_every_type_and_the_large_model(tmp_path: Path) -> None:
     """Heads of 64 in full fp32, whose products take no tensor cores, may spill more."""
     for line in compile_for_gpu("types", tmp_path):
         spilled = 256 if "float32" in line["case"] else 64
+        spilled = max(spilled, SPILLED.get(line["kernel"], 0))
         assert line["stack"] <= (spilled if line["kernel"] in SPILLED else 0), line
+        assert line["added_waits"] <= 0 or "walk" not in line["kernel"], line
         assert programs(line) >= (1 if "float32" in line["case"] else 2), line
 
 
