@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import benchmark_cases as cases
 from kernels import local_attention
-from kernels.benchmark_attention import make_local, name_of
+from kernels.benchmark_attention import make_local, name_of, walks_here
 from kernels.benchmark_layouts import Case, Outputs, version_of
 
 COLUMNS = (
@@ -337,11 +337,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def describe_run(roofline: Roofline, peers: dict[str, str | None]) -> str:
     """One line on what measures and what is measured, down to how `local_attention` is cut up."""
     versions = "".join(f"{name} {number}, " for name, number in peers.items() if number)
+    walks = "local_attention by walks, and " if walks_here() else ""
     return (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
         f"{versions}copy {roofline.copy / 1e12:.2f} TB/s, "
         f"bf16 product {roofline.product / 1e12:.0f} TFLOP/s; "
-        f"local_attention in tiles {name_of(local_attention.NARROW)}"
+        f"{walks}local_attention in tiles {name_of(local_attention.NARROW)}"
     )
 
 

@@ -6,7 +6,8 @@ backward, which is the best there is for them. So they are without a window wher
 short that `local_attention` takes them as windows. All of them read one packed tensor and give one
 gradient of it, which the first two write in place, as in `model.attention_backends`, and PyTorch
 puts together for the third. Deterministic modes are contestants of their own; this project's
-kernels have no other mode.
+kernels have no other mode. Where `kernels.local_attention.pipelined` takes walks they are "ours", and
+the kernels by tiles are contestants as well.
 """
 
 from collections.abc import Callable, Iterator
@@ -67,7 +68,9 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
         if tune:
             who |= {name_of(tuning): partial(_tuned, tuning) for tuning in candidates(usual)}
         else:
-            who["ours"] = _local
+            who["ours"] = partial(_local_by, True)
+            if walks_here():
+                who["ours, by tiles"] = partial(_local_by, False)
             for name, attend in _others(ends, max(lengths), WINDOW).items():
                 who[f"{name} + our rope"] = partial(_turned, attend)
         pairs = sum(seen_pairs(length, WINDOW) for length in lengths)
@@ -79,7 +82,7 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
             moved,
             _flops(pairs),
         )
-        ours.NARROW = usual  # what --tune left
+        ours.NARROW, ours.WALKS = usual, True  # what the last contestant left
 
 
 def _packed(tokens: int) -> tuple[list[Tensor], dict[str, int]]:
@@ -150,6 +153,17 @@ def _local(
     return local_attention(qkv, cos, sin, places, bounds, window)
 
 
+def walks_here() -> bool:
+    """Whether walks compute what `make_local` measures as "ours"."""
+    return ours.pipelined(torch.bfloat16, HEAD_DIM, WINDOW, torch.device("cuda"))
+
+
+def _local_by(walks: bool, *inputs: Tensor) -> Outputs:
+    # Stays so for the backward, which is measured before the next contestant.
+    ours.WALKS = walks
+    return _local(*inputs)
+
+
 def _turned(
     attend: Attend, qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, bounds: Tensor
 ) -> Outputs:
@@ -172,9 +186,8 @@ def name_of(tuning: Tuning) -> str:
 
 
 def _tuned(tuning: Tuning, *inputs: Tensor) -> Outputs:
-    # Stays so for the backward, which is measured before the next candidate.
     ours.NARROW = tuning
-    return _local(*inputs)
+    return _local_by(False, *inputs)
 
 
 def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]:

@@ -165,14 +165,16 @@ def test_rotary_of_others_has_nothing_else_to_do(
     assert turned.shape == qkv[:, :2].shape
 
 
-def test_a_record_says_which_tiles_it_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("walks", [False, True])
+def test_a_record_says_what_it_timed(walks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(local_attention, "pipelined", lambda *_: walks)
     roofline = benchmark.Roofline(copy=4e12, product=800e12)
     line = benchmark.describe_run(roofline, {"flash-attn": None, "liger-kernel": "0.8"})
     assert line.startswith("a GPU, torch ")
     assert line.endswith(
         "liger-kernel 0.8, copy 4.00 TB/s, bf16 product 800 TFLOP/s; "
-        f"local_attention in tiles {name_of(NARROW)}"
+        f"{'local_attention by walks, and ' * walks}local_attention in tiles {name_of(NARROW)}"
     )
 
 
@@ -230,15 +232,38 @@ def test_tuning_varies_the_same_in_every_layout(
     usual = local_attention.NARROW
     monkeypatch.setattr(local_attention, "NARROW", usual)
     monkeypatch.setattr(benchmark_attention, "_local", lambda *_: ())
+    monkeypatch.setattr(local_attention, "WALKS", True)
     found = []
     for case in benchmark_attention.make_local(16_384, tune=True):
         found.append(list(case.who))
         for measure in case.who.values():
             measure()
+            assert not vars(local_attention)["WALKS"]
         assert vars(local_attention)["NARROW"] != usual
     assert len(found) == 3
     assert found == [[name_of(tuning) for tuning in candidates(usual)]] * 3
     assert vars(local_attention)["NARROW"] == usual
+    assert vars(local_attention)["WALKS"]
+
+
+@pytest.mark.parametrize("walks", [False, True])
+def test_both_of_ours_are_measured_where_there_are_two(
+    walks: bool, without_inputs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[bool] = []
+    monkeypatch.setattr(local_attention, "WALKS", True)
+    monkeypatch.setattr(local_attention, "pipelined", lambda *_: walks)
+    monkeypatch.setattr(
+        benchmark_attention, "_local", lambda *_: taken.append(local_attention.WALKS)
+    )
+    monkeypatch.setattr(benchmark_attention, "version_of", lambda package: None)
+    for case in benchmark_attention.make_local(16_384):
+        mine = [who for who in case.who if who.startswith("ours")]
+        assert mine == ["ours", "ours, by tiles"][: 1 + walks]
+        for who in mine:
+            case.who[who]()
+    assert taken == [True, False][: 1 + walks] * 6
+    assert vars(local_attention)["WALKS"]
 
 
 class _Memory:

@@ -14,6 +14,7 @@ from kernels.local_attention import (
     _local_attention_backward,
     local_attention,
     local_attention_reference,
+    pipelined,
 )
 from kernels.rope import rope, rope_reference, rope_tables
 
@@ -29,6 +30,16 @@ LAYOUTS = {
     "no token": ([0], 0),
     "no document": ([0], 5),
 }
+
+
+@pytest.fixture(params=["walks", "tiles"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bf16 and heads of 64, both ways to compute them that this GPU has."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if request.param == "walks" and not pipelined(torch.bfloat16, 64, 64, torch.device("cuda")):
+        pytest.skip("walks are for Hopper, with the triton that they were measured with")
+    monkeypatch.setattr(module, "WALKS", request.param == "walks")
 
 
 def make_case(
@@ -186,12 +197,14 @@ def test_many_tiles(device: torch.device, assert_close: Callable[..., None]) -> 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[1024, 300, 1], [16] * 1000, [5000, *[3] * 300]], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "ways"),
+    [(64, "walks"), (64, "tiles"), (128, "tiles"), (256, "tiles")],
+    indirect=["ways"],
+)
 def test_gpu_at_real_sizes(
-    lengths: list[int], head_dim: int, assert_close: Callable[..., None]
+    lengths: list[int], head_dim: int, ways: None, assert_close: Callable[..., None]
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     for dtype in (torch.bfloat16, torch.float32):
         case = make_case((lengths, 77), 2, head_dim, dtype, torch.device("cuda"), 8192)
         compare(f"{len(lengths)} documents × {head_dim} {dtype}", case, 64, assert_close)
@@ -342,7 +355,7 @@ def test_registration(device: torch.device, opcheck: Callable[..., None]) -> Non
 
 
 @pytest.mark.gpu
-def test_one_graph_for_every_layout(compiles_twice: Callable[..., None]) -> None:
+def test_one_graph_for_every_layout(ways: None, compiles_twice: Callable[..., None]) -> None:
     cos, sin = (table.cuda() for table in rope_tables(128, 64, 10_000.0))
 
     def layer(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -358,9 +371,7 @@ def test_one_graph_for_every_layout(compiles_twice: Callable[..., None]) -> None
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_31_bits() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def test_offsets_beyond_31_bits(ways: None) -> None:
     tokens, end = 2**31 // (3 * 12 * 64) + 1000, 1000
     cos, sin = (table.cuda() for table in rope_tables(1024, 64, 10_000.0))
     qkv = torch.zeros(tokens, 3, 12, 64, dtype=torch.bfloat16, device="cuda")
@@ -379,9 +390,7 @@ def test_offsets_beyond_31_bits() -> None:
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def test_nothing_waits_for_the_gpu(ways: None) -> None:
     case = make_case(LAYOUTS["skewed"], 2, 64, torch.bfloat16, torch.device("cuda"))
     run(*case, 9)  # compiles
     torch.cuda.set_sync_debug_mode("error")

@@ -1,23 +1,27 @@
-"""Local attention for Hopper: its walks, on emulated Gluon, against plain PyTorch in fp32.
+"""Local attention for Hopper: its walks on emulated Gluon, and on a GPU beside the tiles.
 
-Results, gradients and everything that runs by itself on a GPU; its types, and what a compiler makes
-of it, are left to tests/kernels/test_compile_for_gpu.py and the tests on a GPU.
+The emulator shows what is computed, and that nothing is read before it is there. What a compiler
+makes of it is for tests/kernels/test_compile_for_gpu.py, and roundings are for a GPU, where
+tests/kernels/test_local_attention.py holds walks and tiles to the same bounds.
 """
 
 import re
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from kernels import local_attention
-from kernels.documents import document_bounds_reference
-from kernels.local_attention import local_attention_reference
-from kernels.rope import rope_reference, rope_tables
+from kernels.benchmark_layouts import layouts
+from kernels.documents import document_bounds, document_bounds_reference
+from kernels.local_attention import local_attention_reference, pipelined
+from kernels.rope import rope, rope_reference, rope_tables
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gluon_emulator
@@ -170,3 +174,162 @@ def test_nothing_that_waits_is_there_for_nothing(at: int, instead: str) -> None:
     case = make_case([250], 0, 1)
     with pytest.raises(Hazard):
         run(walks, case, 4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "programs", "blocks"),
+    [
+        (65_536, 12, 2 * 132, 47),
+        (65_536, 12, 3 * 132, 32),
+        (65_536, 16, 2 * 132, 64),  # 63 would make 17 × 16 programs, eight too many
+        (1024, 12, 2 * 132, 1),
+        (1, 12, 2 * 132, 1),
+        (65_536, 300, 2 * 132, 1024),
+    ],
+)
+def test_stretches_are_as_short_as_one_wave_allows(
+    tokens: int, heads: int, programs: int, blocks: int
+) -> None:
+    stretch = gluon_emulator.load(FILE).stretch
+    assert stretch(tokens, heads, programs) == blocks
+    for tokens in (1, 64, 65, 5000, 65_536, 131_072):
+        for heads in (1, 12, 16):
+            span = stretch(tokens, heads, programs)
+            assert heads * -(-tokens // (64 * span)) <= programs
+
+
+@pytest.mark.parametrize(
+    ("change", "walks"),
+    [
+        ({}, True),
+        ({"window": 0}, True),
+        ({"triton": "3.6.0+git1234"}, True),
+        ({"dtype": torch.float16}, False),
+        ({"dtype": torch.float32}, False),
+        ({"head_dim": 128}, False),
+        ({"window": 65}, False),
+        ({"device": "cpu"}, False),
+        ({"capability": (8, 0)}, False),
+        ({"capability": (10, 0)}, False),
+        ({"triton": "3.7.0"}, False),
+        ({"triton": "3.60.0"}, False),
+        ({"hip": "7.0"}, False),
+        ({"walks": False}, False),
+    ],
+    ids=str,
+)
+def test_where_walks_are_taken(
+    change: dict[str, object], walks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = {
+        "dtype": torch.bfloat16,
+        "head_dim": 64,
+        "window": 64,
+        "device": "cuda",
+        "capability": (9, 0),
+        "triton": "3.6.0",
+        "hip": None,
+        "walks": True,
+    }
+    case = usual | change
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    monkeypatch.setattr(triton, "__version__", case["triton"])
+    monkeypatch.setattr(torch.version, "hip", case["hip"])
+    monkeypatch.setattr(local_attention, "WALKS", case["walks"])
+    device = torch.device(case["device"])
+    assert pipelined(case["dtype"], case["head_dim"], case["window"], device) == walks
+
+
+@pytest.fixture
+def hopper() -> torch.device:
+    """A GPU that walks are for; asked of torch and triton, not of `pipelined`."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if torch.cuda.get_device_capability()[0] != 9 or not triton.__version__.startswith("3.6."):
+        pytest.skip("needs Hopper and triton 3.6")
+    return torch.device("cuda")
+
+
+def on(
+    device: torch.device, case: tuple[Tensor, ...], window: int = 64
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Result, sums and gradient in bf16; and what the backward was given but for the window."""
+    qkv, grad, *turn, cu_seqlens = (value.to(device) for value in case)
+    bounds = document_bounds(cu_seqlens, len(qkv))
+    turned = rope(qkv.bfloat16(), *turn)
+    out, logsumexp = local_attention._local_attention(turned, bounds, window)
+    given = [grad.bfloat16(), turned, *turn, bounds, out, logsumexp]
+    return [out, logsumexp, local_attention._local_attention_backward(*given, window)], given
+
+
+def noted(taken: list[str], name: str, launch: Callable[..., None], *args: object) -> None:
+    taken.append(name)
+    launch(*args)
+
+
+@pytest.mark.gpu
+def test_gpu_takes_the_walks(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import local_attention_hopper
+
+    taken = []
+    for name in ("forward", "backward"):
+        launch = getattr(local_attention_hopper, name)
+        monkeypatch.setattr(local_attention_hopper, name, partial(noted, taken, name, launch))
+    on(hopper, make_case([100], 0))
+    assert taken == ["forward", "backward"]
+    on(hopper, make_case([100], 0), 127)
+    monkeypatch.setattr(local_attention, "WALKS", False)
+    on(hopper, make_case([100], 0))
+    assert taken == ["forward", "backward"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [64, 17, 0])
+@pytest.mark.parametrize(
+    ("lengths", "behind"),
+    [([0, 1, 16, 300, 64, 0, 5, 500, 200, 128, *[3] * 40, 1], 77), ([1], 0), ([0], 70), ([128], 0)],
+    ids=str,
+)
+def test_gpu_walks_agree_with_tiles(
+    lengths: list[int],
+    behind: int,
+    window: int,
+    hopper: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And give the same bits twice, and zeros behind the documents, where they read nothing."""
+    case = make_case(lengths, behind, 12)
+    walks, given = on(hopper, case, window)
+    again, _ = on(hopper, case, window)
+    assert all(map(torch.equal, walks, again))
+    monkeypatch.setattr(local_attention, "WALKS", False)
+    tiles, _ = on(hopper, case, window)
+    gradient = local_attention._local_attention_backward(*given, window)
+    for ours, theirs in zip(walks, [*tiles[:2], gradient], strict=True):
+        difference = (ours.float() - theirs.float()).norm()
+        assert difference <= 4e-3 * theirs.float().norm()
+    monkeypatch.setattr(local_attention, "WALKS", True)
+    live = sum(lengths)
+    assert not bool(walks[0][live:].any())
+    assert not bool(walks[2][live:].any())
+    case[0][live:], case[1][live:] = float("nan"), float("inf")
+    assert all(map(torch.equal, walks, on(hopper, case, window)[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["full1024", "skewed", "abstracts"])
+def test_gpu_walks_of_other_stretches_give_the_same_bits(
+    layout: str, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels import local_attention_hopper
+
+    lengths = layouts(65_536)[layout]
+    case = list(make_case(lengths, 65_536 - sum(lengths), 12))
+    case[2:4] = rope_tables(8192, 64, 10_000.0)
+    case[4] = case[4] % 8192  # tokens behind all documents may be more
+    first, _ = on(hopper, case)
+    for multiprocessors in (132, 78, 5):
+        monkeypatch.setattr(
+            local_attention_hopper, "multiprocessors", lambda _, count=multiprocessors: count
+        )
+        assert all(map(torch.equal, first, on(hopper, case)[0]))
