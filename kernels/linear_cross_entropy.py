@@ -38,9 +38,10 @@ _ELEMENTS_A_CHUNK = 6656 * 50368
 _ELEMENTS_A_PLAIN_CHUNK = 64 * 2**20
 
 # Measured on one H200 (docs/kernels.md). First pass: lanes of eight logits in a program, and its
-# warps. Second: rows and columns of a tile, warps, and the rows that a program walks through.
+# warps. Second: rows and columns of a tile, warps, tiles that are under way at once, and the rows
+# that a program walks through.
 _FIRST_PASS = (256, 4)
-_SECOND_PASS = (1, 1024, 4)
+_SECOND_PASS = (2, 2048, 8, 3)
 _ROWS_A_PROGRAM = 64
 # A grid's second dimension ends here, which a small vocabulary's chunk could exceed.
 _MOST_ROWS = 65_535 * _ROWS_A_PROGRAM
@@ -171,12 +172,13 @@ def _second_pass_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Logits to d, in place."""
     column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = (column < VOCABULARY)[None, :]
     sums = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
-    for step in range(0, GROUP, BLOCK_R):
+    for step in tl.range(0, GROUP, BLOCK_R, num_stages=STAGES):
         row = tl.program_id(1) * GROUP + step + tl.arange(0, BLOCK_R)
         label = tl.load(labels + row, mask=row < rows, other=_IGNORED)
         counts = (label != _IGNORED)[:, None] & inside
@@ -214,7 +216,7 @@ def _turn(logits: Tensor, labels: Tensor, with_gradients: bool) -> tuple[Tensor,
         )
     if not with_gradients:
         return values[2:], None
-    block_r, block_v, warps = _SECOND_PASS
+    block_r, block_v, warps, stages = _SECOND_PASS
     groups = triton.cdiv(rows, _ROWS_A_PROGRAM)
     partial = torch.empty(groups, vocabulary, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
@@ -229,6 +231,7 @@ def _turn(logits: Tensor, labels: Tensor, with_gradients: bool) -> tuple[Tensor,
             GROUP=_ROWS_A_PROGRAM,
             BLOCK_R=block_r,
             BLOCK_V=block_v,
+            STAGES=stages,
             num_warps=warps,
         )
     return values[2:], partial.sum(0)
