@@ -6,8 +6,8 @@ backward, which is the best there is for them. So they are without a window wher
 short that `local_attention` takes them as windows. All of them read one packed tensor and give one
 gradient of it, which the first two write in place, as in `model.attention_backends`, and PyTorch
 puts together for the third. Deterministic modes are contestants of their own; this project's
-kernels have no other mode. Where `kernels.local_attention.pipelined` takes walks they are "ours", and
-the kernels by tiles are contestants as well.
+kernels have no other mode. Where `kernels.local_attention.pipelined` takes walks these are "ours",
+and the kernels by tiles are contestants as well.
 """
 
 from collections.abc import Callable, Iterator
