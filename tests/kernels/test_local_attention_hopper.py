@@ -305,11 +305,12 @@ def test_gpu_walks_agree_with_tiles(
     monkeypatch.setattr(local_attention, "WALKS", False)
     tiles, _ = on(hopper, case, window)
     gradient = local_attention._local_attention_backward(*given, window)
-    for ours, theirs in zip(walks, [*tiles[:2], gradient], strict=True):
+    live = sum(lengths)
+    sums = [value[1][:, :live] for value in (walks, tiles)]
+    for ours, theirs in ((walks[0], tiles[0]), sums, (walks[2], gradient)):
         difference = (ours.float() - theirs.float()).norm()
         assert difference <= 4e-3 * theirs.float().norm()
     monkeypatch.setattr(local_attention, "WALKS", True)
-    live = sum(lengths)
     assert not bool(walks[0][live:].any())
     assert not bool(walks[2][live:].any())
     case[0][live:], case[1][live:] = float("nan"), float("inf")
