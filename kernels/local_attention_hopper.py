@@ -247,7 +247,7 @@ def _positions(position_ids, first, tokens):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _turned_back(tile, position, cos, sin):  # type: ignore[no-untyped-def]
-    """A tile's rows turned by minus the angles of their positions, in bf16."""
+    """A tile's rows turned by minus the angles of their positions, below 2²⁶, in bf16."""
     a, b = gl.split(gl.permute(gl.reshape(tile, (64, 2, 32)), (0, 2, 1)))
     a = gl.convert_layout(a, _HALF)
     b = gl.convert_layout(b, _HALF)
@@ -302,7 +302,8 @@ def _gradients(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Begin a tile's three products: to what there is of ∂q, ∂v and ∂k, or in its place.
 
-    The factors p and d are handed back: a product reads them in their registers until it is done.
+    d as a left factor is handed back: products read it and p in their registers until they are
+    done, so that the wait for them has to name both.
     """
     staging.store(d)
     d_left = gl.convert_layout(d, _LEFT)
@@ -386,9 +387,7 @@ def _local_attention_walk_backward_kernel(  # type: ignore[no-untyped-def]
     next_sum = _sums(logsumexp, first + 64, tokens)
     low, high = _ends(bounds, first, tokens)
     s, along_p = _scores(ks.index(0), vs.index(0), qs.index(1), gs.index(1))
-    p, d = _weights(
-        s, along_p, log_sums.index(1), deltas.index(1), middle, reach, scale_log2, 0
-    )  # fmt: skip
+    p, d = _weights(s, along_p, log_sums.index(1), deltas.index(1), middle, reach, scale_log2, 0)
     grad_here = _gradient_of_queries(p, d, ks.index(0), staging, zero, False)
     grad_before = zero
 
