@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.library import triton_op, wrap_triton
 
 # Tokens and warps of a program. Measured on one H200 (docs/kernels.md).
@@ -205,7 +206,8 @@ def _launch(qkv: Tensor, inverse: bool) -> tuple[tuple[int], dict[str, int | boo
 
 @triton_op("clinical_modernbert::rope", mutates_args={})
 def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, inverse: bool) -> Tensor:
-    if torch.compiler.is_compiling():
+    # Where a compiler traces. (torch.compiler.is_compiling() is False in here before torch 2.13.)
+    if detect_fake_mode() is not None:
         # A copy that the compiler leaves out where nobody reads qkv again, as behind a linear
         # layer, whose product is then turned where it is.
         out = qkv.clone()

@@ -6,8 +6,8 @@ it afterwards.
 Layers are compiled each by itself, and the head; layers that are alike share what was compiled. One
 graph of the whole model would hand over its gradients when all of backward is over, so that ZeRO
 could reduce none of them meanwhile, and would be compiled layer by layer anyhow: nothing fuses
-across the borders, where our norms read and write. What is around them runs as it is: the loss is
-one operation, and the compiler's gradient of an embedding would add up in no fixed order.
+across the borders, where our norms read and write. What is around them runs as it is: the loss and
+the embedding with its gradient are operations of ours, which a compiler would leave alone.
 
 All shapes are compiled in as constants but the number of documents (`train.batch` marks it) and
 `max_seqlen` (`model.attention.Documents`). So there is one compilation for each kind of layer (the

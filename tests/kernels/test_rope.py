@@ -1,13 +1,16 @@
 """Rotary positions: the kernel against fp64, on every shape of row."""
 
 from collections.abc import Callable
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from transformers import ModernBertConfig as TheirConfig
 from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 
+from kernels import rope as module
 from kernels.documents import positions_from
 from kernels.rope import (
     _rope,
@@ -139,6 +142,24 @@ def test_registration(device: torch.device, opcheck: Callable[..., None]) -> Non
         for inverse in (False, True):
             opcheck(_rope, (leaf, *others, inverse))
     opcheck(_rope_in_place, (qkv, *others))
+
+
+def test_a_compiler_is_given_a_copy_that_is_turned_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which it leaves out where it can (`tests/model/test_compile.py`); others get a new tensor."""
+    turned: list[Tensor] = []
+    monkeypatch.setattr(module, "_turn_in_place", lambda qkv, *_: turned.append(qkv))
+    case = make_rows([6, 3], 2, 8, torch.float32, torch.device("cpu"))
+    with FakeTensorMode() as mode:
+        qkv, *others = (mode.from_tensor(tensor) for tensor in case)
+        out = _rope._init_fn(qkv, *others, False)
+    assert len(turned) == 1
+    assert out is turned[0]
+    assert out is not qkv
+    monkeypatch.setattr(module, "wrap_triton", lambda _: MagicMock())
+    _rope._init_fn(*case, False)
+    assert len(turned) == 1
 
 
 @pytest.mark.gpu

@@ -184,6 +184,7 @@ def test_gpu_a_compiled_layer_turns_its_product_where_it_lies(
     for ours, theirs in zip(*results, strict=True):
         assert (ours.float() - theirs.float()).norm() <= 1e-2 * theirs.float().norm()
     names = [event.name for event in profile.events()]
-    turns = sum("rope" in name for name in names)
+    turns = sum("rope_in_place" in name for name in names)
     assert turns == (2 if window is None else 1), names
+    assert not [name for name in names if "_rope_kernel" in name], names
     assert not [name for name in names if re.search("copy|clone|triton_poi", name, re.I)], names

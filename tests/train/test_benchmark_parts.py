@@ -28,7 +28,7 @@ from train.ranks import Ranks
         ("_local_attention_forward_kernel", "model", "attention"),
         ("triton_poi_fused__scaled_dot_product_flash_attention_clone_3", "model", "memory_bound"),
         ("triton_red_fused_native_layer_norm_backward_7", "model", "memory_bound"),
-        ("_apart_kernel", "model", "memory_bound"),
+        ("_rope_in_place_kernel", "model", "memory_bound"),
         ("void at::native::vectorized_elementwise_kernel<4, GeluCUDA>", "model", "memory_bound"),
         ("void at::native::multi_tensor_apply_kernel<>", "optimizer", "optimizer"),
         ("sm90_xmma_gemm_f32f32", "optimizer", "optimizer"),
