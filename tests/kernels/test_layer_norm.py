@@ -301,7 +301,8 @@ def test_one_graph_for_every_number_of_rows(compiles_twice: Callable[..., None])
         normed, total = add_layer_norm(x, residual, weight, EPS)
         return layer_norm(total + normed, weight, EPS)
 
-    rows = [7, 300, 64, 2, 129, 1000, 31, 512, 77, 78, *range(3, 120, 12)]
+    # From 3 on: of one program a compiler makes another graph, as of one row.
+    rows = [7, 300, 64, 4, 129, 1000, 31, 512, 77, 78, *range(3, 120, 12)]
     device = torch.device("cuda")
     compiles_twice(block, [make_case(n, 96, torch.bfloat16, device)[:3] for n in rows])
 
