@@ -103,19 +103,16 @@ def register(
     ) -> Tensor:
         if 0 in (grad.shape[0], max_seqlen):
             return torch.zeros_like(qkv)
-        grad_qkv = torch.empty_like(qkv)
         q, k, v = _queries(qkv, places), qkv[:, 1], qkv[:, 2]
-        dq, dk, dv = grad_qkv.unbind(1)
-        if places is not None:
-            dq = torch.empty_like(q)
+        grad_qkv = torch.empty_like(qkv)
+        dq = grad_qkv[:, 0] if places is None else torch.empty_like(q)
+        dk, dv = grad_qkv[:, 1], grad_qkv[:, 2]
         with torch.cuda.device_of(q):
             saved, where = (q, k, v, out, logsumexp), (cu_seqlens_q, cu_seqlens_k)
             backward(grad, *saved, dq, dk, dv, *where, max_seqlen, window)
         if leaves_rows_unwritten:
             clear_behind_documents(grad_qkv, cu_seqlens_k)
         if places is not None:
-            if leaves_rows_unwritten:
-                clear_behind_documents(dq, cu_seqlens_q)
             _put(grad_qkv[:, 0], dq, places, cu_seqlens_q)
         return grad_qkv
 
@@ -155,13 +152,17 @@ def register(
 def _put(rows: Tensor, values: Tensor, places: Tensor, cu_seqlens: Tensor) -> None:
     """Write `values` to their places among `rows`, zeros to all others.
 
-    Each place is written by one value, or by equal ones: filler, whose own place may be somebody's,
-    says again what the first value says, which is zero where there is nothing but filler.
+    Those behind cu_seqlens[-1] are filler, and may hold anything. Each place is written by one
+    value, or by equal ones: filler, whose own place may be somebody's, says again what the first
+    value says, or zero where there is nothing but filler.
     """
-    is_real = torch.arange(places.shape[0], device=places.device) < cu_seqlens[-1]
+    is_real_M11 = (torch.arange(places.shape[0], device=places.device) < cu_seqlens[-1])[
+        :, None, None
+    ]
+    first = torch.where(is_real_M11[:1], values[:1], 0)
+    to = torch.where(is_real_M11.flatten(), places, places[:1])
     rows.zero_()
-    to = torch.where(is_real, places, places[:1])
-    rows.index_put_((to,), torch.where(is_real[:, None, None], values, values[:1]))
+    rows.index_put_((to,), torch.where(is_real_M11, values, first))
 
 
 def _fa4_forward(
