@@ -3,8 +3,9 @@
 Each kernel is wrapped in a custom operation for its forward and one for its backward, with shapes
 for the compiler and autograd registered between them, so that a compiled layer has no graph break.
 They read queries, keys and values where they lie in qkv (T, 3, H, D), contiguous, bf16 or fp16, and
-write the gradients of it in one such tensor, so that nothing is put together or taken apart. Where
-places_M are given, the queries are those of these tokens, (M, H, D). cu_seqlens_q and cu_seqlens_k
+write the gradients of it in one such tensor, so that nothing is put together or taken apart; those
+of torch's kernel are copied there. Where places_M are given, the queries are those of these tokens,
+(M, H, D), and their gradients are put to their places. cu_seqlens_q and cu_seqlens_k
 (N + 1,) int32: where each document's queries and its keys lie, alike where all tokens are queries;
 no document has more than max_seqlen of either; window tokens to either side, −1 for the whole
 document. They leave the results behind the last entry of each unwritten: here these become zeros,
