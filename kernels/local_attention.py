@@ -86,7 +86,7 @@ NARROW = Tuning(
 WALKS = True
 # Gluon is experimental, and each version changes it: what runs is what was measured, with the
 # triton 3.6 that torch 2.11 for CUDA brings. With 3.9 these kernels compile, and have not run.
-_WALKING_TRITON = ("3", "6")
+_WALKING_TRITON = "3.6"
 _WIDEST_HEAD = 256
 _WIDEST_WINDOW = 2**19  # so that places stay exact in the mask
 
@@ -104,16 +104,23 @@ def tuning(element_size: int, head_dim: int) -> Tuning:
 
 def pipelined(dtype: torch.dtype, head_dim: int, window: int, device: torch.device) -> bool:
     """Whether `kernels.local_attention_hopper` computes this, rather than the kernels here."""
-    return (
-        WALKS
-        and dtype == torch.bfloat16
+    wanted = triton_to_walk(dtype, head_dim, window, device)
+    return WALKS and wanted is not None and f"{triton.__version__}.".startswith(f"{wanted}.")
+
+
+def triton_to_walk(
+    dtype: torch.dtype, head_dim: int, window: int, device: torch.device
+) -> str | None:
+    """The version of triton with which `pipelined` says yes; None where no version would do."""
+    walks = (
+        dtype == torch.bfloat16
         and head_dim == 64
         and window <= 64
         and device.type == "cuda"
         and torch.version.hip is None
-        and tuple(triton.__version__.split(".")[:2]) == _WALKING_TRITON
         and torch.cuda.get_device_capability(device)[0] == 9
     )
+    return _WALKING_TRITON if walks else None
 
 
 def local_attention_reference(

@@ -34,13 +34,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.documents import document_bounds
-from kernels.local_attention import local_attention
+from kernels.local_attention import local_attention, pipelined, triton_to_walk
 from model.attention_backends import fa2_attention, fa4_attention, register, varlen_attention
 from model.config import Backend, Local
 from model.rotary import RotaryTables
@@ -436,16 +437,23 @@ def _installed(package: str) -> bool:
 
 
 def what_to_install(
-    choice: Choice, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> str | None:
-    """One line on a faster backend that this GPU could have, if there is one."""
-    for name in BACKENDS:
-        if name == choice.backend:
-            return None
+    choice: Choice, device: torch.device, dtype: torch.dtype, head_dim: int, window: int
+) -> list[str]:
+    """A line on the fastest backend that this GPU could have, if there is a faster one than the
+    choice's, and one on what layers with a window would be faster with."""
+    lines = []
+    for name in itertools.takewhile(lambda name: name != choice.backend, BACKENDS):
         reason = why_not(name, device.type, device.index, dtype, head_dim)
         if reason and "not installed" in reason:
-            return f"attention would be faster with: {_INSTALL[name]}"
-    return None
+            lines.append(f"attention would be faster with: {_INSTALL[name]}")
+            break
+    wanted = triton_to_walk(dtype, head_dim, window, device)
+    if choice.local == "kernel" and wanted and not pipelined(dtype, head_dim, window, device):
+        lines.append(
+            f"layers with a window would be faster with: triton {wanted}, as torch 2.11 for CUDA "
+            f"has it (kernels.local_attention_hopper); this is {triton.__version__}"
+        )
+    return lines
 
 
 class _Case(NamedTuple):

@@ -273,6 +273,6 @@ def _begin(run: Run, found: checkpoint.Found, device: torch.device, attention: C
         idle = no_trace(run.config.profile, found.progress.step, run.last_step(found.progress))
         if idle is not None:
             print(idle, flush=True)
-    advice = what_to_install(attention, device, _dtype(run), run.start.head_dim)
-    if advice is not None:
-        print(advice, flush=True)
+    sizes = run.start.head_dim, run.start.local_attention // 2
+    for line in what_to_install(attention, device, _dtype(run), *sizes):
+        print(line, flush=True)

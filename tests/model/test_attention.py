@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from kernels.documents import positions_from
@@ -23,6 +24,7 @@ from model.attention import (
     what_to_install,
     why_not,
 )
+from model.config import Local
 from model.rotary import RotaryTables
 
 LAYOUTS = {
@@ -218,21 +220,38 @@ def test_what_is_asked_for_by_name_is_not_replaced(machine: Callable[..., None])
         choose_attention(GPU, torch.float16, 20, "varlen")
 
 
-def test_one_line_says_what_to_install(machine: Callable[..., None]) -> None:
-    def advice(device: torch.device) -> str | None:
-        choice = choose_attention(device, torch.bfloat16, 64)
-        return what_to_install(choice, device, torch.bfloat16, 64)
+def test_a_line_each_says_what_to_install(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def advice(device: torch.device, window: int = 64, local: Local = "auto") -> list[str]:
+        choice = choose_attention(device, torch.bfloat16, 64, local=local)
+        return what_to_install(choice, device, torch.bfloat16, 64, window)
 
-    assert advice(CPU) is None
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    assert advice(CPU) == []
     machine((9, 0))
-    assert "FlashAttention-4" in str(advice(GPU))
+    (line,) = advice(GPU)
+    assert "FlashAttention-4" in line
     machine((9, 0), "flash-attn")
-    assert "FlashAttention-4" in str(advice(GPU))
+    (line,) = advice(GPU)
+    assert "FlashAttention-4" in line
     machine((8, 0))
-    assert "FlashAttention-2" in str(advice(GPU))
+    (line,) = advice(GPU)
+    assert "FlashAttention-2" in line
     for capability, package in (((9, 0), "flash-attn-4"), ((8, 0), "flash-attn")):
         machine(capability, package)
-        assert advice(GPU) is None
+        assert advice(GPU) == []
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    assert advice(GPU) == []
+    machine((9, 0))
+    fa4, line = advice(GPU)
+    assert "FlashAttention-4" in fa4
+    assert "triton 3.6" in line
+    assert line.endswith("this is 3.7.1")
+    machine((9, 0), "flash-attn-4")
+    assert advice(GPU) == [line]
+    assert advice(GPU, window=65) == []
+    assert advice(GPU, local="backend") == []
 
 
 def test_a_choice_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
