@@ -42,7 +42,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.documents import document_bounds
 from kernels.local_attention import local_attention, pipelined, triton_to_walk
-from model.attention_backends import fa2_attention, fa4_attention, register, varlen_attention
+from model.attention_backends import (
+    fa2_attention,
+    fa4_attention,
+    put_rows,
+    register,
+    varlen_attention,
+)
 from model.config import Backend, Local
 from model.rotary import RotaryTables
 
@@ -117,8 +123,7 @@ class Queries(NamedTuple):
 class _TakeRows(torch.autograd.Function):
     """`index_select` whose backward writes rows: each has one place, so that nothing adds up.
 
-    That of `index_select` adds row by row, atomically, which is slow in bf16. The gradient of
-    filler, which is zero, goes to a row too many, for its place may be somebody's.
+    That of `index_select` adds row by row, atomically, which is slow in bf16.
     """
 
     @staticmethod
@@ -130,10 +135,9 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         places_M, cu_seqlens = ctx.saved_tensors
-        is_real = torch.arange(places_M.shape[0], device=grad.device) < cu_seqlens[-1]
-        to = torch.where(is_real, places_M, ctx.rows)
-        rows = grad.new_zeros((ctx.rows + 1, *grad.shape[1:])).index_put_((to,), grad)
-        return rows[: ctx.rows], None, None
+        rows = grad.new_empty((ctx.rows, *grad.shape[1:]))
+        put_rows(rows, grad, places_M, cu_seqlens)
+        return rows, None, None
 
 
 def describe_documents(

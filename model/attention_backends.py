@@ -114,7 +114,7 @@ def register(
         if leaves_rows_unwritten:
             clear_behind_documents(grad_qkv, cu_seqlens_k)
         if places is not None:
-            _put(grad_qkv[:, 0], dq, places, cu_seqlens_q)
+            put_rows(grad_qkv[:, 0], dq, places, cu_seqlens_q)
         return grad_qkv
 
     attend.register_fake(_shapes)
@@ -150,20 +150,20 @@ def register(
     return call
 
 
-def _put(rows: Tensor, values: Tensor, places: Tensor, cu_seqlens: Tensor) -> None:
-    """Write `values` to their places among `rows`, zeros to all others.
+def put_rows(rows: Tensor, values: Tensor, places_M: Tensor, cu_seqlens: Tensor) -> None:
+    """Write (M, …) `values` to their places among (T, …) `rows`, zeros to all others.
 
-    Those behind cu_seqlens[-1] are filler, and may hold anything. Each place is written by one
-    value, or by equal ones: filler, whose own place may be somebody's, says again what the first
-    value says, or zero where there is nothing but filler.
+    places_M and cu_seqlens are those of `model.attention.Queries`: what lies behind cu_seqlens[-1]
+    is filler, and may hold anything. Each place is written by one value, or by equal ones: filler,
+    whose own place may be somebody's, says again what the first value says, or zero where there is
+    nothing but filler.
     """
-    is_real_M11 = (torch.arange(places.shape[0], device=places.device) < cu_seqlens[-1])[
-        :, None, None
-    ]
-    first = torch.where(is_real_M11[:1], values[:1], 0)
-    to = torch.where(is_real_M11.flatten(), places, places[:1])
+    is_real_M = torch.arange(places_M.shape[0], device=places_M.device) < cu_seqlens[-1]
+    is_real = is_real_M.view(-1, *[1] * (values.dim() - 1))
+    first = torch.where(is_real[:1], values[:1], 0)
+    to = torch.where(is_real_M, places_M, places_M[:1])
     rows.zero_()
-    rows.index_put_((to,), torch.where(is_real_M11, values, first))
+    rows.index_put_((to,), torch.where(is_real, values, first))
 
 
 def _fa4_forward(

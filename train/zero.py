@@ -211,7 +211,7 @@ def write_gradient(sums: Tensor, gradient: Tensor) -> None:
 
     (Not those of a copy: 0 + (-0) is +0.)
     """
-    if sums.is_cuda and sums.dtype == torch.float32 != gradient.dtype:
+    if _widens(sums, gradient):
         write_narrow(sums, gradient.contiguous())
     else:
         torch.add(gradient, 0, out=sums)
@@ -219,10 +219,15 @@ def write_gradient(sums: Tensor, gradient: Tensor) -> None:
 
 def add_gradient(sums: Tensor, gradient: Tensor) -> None:
     """Add a gradient to its sum, of whatever dtypes; the kernel wants memory in one order."""
-    if sums.is_cuda and sums.dtype == torch.float32 != gradient.dtype:
+    if _widens(sums, gradient):
         add_narrow(sums, gradient.contiguous())
     else:
         sums.add_(gradient)
+
+
+def _widens(sums: Tensor, gradient: Tensor) -> bool:
+    """Whether `kernels.mixed_precision` takes the two."""
+    return sums.is_cuda and sums.dtype == torch.float32 != gradient.dtype
 
 
 def _reduce_bucket(
