@@ -5,6 +5,7 @@ weights know where each parameter lies in DeepSpeed's flat buffers (`train.zero`
 DeepSpeed's that changes one of these would be obeyed by one half of the code only.
 """
 
+import difflib
 from typing import Any
 
 from train.phase_config import require
@@ -56,6 +57,7 @@ REFUSED = {
     "quantize_training": _MODEL,
     "weight_quantization": _MODEL,
     "hybrid_engine": _MODEL,
+    "activation_checkpointing": "`recompute` says what is computed again; leave it out",
     "compile": "`compile` says what is compiled; leave it out",
     "checkpoint": "checkpoints are checked and taken up as DeepSpeed writes them; leave it out",
     "zero_optimization.stage": _OWN,
@@ -82,6 +84,29 @@ REFUSED = {
 }
 """Key -> why, and what to do."""
 
+TAKEN = frozenset(
+    {
+        "zero_optimization",
+        "bf16",
+        "comms_logger",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "timers",
+        "steps_per_print",
+        "dump_state",
+        "log_level",
+        "disable_allgather",
+        "disable_python_gc",
+        "tensorboard",
+        "wandb",
+        "comet",
+        "csv_monitor",
+    }
+)
+"""What is left to DeepSpeed at the top level, where it passes over names that it does not know; it
+refuses those within `zero_optimization` itself."""
+
 CHECKS = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
 """DeepSpeed's own checks before a step, off by default: they may be turned on beside ours, which
 changes no step but has the host wait for the device, to measure what that costs."""
@@ -96,6 +121,7 @@ def check_deepspeed_keys(keys: dict[str, Any]) -> None:
         inner |= {f"{name}.{key}": value for key, value in section.items()}
     for key in sorted(keys.keys() | inner.keys()):
         require(key not in REFUSED, f"deepspeed.{key}: {REFUSED.get(key)}")
+        require("." in key or key in TAKEN, f"deepspeed.{key}: {_unknown(key)}")
         require(
             not key.startswith("bf16.") or key in CHECKS,
             f"deepspeed.{key}: {_OWN}, `precision`; of this section only {CHECKS[0]} may be set",
@@ -105,3 +131,9 @@ def check_deepspeed_keys(keys: dict[str, Any]) -> None:
             inner.get(key, True) is True,
             f"deepspeed.{key} may only be true: it is off by default, and Muon cannot do without",
         )
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, TAKEN, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(TAKEN))}"
+    return f"DeepSpeed has no such key, or a run has no use for it; {hint}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.commit import project_commit
 from common.config import ConfigError, config_to_yaml
 from common.files import whole_file, write_json
 from model.attention import (
@@ -104,7 +105,6 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
                 console.step(plan.step, plan.slots, progress.all_tokens)
             if norms is not None:
                 record = interval.close()
-                check_finite(plan, norms)
                 if metrics is not None:
                     state = {
                         "grad_norm": norms.gradient,
@@ -112,6 +112,7 @@ def _train(run: Run, ranks: Ranks, device: torch.device) -> None:
                         "skipped_steps": engine.skipped_steps,
                     }
                     metrics.train({**counters(run, plan, progress), **state, **record})
+                check_finite(plan, norms)
             if validates:
                 figures = validate(engine)
                 if metrics is not None:
@@ -190,6 +191,7 @@ def _circumstances(
         "fp8": run.config.fp8,
         "parameters": parameter_count(run.start),
         "last_step": run.last_step(progress),
+        "commit": project_commit(),
         "torch": version("torch"),
         "deepspeed": version("deepspeed"),
     }

@@ -20,13 +20,30 @@ class Norms:
     """What is known of a step that is logged; over all ranks.
 
     gradient: before clipping (of Muon's matrices: of what Muon makes of it). update: of the change
-    of the fp32 weights. skipped_in_a_row: this step and those before it whose gradients were
-    not finite, so that they were left out.
+    of the fp32 weights. skipped_in_a_row: the most steps in a row whose gradients were not
+    finite, so that they were left out, with at least one of them since the last that was logged.
     """
 
     gradient: float
     update: float
     skipped_in_a_row: int
+
+
+class SkippedInARow:
+    """How many steps in a row were left out."""
+
+    def __init__(self) -> None:
+        self._now = self._most = 0
+
+    def add(self, skipped: bool) -> None:
+        """A step that was left out, or one that was not."""
+        self._now = self._now + 1 if skipped else 0
+        self._most = max(self._most, self._now)
+
+    def take(self) -> int:
+        """The longest row that was added to since the last call, counted from its beginning."""
+        most, self._most = self._most, 0
+        return most
 
 
 class OptimizerStep:
@@ -38,7 +55,7 @@ class OptimizerStep:
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, config: Optimizer) -> None:
         self.config = config
-        self.skipped_in_a_row = 0
+        self._skipped = SkippedInARow()
         self._engine, self._optimizer = engine, optimizer
         self.held = held(engine.optimizer)
         self._flags: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
@@ -69,7 +86,7 @@ class OptimizerStep:
         self._read_flags(wait=True)
         update = self._norm(list(torch._foreach_sub(self.held.weights(), before)))
         assert norm is not None
-        return Norms(float(norm), float(update), self.skipped_in_a_row)
+        return Norms(float(norm), float(update), self._skipped.take())
 
     def _guard(self) -> Tensor:
         """Tell the optimizer how to scale the gradient, and whether to leave the step out."""
@@ -110,6 +127,6 @@ class OptimizerStep:
             self._count(bool(flag.numpy()))
 
     def _count(self, skipped: bool) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self._skipped.add(skipped)
         if self._checks:
             self._engine.skipped_steps += skipped

@@ -167,6 +167,10 @@ class LearningRate:
             "decay_tokens needs a shape: set decay to sqrt, cosine or linear",
         )
         require(
+            self.decay != "none" or self.final_share == 0,
+            "final_share needs a shape: set decay to sqrt, cosine or linear",
+        )
+        require(
             0 <= self.final_share < 1, f"final_share is {self.final_share}, it must lie in 0 … 1"
         )
 

@@ -62,8 +62,14 @@ class Held:
 
 
 def held(wrapper: Wrapper) -> Held:
-    """What this rank's wrapper holds; wrapper: `engine.optimizer`."""
-    return _HELD.get(type(wrapper).__name__, _plain)(wrapper)
+    """What this rank's wrapper holds; wrapper: `engine.optimizer`. TypeError for one of a kind that
+    is not in the table above, whose places nobody here knows."""
+    if isinstance(wrapper, torch.optim.Optimizer):
+        return _plain(wrapper)
+    name = type(wrapper).__name__
+    if name not in _HELD:
+        raise TypeError(f"{name} is none of DeepSpeed 0.19.8's wrappers that train/zero.py knows")
+    return _HELD[name](wrapper)
 
 
 def without_waits(wrapper: Wrapper) -> None:

@@ -302,9 +302,9 @@ class Launcher:
         """What starts `script` with so many processes."""
         if ranks == 1:
             return [sys.executable, str(script), *words]
-        launcher = Path(sys.executable).parent / "deepspeed"
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what `deepspeed` starts
         ports = ["--master_port", str(free_port())]
-        return [str(launcher), "--num_accelerators", str(ranks), *ports, str(script), *words]
+        return [*launcher, "--num_accelerators", str(ranks), *ports, str(script), *words]
 
     def start(self, ranks: int, *words: str, script: Path | None = None) -> subprocess.Popen[str]:
         """Start it; stdout and stderr are pipes, and the process leads a group of its own."""

@@ -282,6 +282,30 @@ def test_comparisons_with_and_without_engine_and_of_several_gpus() -> None:
     ]
 
 
+def test_comparisons_say_what_else_differs() -> None:
+    alone, of_two = (made("accumulate-8", results.OURS, gpus, 100.0) for gpus in (1, 2))
+    alone["versions"] = {"commit": "one"}
+    of_two |= {"versions": {"commit": "two"}, "device": "another", "words": ["zero_stage=2"]}
+    (line,) = results.comparisons([alone, of_two])
+    assert line.endswith(
+        "(aim 97%); but device another against cpu, commit two against one, "
+        "words zero_stage=2 against none"
+    )
+
+
+def test_no_record_takes_the_place_of_one_with_other_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps([{**made("tiny", "ours", 1, 1.0), "words": []}]))
+    before = file.read_text()
+    assert command.main(["--case", "tiny", "--json", str(file), "seed=3"]) == 2
+    assert "tiny, ours, that was measured with no words; give another --label" in (
+        capsys.readouterr().err
+    )
+    assert file.read_text() == before
+
+
 def test_a_line_warns_of_what_came_between_timed_steps() -> None:
     one = made("tiny", "ours", 1, 1.0)
     assert results.warning(one) is None, "as older records, which do not say"
@@ -301,38 +325,6 @@ def test_records_of_older_runs_are_read_compared_and_drawn(tmp_path: Path) -> No
     assert len(everything) == len(records) + 1
     assert any("without the engine" in text for text in results.comparisons(everything))
     results.plot(tmp_path / "drawn.png", everything)
-
-
-def git(folder: Path, *words: str) -> str:
-    who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
-    command = ["git", "-C", str(folder), *who, *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def test_the_commit_is_that_of_the_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, result = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "new.json"
-    result.parent.mkdir(parents=True)
-    file.write_text("1")
-    result.write_text("1")
-    assert results.commit(tmp_path) is None, "no checkout"
-    git(tmp_path, "init", "--quiet")
-    assert results.commit(tmp_path) is None, "nothing in it"
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "--quiet", "--message", "one")
-    number = git(tmp_path, "rev-parse", "--short=10", "HEAD")
-    assert results.commit(tmp_path) == number
-    result.write_text("2")
-    assert results.commit(tmp_path) == number, "what is measured changes no code"
-    file.write_text("2")
-    assert results.commit(tmp_path) == f"{number} and changes"
-    assert results.commit(tmp_path / "benchmarks") is None, "a folder in a checkout"
-    monkeypatch.setenv("PROJECT_COMMIT", "another")
-    assert results.commit(tmp_path) == "another", "whoever copied the files knows"
-    monkeypatch.delenv("PROJECT_COMMIT")
-    monkeypatch.setenv("PATH", "")
-    assert results.commit(tmp_path) is None, "no git"
 
 
 # Peers.
@@ -375,7 +367,7 @@ def test_a_peer_gets_our_documents_masks_and_labels() -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> dict[str, Any]:
     """What benchmarked.py found."""
     folder = tmp_path_factory.mktemp("benchmark")
-    stale = made("tiny", "ours", 1, 1.0)
+    stale = made("tiny", "ours", 1, 1.0) | {"words": SMALL}
     (folder / "first.json").write_text(json.dumps([stale, {**stale, "gpus": 3}]))
     environment = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     done = subprocess.run(

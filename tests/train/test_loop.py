@@ -13,7 +13,7 @@ from model.attention import AttentionError, Choice
 from train import loop
 from train.checkpoint import Found
 from train.loop import MOST_SKIPPED_IN_A_ROW, TrainingError, check_finite, where_from
-from train.optimizer_step import Norms
+from train.optimizer_step import Norms, SkippedInARow
 from train.resolve import Run
 from train.schedule import Progress, Rates, StepPlan
 
@@ -46,6 +46,22 @@ def test_a_run_ends_where_its_weights_are_spoilt(norms: Norms, message: str | No
     else:
         with pytest.raises(TrainingError, match=f"at step 7 .*{message}.*lower phases.long.lr"):
             check_finite(PLAN, norms)
+
+
+def test_a_row_that_ended_before_a_logged_step_is_still_said() -> None:
+    skipped = SkippedInARow()
+    for step in [True] * 20 + [False]:
+        skipped.add(step)
+    assert skipped.take() == 20
+    skipped.add(False)
+    assert skipped.take() == 0
+    for step in [True, False, True, True]:
+        skipped.add(step)
+    assert skipped.take() == 2
+    skipped.add(True)
+    assert skipped.take() == 3, "a row that goes on counts from its beginning"
+    skipped.add(False)
+    assert skipped.take() == 0
 
 
 @pytest.mark.parametrize(

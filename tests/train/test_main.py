@@ -64,6 +64,9 @@ def test_weights_that_are_not_finite_end_the_run_before_a_checkpoint(
     assert done.code == 2
     assert re.fullmatch(r"error: at step \d+ the norm of the update is \S+: .*\n", done.err)
     assert "lower phases.main.lr.peak" in done.err
+    last = launcher.records("diverged", "train")[-1]
+    assert f"at step {last['step']} the norm" in done.err, "what went wrong is on record"
+    assert last["update_norm"] is None
     assert not (launcher.folder / "diverged" / "checkpoints").exists()
     assert launcher.records("diverged", "validation") == []
 

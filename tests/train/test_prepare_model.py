@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpus import ON_ONE_AND_TWO_GPUS
 from pydantic import TypeAdapter
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -469,16 +470,15 @@ def test_on_a_gpu_deterministic_runs_are_the_same_to_the_bit(
     assert launcher.losses("one") == launcher.losses("two")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@ON_ONE_AND_TWO_GPUS
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_on_a_gpu_a_step_that_is_not_logged_waits_for_nothing(
-    stage: int, launcher: Any, data_folder: Path
+def test_on_gpus_a_step_that_is_not_logged_waits_for_nothing(
+    stage: int, gpus: int, launcher: Any, data_folder: Path
 ) -> None:
     """Compiled layers, engine and optimizer; waits are errors, as far as waits.py sees them."""
     launcher.accelerator = "cuda"
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 1}
     config = launcher.write("run", data_folder, zero_stage=stage, model=sizes)
-    done = launcher.run(1, f"waits:{config}", script=SCRIPT)
+    done = launcher.run(gpus, f"waits:{config}", script=SCRIPT)
     assert done.code == 0, done.out + done.err
-    assert "waited: []" in done.out
+    assert done.out.count("waited: []") == gpus

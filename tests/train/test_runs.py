@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpus import ON_ONE_AND_TWO_GPUS
 
 from common.files import only_user_of
 from model.config import to_hugging_face
@@ -308,10 +309,9 @@ def test_other_zero_stages_go_on_bit_for_bit(taken_up: Any, stage: int) -> None:
         assert taken_up.records(f"stage{stage}", kind) == taken_up.records(f"whole{stage}", kind)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_every_zero_stage_follows_the_curve_of_the_cpu(
-    launcher: Any, data_folder: Path
+@ON_ONE_AND_TWO_GPUS
+def test_on_gpus_every_zero_stage_follows_the_curve_of_the_cpu(
+    gpus: int, launcher: Any, data_folder: Path
 ) -> None:
     """bf16 and the GPU's attention against fp32 and the reference; then one goes on."""
     changes = {"model": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 1}}
@@ -322,7 +322,7 @@ def test_on_a_gpu_every_zero_stage_follows_the_curve_of_the_cpu(
         launcher.write(f"zero{stage}", data_folder, zero_stage=stage, **changes)
         for stage in range(4)
     ]
-    done = launcher.run(1, *(f"train:{config}" for config in configs), script=SCRIPT)
+    done = launcher.run(gpus, *(f"train:{config}" for config in configs), script=SCRIPT)
     assert done.code == 0, done.out + done.err
     assert done.out.count("on cuda, bf16") == 4
     for stage in range(4):
@@ -332,5 +332,5 @@ def test_on_a_gpu_every_zero_stage_follows_the_curve_of_the_cpu(
     last = launcher.folder / "zero1" / "checkpoints" / "step_00000012"
     before = launcher.losses("zero1")
     last.rename(launcher.folder / "away")
-    assert launcher.run(1, "--config", str(configs[1])).code == 0
+    assert launcher.run(gpus, "--config", str(configs[1])).code == 0
     np.testing.assert_allclose(launcher.losses("zero1"), before, rtol=1e-3)

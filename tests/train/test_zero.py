@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optimi
 import pytest
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stepped
+from gpus import ON_ONE_AND_TWO_GPUS
 
 from train.ranks import Ranks
-
-optimi = pytest.importorskip(
-    "optimi", reason="the reference implementation: pip install torch-optimi"
-)
 
 Steps = dict[str, np.ndarray]
 """(steps, elements) of each parameter"""
@@ -304,19 +302,19 @@ def test_three_ranks_follow_the_rule_and_take_it_up_again(launcher: Any) -> None
             assert np.array_equal(whole[key], resumed[key]), f"{name} {key}"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_rule_is_the_same_and_ours_waits_for_nothing(launcher: Any) -> None:
+@ON_ONE_AND_TWO_GPUS
+def test_on_gpus_the_rule_is_the_same_and_ours_waits_for_nothing(gpus: int, launcher: Any) -> None:
+    """And the sums are DeepSpeed's to the bit, also where they come by a stream of their own."""
     launcher.accelerator = "cuda"
     script, folder = Path(__file__).parent / "launched.py", launcher.folder / "steps"
-    done = launcher.run(1, f"steps:plain:{folder}", script=script)
+    done = launcher.run(gpus, f"steps:plain:{folder}", script=script)
     assert done.code == 0, done.out + done.err
     for name, case in json.loads((folder / "sums.json").read_text()).items():
         check_bits(name, case)
     ours = {path.name for path in (Path(__file__).parents[2] / "train").glob("*.py")}
     ours |= {"stable_adamw.py"}
     for name in stepped.CASES:
-        check_case(folder, name, ranks=1)
+        check_case(folder, name, ranks=gpus)
         # The first step puts tables on the device.
         for number, step in enumerate(facts(folder, name)[1:], start=1):
             waits = {place for place in step["places"] if place.split()[0] in ours}

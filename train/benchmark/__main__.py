@@ -99,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (case, resolve_case(case, asked.config, asked.overrides, ranks.size, on_gpu))
             for case in chosen_cases(asked.case, asked.data, on_gpu)
         ]
+        for case, _ in runs:
+            _check_words(asked, (case.name, results.label_of(asked.label), ranks.size), records)
     except (ConfigError, DataError) as error:
         return _fail(str(error))
     new: list[results.Record] = []
@@ -118,6 +120,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if ranks.size == 1 or code == 0:
         torch.distributed.destroy_process_group()
     return code
+
+
+def _check_words(
+    asked: argparse.Namespace, key: results.Key, records: Sequence[results.Record]
+) -> None:
+    """ConfigError where a record would take the place of one that was measured with other words."""
+    for record in records:
+        words = record.get("words", [])
+        if results.key_of(record) == key and record["error"] is None and words != asked.overrides:
+            case, who, _ = key
+            raise ConfigError(
+                f"{asked.json} has a record of {case}, {who}, that was measured with "
+                f"{' '.join(words) or 'no words'}; give another --label, or another file"
+            )
 
 
 def chosen_cases(names: Sequence[str] | None, data: Sequence[Path], on_gpu: bool) -> list[Case]:
@@ -156,7 +172,7 @@ def _measure_all(
         for who, measure_it in _everybody(case, ranks, device, effort).items():
             if asked.who is not None and who not in asked.who:
                 continue
-            name = f"{who}, {asked.label}" if asked.label and who == results.OURS else who
+            name = results.label_of(asked.label) if who == results.OURS else who
             try:
                 found, machine = peak.around(partial(measure_it, run))
                 record = results.make_record(case, name, ranks.size, run, machine, found)

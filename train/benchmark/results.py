@@ -2,10 +2,8 @@
 
 import functools
 import json
-import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.commit import project_commit
 from common.config import ConfigError
 from kernels.benchmark_layouts import version_of
 from train.benchmark import interruptions
@@ -29,8 +28,6 @@ AIM = 0.97
 """of the engine against the step without it, and of a GPU among several against one alone"""
 _PACKAGES = ("torch", "triton", "deepspeed", "transformers", "flash-attn-4", "flash-attn")
 
-_ROOT = Path(__file__).parents[2]
-_RESULTS = "benchmarks/results"
 
 Record = dict[str, Any]
 Key = tuple[str, str, int]
@@ -75,38 +72,10 @@ def versions() -> dict[str, str | None]:
     # Of the build, with its CUDA.
     found["torch"] = torch.__version__
     return {
-        "commit": commit(_ROOT),
+        "commit": project_commit(),
         "python": platform.python_version(),
         **{name: number for name, number in found.items() if number is not None},
     }
-
-
-def commit(root: Path) -> str | None:
-    """What PROJECT_COMMIT says; without it, the short hash of the commit checked out in `root`,
-    "… and changes" where files differ from it, or None without git or a checkout.
-
-    Results do not count as changes: measuring writes them.
-    """
-    if said := os.environ.get("PROJECT_COMMIT"):
-        return said
-    words = ("rev-parse", "--short=10", "HEAD")
-    changed = ("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{_RESULTS}")
-    # A checkout above `root` is another project's.
-    if not (root / ".git").exists():
-        return None
-    number, changes = _git(root, *words), _git(root, *changed)
-    if number is None or changes is None:
-        return None
-    return f"{number} and changes" if changes else number
-
-
-def _git(root: Path, *words: str) -> str | None:
-    """What git says, without the end of the last line; None where it fails or is not there."""
-    try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def make_record(
@@ -218,6 +187,11 @@ def key_of(record: Record) -> Key:
     return record["case"], record["who"], record["gpus"]
 
 
+def label_of(label: str | None) -> str:
+    """What ours is called in the records."""
+    return f"{OURS}, {label}" if label else OURS
+
+
 def merge(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
     """Both, the new in place of the old of the same case, who and GPUs; by case, GPUs, who.
 
@@ -256,30 +230,51 @@ def read(path: Path) -> list[Record]:
 
 
 def comparisons(records: Sequence[Record]) -> list[str]:
-    """What one record says against another, as lines of text."""
-    speed = {key_of(r): r["tok_per_s_per_gpu"] for r in records if r["tok_per_s_per_gpu"]}
+    """What one record says against another, as lines of text, with what else differs."""
+    measured = {key_of(r): r for r in records if r["tok_per_s_per_gpu"]}
     lines = []
-    for (case, who, gpus), ours in speed.items():
+    for (case, who, gpus), ours in measured.items():
         if who != OURS:
             continue
-        plain, alone = speed.get((case, PLAIN, gpus)), speed.get((case, OURS, 1))
+        plain, alone = measured.get((case, PLAIN, gpus)), measured.get((case, OURS, 1))
         if plain is not None:
+            part = _times(ours, plain)
             lines.append(
-                f"{case}: {ours / plain:.1%} of the step without the engine (aim {AIM:.0%})"
+                f"{case}: {part:.1%} of the step without the engine (aim {AIM:.0%})"
+                f"{_besides(ours, plain)}"
             )
         if gpus > 1 and alone is not None:
+            part = _times(ours, alone)
             lines.append(
-                f"{case}: a GPU of {gpus} does {ours / alone:.1%} of one alone (aim {AIM:.0%})"
+                f"{case}: a GPU of {gpus} does {part:.1%} of one alone (aim {AIM:.0%})"
+                f"{_besides(ours, alone)}"
             )
-        others = {
-            name: value
-            for (other, name, count), value in speed.items()
+        others = [
+            record
+            for (other, name, count), record in measured.items()
             if (other, count) == (case, gpus) and not name.startswith(OURS)
-        }
+        ]
         if others:
-            best = max(others, key=lambda name: others[name])
-            lines.append(f"{case}: {ours / others[best]:.2f} × {best}")
+            best = max(others, key=lambda record: float(record["tok_per_s_per_gpu"]))
+            lines.append(f"{case}: {_times(ours, best):.2f} × {best['who']}{_besides(ours, best)}")
     return lines
+
+
+def _times(one: Record, other: Record) -> float:
+    return float(one["tok_per_s_per_gpu"] / other["tok_per_s_per_gpu"])
+
+
+def _besides(one: Record, other: Record) -> str:
+    """In what two records differ beside what is compared: device, code, and words."""
+    found = []
+    for name, first, second in (
+        ("device", one["device"], other["device"]),
+        ("commit", one["versions"].get("commit"), other["versions"].get("commit")),
+        ("words", " ".join(one.get("words", [])), " ".join(other.get("words", []))),
+    ):
+        if first != second:
+            found.append(f"{name} {first or 'none'} against {second or 'none'}")
+    return f"; but {', '.join(found)}" if found else ""
 
 
 def _aims(record: Record) -> tuple[int | None, int | None]:
