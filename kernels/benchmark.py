@@ -361,10 +361,13 @@ def measure(
     for count in tokens:
         for name in operations:
             torch._dynamo.reset()
-            for case in make_local(count, tune=True) if tune else cases.make(name, count):
-                if len(tokens) > 1:
-                    case.layout = f"{case.layout}, {count} tokens"
-                run_case(case, table)
+            try:
+                for case in make_local(count, tune=True) if tune else cases.make(name, count):
+                    if len(tokens) > 1:
+                        case.layout = f"{case.layout}, {count} tokens"
+                    run_case(case, table)
+            except torch.OutOfMemoryError as error:  # of a case's inputs, on a small GPU
+                print(f"{name}, {count} tokens: its inputs do not fit: {error}")
             yield table.rows, header
 
 

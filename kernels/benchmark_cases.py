@@ -137,7 +137,10 @@ def _unpad(tokens: int) -> Iterator[Case]:
     Lengths are even between none and `most` of a row, cut at its end: of 65,536 tokens some 51 %
     of the first batch are real and 25 % of the second.
     """
-    for rows, columns, most in ((tokens // 1024, 1024, 1.2), (max(1, tokens // 2048), 8192, 0.6)):
+    for rows, columns, most in (
+        (max(1, tokens // 1024), 1024, 1.2),
+        (max(1, tokens // 2048), 8192, 0.6),
+    ):
         generator = torch.Generator().manual_seed(3)
         lengths = (torch.rand(rows, generator=generator) * most * columns).clamp(1, columns)
         mask = (torch.arange(columns) < lengths.int()[:, None]).long().cuda()

@@ -35,15 +35,20 @@ class Case:
 
 def layouts(tokens: int) -> dict[str, list[int]]:
     """Lengths of documents that fill this many tokens, by the name of the layout."""
-    long = min(8192, tokens)
+    longest = tokens // 8
     return {
-        "full1024": [1024] * (tokens // 1024) or [tokens],
-        "full8192": [long] * (tokens // long),
+        "full1024": _equal(tokens, 1024),
+        "full8192": _equal(tokens, 8192),
         "abstracts": _lognormal(tokens, 250, 0.7, 1024),
         "notes": _lognormal(tokens, 2200, 0.7, 8192),
-        "skewed": [tokens // 8] * 2 + [16] * ((tokens - 2 * (tokens // 8)) // 16),
+        "skewed": [longest] * (2 if longest else 0) + _equal(tokens - 2 * longest, 16),
         "code titles": _lognormal(tokens, 25, 0.4, 64),
     }
+
+
+def _equal(tokens: int, length: int) -> list[int]:
+    """As many of `length` as go into `tokens`, and a document of what is left."""
+    return [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
 
 
 def bucketed(lengths: list[int]) -> tuple[list[int], int]:

@@ -93,13 +93,14 @@ def linear_cross_entropy_each(
     if counted is not None and not 0 <= counted <= rows:
         raise ValueError(f"counted must be between 0 and {rows}, not {counted}")
     in_triton = hidden_MD.is_cuda and hidden_MD.dtype != torch.float64
+    needed = any(value.requires_grad for value in (hidden_MD, weight_VD, bias_V))
     loss, *_, each_2M = _linear_cross_entropy(
         hidden_MD,
         weight_VD,
         bias_V,
         labels_M,
         rows if counted is None else counted,
-        torch.is_grad_enabled(),
+        needed and torch.is_grad_enabled(),
         in_triton,
     )
     return loss.float(), each_2M.detach().float()

@@ -444,13 +444,18 @@ def what_to_install(
     choice: Choice, device: torch.device, dtype: torch.dtype, head_dim: int, window: int
 ) -> list[str]:
     """A line on the fastest backend that this GPU could have, if there is a faster one than the
-    choice's, and one on what layers with a window would be faster with."""
+    choice's, or, where a GPU is left with the reference, on why; and one on what layers with a
+    window would be faster with."""
     lines = []
     for name in itertools.takewhile(lambda name: name != choice.backend, BACKENDS):
         reason = why_not(name, device.type, device.index, dtype, head_dim)
         if reason and "not installed" in reason:
             lines.append(f"attention would be faster with: {_INSTALL[name]}")
             break
+    if choice.backend == "reference" and device.type == "cuda":
+        reason = why_not("varlen", device.type, device.index, dtype, head_dim)
+        if reason:
+            lines.append(f"attention is plain PyTorch's, which is slow: of any other, {reason}")
     wanted = triton_to_walk(dtype, head_dim, window, device)
     if choice.local == "kernel" and wanted and not pipelined(dtype, head_dim, window, device):
         lines.append(

@@ -331,3 +331,17 @@ def test_nothing_waits_for_the_gpu_and_memory_is_bounded() -> None:
     print(f"peak {peak:.2f} GiB beside the inputs")
     assert peak <= 1
     assert results[0].item() > 0
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_gradients_are_made_where_anything_needs_one(
+    needed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Tensor] = []
+    product = module._product
+    monkeypatch.setattr(module, "_product", lambda *a, **k: made.append(a[0]) or product(*a, **k))
+    leaves, labels = make_case(9)
+    values = [leaf.detach() for leaf in leaves]
+    values[0].requires_grad_(needed)
+    linear_cross_entropy(*values, labels)
+    assert len(made) == (2 if needed else 0)

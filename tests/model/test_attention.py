@@ -254,6 +254,19 @@ def test_a_line_each_says_what_to_install(
     assert advice(GPU, local="backend") == []
 
 
+def test_a_gpu_with_nothing_but_the_reference_says_why(machine: Callable[..., None]) -> None:
+    machine((7, 5))
+    choice = choose_attention(GPU, torch.bfloat16, 64)
+    assert choice.backend == "reference"
+    (line,) = what_to_install(choice, GPU, torch.bfloat16, 64, 64)
+    assert line.startswith("attention is plain PyTorch's, which is slow: of any other, it needs")
+    assert line.endswith("compute capability 8.0, and this GPU has 7.5")
+    machine((9, 0), "flash-attn-4")
+    choice = choose_attention(GPU, torch.float32, 64)
+    (line,) = what_to_install(choice, GPU, torch.float32, 64, 64)
+    assert line.endswith("of any other, it takes bf16 and fp16, not torch.float32")
+
+
 def test_a_choice_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (CPU, torch.float32, 2, 16, 8)
     check_attention(Choice("reference", "backend"), *arguments)

@@ -13,7 +13,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from kernels.documents import positions_from
 from kernels.rope import rope_reference
 from model import attention
-from model.attention import BACKENDS, Choice, attend, choose_attention, describe_documents
+from model.attention import (
+    BACKENDS,
+    Backend,
+    Choice,
+    attend,
+    choose_attention,
+    describe_documents,
+    why_not,
+)
 from model.config import ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
 from model.rotary import RotaryTables
@@ -145,10 +153,19 @@ def test_a_graph_for_short_documents_asks_no_backend(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["fa4", "fa2", "varlen"])
 def test_gpu_one_graph(
-    cuda: str, small: ModernBertConfig, lively_model: Callable, packed_row: Callable
+    backend: Backend,
+    cuda: str,
+    small: ModernBertConfig,
+    lively_model: Callable,
+    packed_row: Callable,
 ) -> None:
+    device = torch.device(cuda)
+    if reason := why_not(backend, device.type, device.index, torch.bfloat16, 64):
+        pytest.skip(reason)
     model = lively_model(replace(small, num_attention_heads=2)).to(cuda, torch.bfloat16)
+    model.attention = choose_attention(device, torch.bfloat16, 64, backend)
     check(model, "inductor", cuda, packed_row, 1e-2)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpus import ON_ONE_AND_TWO_GPUS
 from pydantic import TypeAdapter
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -25,6 +25,9 @@ from train.batch import SEQLEN_RATIO, PackedBatch, seqlen_bucket
 from train.config import Train
 from train.loop import make_ready
 from train.resolve import Run, resolve
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpus import ON_ONE_AND_TWO_GPUS
 
 SMALL = ModernBertConfig(
     vocab_size=64,

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpus import ON_ONE_AND_TWO_GPUS
 
 from common.files import only_user_of
 from model.config import to_hugging_face
@@ -23,6 +23,9 @@ from model.export import load_checkpoint
 from train.loader import StepMaker
 from train.schedule import Progress
 from train.start import make_model
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpus import ON_ONE_AND_TWO_GPUS
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).parent / "launched.py"
@@ -43,7 +46,7 @@ def steps_logged(run_dir: Path) -> int:
 # Readers of metrics.jsonl depend on these; NAME stands for a source.
 KEYS = {
     "start": """kind time step slots last_step ranks device peak_flops precision zero_stage
-        attention compiled recompute fp8 parameters torch deepspeed""",
+        attention compiled recompute fp8 parameters commit torch deepspeed""",
     "train": """kind time step phase slots tokens phase_tokens rows_per_step sources/NAME/tokens
         sources/NAME/epochs lr mask_rate loss accuracy masked_tokens
         by_source/NAME/loss by_source/NAME/accuracy by_source/NAME/masked_tokens grad_norm
