@@ -38,9 +38,9 @@ from model.attention import (
     Documents,
     Queries,
     attend,
-    choose_attention,
     describe_documents,
 )
+from model.attention_choice import choose_attention
 from model.config import ModernBertConfig, Recompute
 from model.initialization import initialize
 from model.rotary import RotaryTables, runs_in_triton

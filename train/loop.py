@@ -15,9 +15,9 @@ from torch import Tensor
 from common.commit import project_commit
 from common.config import ConfigError, config_to_yaml
 from common.files import whole_file, write_json
-from model.attention import (
+from model.attention import Choice
+from model.attention_choice import (
     AttentionError,
-    Choice,
     check_attention,
     choose_attention,
     what_to_install,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from model.attention import _INSTALL, why_not
 from model.attention_backends import fa2_attention, fa4_attention, register
+from model.attention_choice import _INSTALL, why_not
 
 LENGTHS, BEHIND = [20, 0, 7, 1], 6
 # Twenty, of up to 34 tokens.

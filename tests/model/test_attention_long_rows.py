@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kernels.benchmark_layouts import layouts
 from kernels.documents import positions_from
-from model.attention import SHORT_DOCUMENTS, Choice, attend, describe_documents, why_not
+from model.attention import SHORT_DOCUMENTS, Choice, attend, describe_documents
+from model.attention_choice import why_not
 from model.rotary import RotaryTables
 
 REFERENCE = Choice("reference", "backend")

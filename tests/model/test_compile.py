@@ -15,14 +15,12 @@ from kernels.rope import rope_reference
 from model import attention
 from model.attention import (
     BACKENDS,
-    Backend,
     Choice,
     attend,
-    choose_attention,
     describe_documents,
-    why_not,
 )
-from model.config import ModernBertConfig
+from model.attention_choice import choose_attention, why_not
+from model.config import Backend, ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
 from model.rotary import RotaryTables
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from common.config import ConfigError
-from model.attention import AttentionError, Choice
+from model.attention import Choice
+from model.attention_choice import AttentionError
 from train import loop
 from train.checkpoint import Found
 from train.loop import MOST_SKIPPED_IN_A_ROW, TrainingError, check_finite, where_from
