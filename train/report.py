@@ -164,12 +164,15 @@ def _circumstances(curves: Curves) -> list[list[object]]:
         left = duration(last["eta_s"])
         state = f"step {last['step']:,} of {start['last_step']:,}, {left} left"
     resumed = ", ".join(f"{step:,}" for step in curves.resumed) or "never"
+    # Runs of before it was recorded do not say.
+    commits = dict.fromkeys(start.get("commit") or "not known" for start in curves.starts)
     return [
         ["state", state],
         ["taken up again after step", resumed],
         ["model", f"{amount(start['parameters'])} parameters, {start['precision']}"],
         ["on", f"{start['ranks']} × {start['device']}, ZeRO {start['zero_stage']}"],
         ["attention", start["attention"]],
+        ["code", f"commit {', then '.join(commits)}"],
     ]
 
 

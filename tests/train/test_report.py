@@ -98,6 +98,13 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.report_plots.to_svg", lambda figure: "<svg></svg>")
 
 
+def test_report_says_which_code_ran(tmp_path: Path, undrawn: None) -> None:
+    starts = [start(0), start(1) | {"commit": "0123456789"}, start(1) | {"commit": "0123456789"}]
+    write_run(tmp_path, [*starts, record(2), VALIDATION])
+    assert main([str(tmp_path)]) == 0
+    assert "commit not known, then 0123456789<" in (tmp_path / "report.html").read_text()
+
+
 def test_report_holds_both_figures_and_their_difference(tmp_path: Path) -> None:
     write_run(tmp_path, [record(1), record(2), VALIDATION])
     assert main([str(tmp_path)]) == 0
