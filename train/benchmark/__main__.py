@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (case, resolve_case(case, asked.config, asked.overrides, ranks.size, on_gpu))
             for case in chosen_cases(asked.case, asked.data, on_gpu)
         ]
-        for case, _ in runs:
+        for case, _ in runs if asked.who is None or results.OURS in asked.who else []:
             _check_words(asked, (case.name, results.label_of(asked.label), ranks.size), records)
     except (ConfigError, DataError) as error:
         return _fail(str(error))
