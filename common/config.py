@@ -125,11 +125,19 @@ def _explain(cls: type, error: ValidationError, where: str) -> str:
             fields = _fields_at(cls, location[:-1])
             nearest = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.0)
             advice = f"; did you mean {'.'.join([*location[:-1], *nearest])!r}?" if nearest else ""
+            if key in SECTIONS:
+                advice = f"; words are keys of a section already: leave {key + '.'!r} away"
             lines.append(f"unknown key {key!r} in {where}{advice}")
         elif problem["type"] in ("missing", "missing_argument"):
             lines.append(f"{where} lacks the key {key!r}")
+        elif problem["type"] in ("int_parsing", "int_from_float"):
+            lines.append(
+                f"{key} in {where}: {problem['input']!r} is no whole number; write one out, as in "
+                "1_000_000_000"
+            )
         else:
-            lines.append(f"{key or 'the configuration'} in {where}: {problem['msg']}")
+            what = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key or 'the configuration'} in {where}: {what}")
     return "\n".join(lines)
 
 

@@ -223,8 +223,8 @@ class Slurm:
 
     partition: str | None = None
     """null: the cluster's default"""
-    time: str = "12:00:00"
-    """of one job, in SLURM's form"""
+    time: str | int = "12:00:00"
+    """of one job, in SLURM's form, quoted"""
     cpus_per_task: int = 1
     """a task is one process; only tokenising uses more cores"""
     mem_per_cpu_gb: int = 4
@@ -233,6 +233,19 @@ class Slurm:
     """tasks that a job of the array does one after another"""
     options: dict[str, str] = field(default_factory=dict)
     """other options of sbatch without their dashes, such as {account: lab, qos: long}"""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.time, str):
+            # To YAML 24:00:00 is a number of seconds, and 90, minutes to SLURM, is another.
+            raise ValueError(
+                f"time has been read as the number {self.time}; quote it: time: '24:00:00', or "
+                "on the command line \"slurm.time='24:00:00'\""
+            )
+        if not re.fullmatch(r"(\d+-)?\d+(:\d{1,2}){0,2}", self.time):
+            raise ValueError(
+                f"time is {self.time!r}; SLURM's forms are minutes, minutes:seconds, "
+                "hours:minutes:seconds and days-hours, with :minutes and :seconds behind"
+            )
 
 
 @config

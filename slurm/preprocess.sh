@@ -21,5 +21,9 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
+if [[ ! -f .venv/bin/activate ]]; then
+  echo "error: $PWD holds no .venv; submit from the root of the checkout, after make install" >&2
+  exit 2
+fi
 source .venv/bin/activate
 exec python -m data_prep executor=slurm workers=null "$@"

@@ -244,11 +244,30 @@ def _check_same_run(path: Path, manifest: dict[str, Any], run: Run, progress: Pr
 
 
 def _check_same(path: Path, key: str, theirs: Any, ours: Any) -> None:
-    if theirs != ours:
+    if theirs == ours:
+        return
+    if key == "world_size":
         raise CheckpointError(
-            f"{path} is of another run: its {key} is {theirs}, this run's is {ours}; choose "
-            "another run_dir, or set back what was changed"
+            f"{path} was written by {theirs} processes, and this run has {ours}: the optimizer's "
+            f"state is divided among as many as wrote it. Start {theirs}, or begin another run_dir "
+            f"with init_from={path}, which takes its weights alone"
         )
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        what = "; ".join(f"{key}.{line}" for line in _differences(theirs, ours))
+        raise CheckpointError(
+            f"{path} is of another run: {what}; choose another run_dir, or set back what was "
+            "changed"
+        )
+    if key.endswith(".data_manifest_sha256"):
+        phase = key.removesuffix(".data_manifest_sha256")
+        raise CheckpointError(
+            f"{path} is of another run: the data set of {phase}.data.dir is not the one it has "
+            "read; choose another run_dir, or give the same data"
+        )
+    raise CheckpointError(
+        f"{path} is of another run: its {key} is {theirs}, this run's is {ours}; choose "
+        "another run_dir, or set back what was changed"
+    )
 
 
 def _check_rule(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

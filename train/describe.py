@@ -23,6 +23,11 @@ def describe(run: Run) -> str:
     for phase in run.phases.values():
         lines += describe_phase(phase, run.ranks)
     lines.append("deepspeed: " + json.dumps(run.deepspeed, indent=2))
+    if run.config.optimizer.gradient_clipping:
+        lines.append(
+            f"gradients are clipped at {run.config.optimizer.gradient_clipping} by our own step, "
+            "on the device, so DeepSpeed is told not to"
+        )
     return "\n".join(lines)
 
 

@@ -101,7 +101,10 @@ def _prepare(
 
 
 def _fail_together(problem: str, ranks: Ranks) -> int:
-    """End a run for a reason that every rank has; one of them says it."""
+    """End a run for a reason that every rank has; one of them says it, or each that has not met
+    the others."""
+    if not torch.distributed.is_initialized():
+        return _fail(problem)
     if ranks.is_first:
         _fail(problem)
     # A launcher ends everybody once one has ended: not before it is said.

@@ -6,7 +6,7 @@ Lengths are counted in token slots, rows × row_tokens, padding included.
 import math
 from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from common.config import ConfigError, config
 
@@ -142,13 +142,17 @@ class Masking:
         return max(self.rate, self.rate if self.final_rate is None else self.final_rate)
 
 
+Decay = Literal["none", "sqrt", "cosine", "linear"]
+_SHAPES = [name for name in get_args(Decay) if name != "none"]
+
+
 @config
 class LearningRate:
     """Linear warm-up from 0, the peak, and a decay at the end; without either it is constant."""
 
     peak: float = 8e-4
     warmup_tokens: int = 0
-    decay: Literal["none", "sqrt", "cosine", "linear"] = "none"
+    decay: Decay = "none"
     """the shape of the decay; sqrt is ModernBERT's 1 - sqrt"""
     decay_tokens: int | None = None
     """length of the decay that ends the phase; by default all that follows the warm-up"""
@@ -164,11 +168,11 @@ class LearningRate:
         )
         require(
             self.decay != "none" or self.decay_tokens is None,
-            "decay_tokens needs a shape: set decay to sqrt, cosine or linear",
+            f"decay_tokens needs a shape: set decay to one of {', '.join(_SHAPES)}",
         )
         require(
             self.decay != "none" or self.final_share == 0,
-            "final_share needs a shape: set decay to sqrt, cosine or linear",
+            f"final_share needs a shape: set decay to one of {', '.join(_SHAPES)}",
         )
         require(
             0 <= self.final_share < 1, f"final_share is {self.final_share}, it must lie in 0 … 1"

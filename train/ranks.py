@@ -100,7 +100,8 @@ def choose_device(ranks: Ranks) -> torch.device:
 def join(ranks: Ranks, device: torch.device) -> None:
     """Meet the other processes: tensors on a GPU travel by NCCL, those on the host by gloo.
 
-    Raises ConfigError, on every rank alike, where two have the same GPU.
+    Raises ConfigError where the port at which they meet is taken and, on every rank alike, where
+    two have the same GPU.
     """
     # DeepSpeed reads these; under srun nobody else sets them. It takes LOCAL_RANK for the number of
     # its GPU.
@@ -114,7 +115,16 @@ def join(ranks: Ranks, device: torch.device) -> None:
     if ranks.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size)
+        try:
+            dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ConfigError(
+                f"port {os.environ['MASTER_PORT']}, at which the processes would meet, is in use, "
+                "perhaps by another run on this machine; give another: deepspeed --master_port N, "
+                "or MASTER_PORT=N"
+            ) from None
     if device.type == "cuda":
         _check_own_gpu(device)
 

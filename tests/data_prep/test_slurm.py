@@ -9,6 +9,7 @@ import datatrove.executor.slurm as datatrove_slurm
 import pytest
 from datatrove.utils.stats import PipelineStats
 
+from common.config import ConfigError, load_config
 from data_prep import slurm
 from data_prep.config import DataPrep
 from data_prep.executors import TaskFailed, Work
@@ -113,3 +114,24 @@ def test_2500_tasks_are_three_arrays_that_do_each_once(
             executor.run()
     done = (executor.failures.parent / "done").read_text().split()
     assert sorted(map(int, done)) == list(range(2500))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("slurm.time=24:00:00", "read as the number 86400; quote it: time: '24:00:00'"),
+        ("slurm.time=90", "read as the number 90; quote it"),
+        ("slurm.time=25h", "time is '25h'; SLURM's forms are"),
+    ],
+)
+def test_a_time_that_is_none_is_refused(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(DataPrep, "data_prep", None, [word])
+
+
+@pytest.mark.parametrize(
+    "time", ["'90'", "02:00:00", "'24:00:00'", "1-12", "7-00:00:00", "'30:00'"]
+)
+def test_slurms_forms_of_a_time_are_taken(time: str) -> None:
+    read = load_config(DataPrep, "data_prep", None, [f"slurm.time={time}"])
+    assert read.slurm.time == time.strip("'")

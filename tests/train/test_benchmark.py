@@ -293,6 +293,12 @@ def test_comparisons_say_what_else_differs() -> None:
     )
 
 
+def test_without_a_gpu_its_cases_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """They would fill the memory, and measure nothing."""
+    assert command.main(["--case", "abstracts-1024"]) == 2
+    assert "--case abstracts-1024 needs a GPU" in capsys.readouterr().err
+
+
 def test_no_record_takes_the_place_of_one_with_other_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,13 +170,13 @@ def test_a_checkpoint_without_a_readable_manifest_is_passed_over(
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"model": {"hidden_size": 64, "num_attention_heads": 2}}, "model"),
-        ({"phase": {"data": {"weights": {"notes": 1.0}}}}, r"phases\.main\.row_order"),
-        ({"phase": {"global_rope_theta": 1e4}}, r"phases\.main\.global_rope_theta"),
-        ({"seed": 18}, "seed"),
-        ({"zero_stage": 2}, "zero_stage"),
-        ({"optimizer": {"name": "adamw"}}, "optimizer"),
-        ({"precision": "bf16"}, "dtype"),
+        ({"model": {"hidden_size": 64, "num_attention_heads": 2}}, r"model\.hidden_size: 32 -> 64"),
+        ({"phase": {"data": {"weights": {"notes": 1.0}}}}, r"phases\.main\.row_order\.\w+"),
+        ({"phase": {"global_rope_theta": 1e4}}, r"its phases\.main\.global_rope_theta is"),
+        ({"seed": 18}, "its seed is"),
+        ({"zero_stage": 2}, "its zero_stage is"),
+        ({"optimizer": {"name": "adamw"}}, "its optimizer is"),
+        ({"precision": "bf16"}, "its dtype is"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     path = save(run, 4)
     if "data" in changes.get("phase", {}):
         changes["phase"]["data"]["dir"] = str(run.phases["main"].data.folder)
-    with pytest.raises(CheckpointError, match=f"{path} is of another run: its {key} is"):
+    with pytest.raises(CheckpointError, match=f"{path} is of another run: {key}"):
         checkpoint.find(resolved(**changes), Ranks())
 
 
@@ -212,10 +212,18 @@ def test_a_checkpoint_of_other_data_is_refused(
     data = run.phases["main"].data
     rows = {split: data.sources(split) for split in ("train", "validation")}
     other = resolved(phase={"data": {"dir": str(data_maker(tmp_path / "other", rows, seed=1))}})
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match=r"phases\.main\.data\.dir is not the one"):
         checkpoint.find(other, Ranks())
-    assert data.manifest_sha256 in str(error.value)
-    assert other.phases["main"].data.manifest_sha256 in str(error.value)
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(
+    resolved: Callable[..., Any],
+) -> None:
+    """With what can be done: as many as before, or another run with these weights."""
+    path = save(resolved(), 4)
+    said = rf"{path} was written by 1 processes, and this run has 2.*Start 1, or.*init_from={path}"
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.find(resolved(2), Ranks())
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(resolved: Callable[..., Any]) -> None:
@@ -333,12 +341,15 @@ def test_phases_may_be_added_and_the_others_stay(
     longer = resolved(phases={**parts, "decay": decay})
     assert checkpoint.find(longer, Ranks()).path == path
     for changed, key in (
-        ({"short": parts["short"]}, "phases"),
-        ({"long": parts["long"], "short": parts["short"]}, "phases"),
-        ({**parts, "long": {**decay, "data": parts["short"]["data"]}}, r"phases\.long\.data_man"),
-        ({**parts, "long": {**decay, "global_rope_theta": 1e6}}, r"phases\.long\.global_rope"),
+        ({"short": parts["short"]}, "its phases"),
+        ({"long": parts["long"], "short": parts["short"]}, "its phases"),
+        (
+            {**parts, "long": {**decay, "data": parts["short"]["data"]}},
+            r".*long\.data\.dir is not",
+        ),
+        ({**parts, "long": {**decay, "global_rope_theta": 1e6}}, r"its phases\.long\.global_rope"),
     ):
-        with pytest.raises(CheckpointError, match=f"{path} is of another run: its {key}"):
+        with pytest.raises(CheckpointError, match=f"{path} is of another run: {key}"):
             checkpoint.find(resolved(phases=changed), Ranks())
 
 
@@ -349,7 +360,7 @@ def test_a_length_that_moves_what_a_later_phase_reads_is_refused(
     twice = {"one": parts["short"], "two": parts["short"]}
     path = checkpoint.save(FakeEngine(), resolved(phases=twice), Ranks(), at(3, "one"))
     longer = {"one": {**parts["short"], "tokens": 5120}, "two": parts["short"]}
-    with pytest.raises(CheckpointError, match=rf"{path} .* its phases\.two\.row_order is"):
+    with pytest.raises(CheckpointError, match=rf"{path} .* phases\.two\.row_order\.\w+"):
         checkpoint.find(resolved(phases=longer), Ranks())
     last = {"one": parts["short"], "two": {**parts["short"], "tokens": 5120}}
     found = checkpoint.find(resolved(phases=last), Ranks())
@@ -366,7 +377,7 @@ def test_lengths_and_batches_may_be_changed_where_the_shares_stay(
     other = resolved(phase={**part, "batch": {"rows": 20, "micro_rows": 2}})
     assert other.phases["main"].schedule.rows() == 160
     assert checkpoint.find(other, Ranks()).path == path
-    with pytest.raises(CheckpointError, match=r"its phases\.main\.row_order is"):
+    with pytest.raises(CheckpointError, match=r"main\.row_order\.weights\.notes: \d+ -> \d+"):
         checkpoint.find(resolved(phase={**part, "tokens": 200 * 64}), Ranks())
 
 

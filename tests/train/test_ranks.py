@@ -1,6 +1,7 @@
 """Who a process is, by the variables of each launcher."""
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,19 @@ def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     """As where two processes are started on a machine with one."""
     with pytest.raises(ConfigError, match=r"^ranks 0 and 1 have the same GPU of node1; start at"):
         Group(monkeypatch, [("node1", "aa"), ("node1", "aa")]).join()
+
+
+def test_a_port_in_use_is_said_with_how_to_give_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        # What `join` sets is taken back at the end.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
+            monkeypatch.setenv(name, "")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(ConfigError, match=rf"port {port}.* in use.*deepspeed --master_port N"):
+            join(Ranks(rank=0, local_rank=0, size=2, local_size=2), torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,12 @@ def chosen_cases(names: Sequence[str] | None, data: Sequence[Path], on_gpu: bool
     if names is None:
         return [*GPU_CASES, *shards] if on_gpu else [TINY, *shards]
     known = {case.name: [case] for case in (*GPU_CASES, TINY, *shards)} | {"shards": shards}
+    large = [] if on_gpu else [name for name in names if name in {c.name for c in GPU_CASES}]
+    if large:
+        raise ConfigError(
+            f"--case {large[0]} needs a GPU, and this machine has none; without one there are "
+            f"{TINY.name}, and shards with --data DIR"
+        )
     for name in names:
         if not known.get(name):
             advice = "give --data DIR" if name.startswith("shards") else f"one of {sorted(known)}"
