@@ -10,7 +10,7 @@ Words `key=value` are keys of the `train:` section and go over what a case sets.
 those of the same case, who and number of GPUs in FILE; a failure replaces no figures. Without a
 GPU only the case tiny is measured, which shows that it runs. The exit code is 1 if something could
 not be measured, with the reason in its record, and 2 for what the user can put right.
-docs/training.md says what the figures mean.
+docs/speed.md says what the figures mean.
 """
 
 import argparse

@@ -81,7 +81,7 @@ def versions() -> dict[str, str | None]:
 def make_record(
     case: Case, who: str, gpus: int, run: Run, machine: Machine, found: Measurement
 ) -> Record:
-    """The figures of one measurement; `docs/training.md` says what each means."""
+    """The figures of one measurement; `docs/speed.md` says what each means."""
     speeds = sorted(found.speeds(gpus))
     rate = found.flop_rate(gpus)
     shape = run.phases["main"].shape
