@@ -60,7 +60,7 @@ def load_config(
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise ConfigError(_explain(cls, error, where)) from None
+        raise ConfigError(_explain(cls, error, where, values)) from None
 
 
 def config_to_dict(value: Any) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _apply_override(values: dict[str, Any], word: str) -> None:
         raise ConfigError(f"the value of {key} is not valid YAML") from None
 
 
-def _explain(cls: type, error: ValidationError, where: str) -> str:
+def _explain(cls: type, error: ValidationError, where: str, values: dict[str, Any]) -> str:
     lines = []
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
@@ -129,7 +129,7 @@ def _explain(cls: type, error: ValidationError, where: str) -> str:
                 advice = f"; words are keys of a section already: leave {key + '.'!r} away"
             lines.append(f"unknown key {key!r} in {where}{advice}")
         elif problem["type"] in ("missing", "missing_argument"):
-            lines.append(f"{where} lacks the key {key!r}")
+            lines.append(f"{where} lacks the key {key!r}{_named_like(location, values)}")
         elif problem["type"] in ("int_parsing", "int_from_float"):
             lines.append(
                 f"{key} in {where}: {problem['input']!r} is no whole number; write one out, as in "
@@ -139,6 +139,20 @@ def _explain(cls: type, error: ValidationError, where: str) -> str:
             what = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{key or 'the configuration'} in {where}: {what}")
     return "\n".join(lines)
+
+
+def _named_like(location: Sequence[str], values: dict[str, Any]) -> str:
+    """A hint where what lacks a key has a name much like one beside it: a misspelt word makes a new
+    entry of a mapping such as `phases`."""
+    if len(location) < 2:
+        return ""
+    *around, name, _ = location
+    node: Any = values
+    for part in around:
+        node = node.get(part) if isinstance(node, dict) else None
+    others = [str(other) for other in node if other != name] if isinstance(node, dict) else []
+    nearest = difflib.get_close_matches(name, others, n=1)
+    return f"; did you mean {'.'.join([*around, *nearest])!r}?" if nearest else ""
 
 
 def _fields_at(cls: Any, location: Sequence[str]) -> list[str]:

@@ -321,6 +321,12 @@ def _read_manifest(folder: Path) -> bytes:
     try:
         return (folder / MANIFEST_NAME).read_bytes()
     except OSError as error:
+        # What `out_dir` of the preparation names holds one for each length of documents.
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
+        if inside:
+            raise DataError(
+                f"{folder} is not a data set but holds some: {', '.join(inside)}; name one of them"
+            ) from None
         raise DataError(
             f"{folder} is not a finished data set: {MANIFEST_NAME} cannot be read "
             f"({error.strerror}); make it with `python -m data_prep --config FILE`, or try "

@@ -245,6 +245,11 @@ def test_a_damaged_data_set_names_the_file_and_the_remedy(
         DataSet(folder)
 
 
+def test_a_folder_around_data_sets_names_them(folder: Path) -> None:
+    with pytest.raises(DataError, match=rf"holds some: {folder.name}; name one of them"):
+        DataSet(folder.parent)
+
+
 def test_verify_finds_a_changed_byte_that_opening_cannot_see(folder: Path) -> None:
     path = folder / f"{SECOND}.tar"
     content = bytearray(path.read_bytes())

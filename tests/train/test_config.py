@@ -21,7 +21,10 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
         ("phases.main.batch.row=8", r"did you mean 'phases\.main\.batch\.rows'"),
         ("phases.main.weight_decay=0.01", r"phases\.main .*weight_decay is 0.01: it is the share"),
         # A phase that a word names by mistake is none.
-        ("phases.mian.batch.rows=8", r"lacks the key 'phases\.mian\.data'"),
+        (
+            "phases.mian.batch.rows=8",
+            r"lacks the key 'phases\.mian\.data'; did you mean 'phases.main'",
+        ),
         ("phases.main.tokens=0", r"phases\.main.*tokens is 0"),
         ("phases.main.tokens=null", r"phases\.main.*tokens is missing"),
         ("phases.main.batch.rows=0", r"phases\.main\.batch.*rows is 0"),
