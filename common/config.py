@@ -16,6 +16,7 @@ is a field of one of them; an unknown key is refused and the nearest valid one i
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -130,15 +131,19 @@ def _explain(cls: type, error: ValidationError, where: str, values: dict[str, An
             lines.append(f"unknown key {key!r} in {where}{advice}")
         elif problem["type"] in ("missing", "missing_argument"):
             lines.append(f"{where} lacks the key {key!r}{_named_like(location, values)}")
-        elif problem["type"] in ("int_parsing", "int_from_float"):
+        elif problem["type"] == "int_parsing" and _has_exponent(problem["input"]):
             lines.append(
-                f"{key} in {where}: {problem['input']!r} is no whole number; write one out, as in "
+                f"{key} in {where}: {problem['input']!r} is no whole number; write it out, as in "
                 "1_000_000_000"
             )
         else:
             what = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{key or 'the configuration'} in {where}: {what}")
     return "\n".join(lines)
+
+
+def _has_exponent(text: object) -> bool:
+    return isinstance(text, str) and re.fullmatch(r"[\d._]+[eE]\+?\d+", text) is not None
 
 
 def _named_like(location: Sequence[str], values: dict[str, Any]) -> str:

@@ -3,7 +3,9 @@
 import re
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from common.config import ConfigError, config, config_to_dict
 from data_prep.codes import HEADINGS, KINDS_UNDER_HEADINGS, SOURCE_OF_KIND, TEMPLATES
@@ -217,13 +219,30 @@ class CopyForward:
     """of a paragraph that is dropped, white space not counted"""
 
 
+def _check_time(time: object) -> str:
+    if not isinstance(time, str):
+        # To YAML 24:00:00 is a number of seconds, and 90, minutes to SLURM, is another.
+        raise ValueError(
+            f"time has been read as {time!r}; quote it: time: '24:00:00', or on the command line "
+            "\"slurm.time='24:00:00'\""
+        )
+    sixty = r"[0-5]?\d"
+    forms = rf"\d+(:{sixty}){{0,2}}|\d+-\d{{1,2}}(:{sixty}){{0,2}}|UNLIMITED|INFINITE"
+    if not re.fullmatch(forms, time):
+        raise ValueError(
+            f"time is {time!r}; SLURM's forms are minutes, minutes:seconds, "
+            "hours:minutes:seconds, and days-hours with :minutes and :seconds behind"
+        )
+    return time
+
+
 @config
 class Slurm:
     """What the jobs of `executor: slurm` ask for; each array does the tasks of a stage."""
 
     partition: str | None = None
     """null: the cluster's default"""
-    time: str | int = "12:00:00"
+    time: Annotated[str, BeforeValidator(_check_time)] = "12:00:00"
     """of one job, in SLURM's form, quoted"""
     cpus_per_task: int = 1
     """a task is one process; only tokenising uses more cores"""
@@ -233,19 +252,6 @@ class Slurm:
     """tasks that a job of the array does one after another"""
     options: dict[str, str] = field(default_factory=dict)
     """other options of sbatch without their dashes, such as {account: lab, qos: long}"""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.time, str):
-            # To YAML 24:00:00 is a number of seconds, and 90, minutes to SLURM, is another.
-            raise ValueError(
-                f"time has been read as the number {self.time}; quote it: time: '24:00:00', or "
-                "on the command line \"slurm.time='24:00:00'\""
-            )
-        if not re.fullmatch(r"(\d+-)?\d+(:\d{1,2}){0,2}", self.time):
-            raise ValueError(
-                f"time is {self.time!r}; SLURM's forms are minutes, minutes:seconds, "
-                "hours:minutes:seconds and days-hours, with :minutes and :seconds behind"
-            )
 
 
 @config

@@ -361,13 +361,15 @@ def measure(
     for count in tokens:
         for name in operations:
             torch._dynamo.reset()
+            before = len(table.rows)
             try:
                 for case in make_local(count, tune=True) if tune else cases.make(name, count):
                     if len(tokens) > 1:
                         case.layout = f"{case.layout}, {count} tokens"
                     run_case(case, table)
             except torch.OutOfMemoryError as error:  # of a case's inputs, on a small GPU
-                print(f"{name}, {count} tokens: its inputs do not fit: {error}")
+                print(f"{name}, {count} tokens: not measured, its inputs do not fit: {error}")
+                del table.rows[before:]  # a part would take the place of an earlier whole
             yield table.rows, header
 
 

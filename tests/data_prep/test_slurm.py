@@ -119,9 +119,11 @@ def test_2500_tasks_are_three_arrays_that_do_each_once(
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("slurm.time=24:00:00", "read as the number 86400; quote it: time: '24:00:00'"),
-        ("slurm.time=90", "read as the number 90; quote it"),
+        ("slurm.time=24:00:00", r"^slurm\.time .* read as 86400; quote it: time: '24:00:00'"),
+        ("slurm.time=90", "read as 90; quote it"),
+        ("slurm.time=null", "read as None; quote it"),
         ("slurm.time=25h", "time is '25h'; SLURM's forms are"),
+        ("slurm.time='1:90:00'", "time is '1:90:00'"),
     ],
 )
 def test_a_time_that_is_none_is_refused(word: str, message: str) -> None:
@@ -130,7 +132,7 @@ def test_a_time_that_is_none_is_refused(word: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "time", ["'90'", "02:00:00", "'24:00:00'", "1-12", "7-00:00:00", "'30:00'"]
+    "time", ["'90'", "02:00:00", "'24:00:00'", "1-12", "7-00:00:00", "'30:00'", "UNLIMITED"]
 )
 def test_slurms_forms_of_a_time_are_taken(time: str) -> None:
     read = load_config(DataPrep, "data_prep", None, [f"slurm.time={time}"])

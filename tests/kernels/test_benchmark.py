@@ -3,6 +3,7 @@
 import gc
 import sys
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -264,6 +265,28 @@ def test_both_of_ours_are_measured_where_there_are_two(
             case.who[who]()
     assert taken == [True, False][: 1 + walks] * 6
     assert vars(local_attention)["WALKS"]
+
+
+def test_what_does_not_fit_takes_the_place_of_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part of an operation's layouts would replace all of an earlier run's."""
+
+    def make(name: str, tokens: int) -> Iterator[Case]:
+        yield Case(name, "even", [], {}, {})
+        if name == "rope":
+            raise torch.OutOfMemoryError("no room")
+
+    roofline = benchmark.Roofline(copy=4e12, product=800e12)
+    monkeypatch.setattr(benchmark, "measure_roofline", lambda: roofline)
+    monkeypatch.setattr(benchmark, "describe_run", lambda *_: "a GPU")
+    monkeypatch.setattr(benchmark.cases, "make", make)
+    monkeypatch.setattr(
+        benchmark, "run_case", lambda case, table: table.rows.append({"op": case.op})
+    )
+    *_, (rows, _) = benchmark.measure(["geglu", "rope"], [64], tune=False)
+    assert rows == [{"op": "geglu"}]
+    assert "rope, 64 tokens: not measured" in capsys.readouterr().out
 
 
 class _Memory:

@@ -293,23 +293,37 @@ def test_comparisons_say_what_else_differs() -> None:
     )
 
 
+@pytest.mark.usefixtures("environment")
 def test_without_a_gpu_its_cases_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """They would fill the memory, and measure nothing."""
     assert command.main(["--case", "abstracts-1024"]) == 2
     assert "--case abstracts-1024 needs a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("who", "label"),
+    [("ours", []), ("ours, x", ["--label", "x"]), (results.PLAIN, ["--label", "x"])],
+)
 def test_no_record_takes_the_place_of_one_with_other_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    who: str, label: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "records.json"
-    file.write_text(json.dumps([{**made("tiny", "ours", 1, 1.0), "words": []}]))
+    file.write_text(json.dumps([{**made("tiny", who, 1, 1.0), "words": []}]))
     before = file.read_text()
-    assert command.main(["--case", "tiny", "--json", str(file), "seed=3"]) == 2
-    assert "tiny, ours, that was measured with no words; give another --label" in (
+    assert command.main(["--case", "tiny", "--json", str(file), *label, "seed=3"]) == 2
+    assert f"tiny, {who}, that was measured with no words; give another --label" in (
         capsys.readouterr().err
     )
     assert file.read_text() == before
+
+
+def test_what_is_not_asked_for_is_in_nobodys_way() -> None:
+    records = [made("tiny", results.PLAIN, 1, 1.0), made("tiny", "ours", 1, 1.0)]
+    asked = command.parse(["--who", "ours", "--label", "x", "--json", "f", "seed=3"])
+    command._check_words(asked, {"tiny"}, 1, records)
+    with pytest.raises(ConfigError, match="has a record of tiny, ours"):
+        command._check_words(command.parse(["--json", "f", "seed=3"]), {"tiny"}, 1, records[1:])
 
 
 def test_a_line_warns_of_what_came_between_timed_steps() -> None:

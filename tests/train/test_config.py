@@ -79,7 +79,7 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
         ("deepspeed={zero_optimization: {stage: 3}}", r"deepspeed\.zero_optimization\.stage"),
         ("model.geometry=huge", "'base' or 'large'"),
         ("train.seed=3", "unknown key 'train' in .*leave 'train.' away"),
-        ("phases.main.tokens=1e9", "'1e9' is no whole number; write one out, as in 1_000_000_000"),
+        ("phases.main.tokens=1e9", "'1e9' is no whole number; write it out, as in 1_000_000_000"),
     ],
 )
 def test_errors_name_the_key(word: str, message: str) -> None:

@@ -321,6 +321,14 @@ def test_on_gpus_the_rule_is_the_same_and_ours_waits_for_nothing(gpus: int, laun
             assert not waits, f"{name}, step {number}"
 
 
+def test_a_wrapper_that_nobody_knows_is_refused() -> None:
+    """The rule for whole parameters, on a flat stretch of them, would be another optimizer."""
+    from train.zero import held
+
+    with pytest.raises(TypeError, match="object is none of DeepSpeed"):
+        held(object())
+
+
 def test_the_end_of_backward_does_not_hold_up_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where DeepSpeed waits for the device, the streams wait for each other instead."""
     from deepspeed.accelerator import get_accelerator

@@ -7,9 +7,10 @@
     python -m train.benchmark --case --json FILE --plot FILE            # only draw
 
 Words `key=value` are keys of the `train:` section and go over what a case sets. Records replace
-those of the same case, who and number of GPUs in FILE; a failure replaces no figures. Without a
-GPU only the case tiny is measured, which shows that it runs. The exit code is 1 if something could
-not be measured, with the reason in its record, and 2 for what the user can put right.
+those of the same case, who, number of GPUs and words in FILE; a failure replaces no figures.
+Without a GPU only the case tiny is measured, which shows that it runs. The exit code is 1 if
+something could not be measured, with the reason in its record, and 2 for what the user can put
+right.
 docs/speed.md says what the figures mean.
 """
 
@@ -99,8 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (case, resolve_case(case, asked.config, asked.overrides, ranks.size, on_gpu))
             for case in chosen_cases(asked.case, asked.data, on_gpu)
         ]
-        for case, _ in runs if asked.who is None or results.OURS in asked.who else []:
-            _check_words(asked, (case.name, results.label_of(asked.label), ranks.size), records)
+        _check_words(asked, {case.name for case, _ in runs}, ranks.size, records)
     except (ConfigError, DataError) as error:
         return _fail(str(error))
     new: list[results.Record] = []
@@ -123,16 +123,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_words(
-    asked: argparse.Namespace, key: results.Key, records: Sequence[results.Record]
+    asked: argparse.Namespace, cases: set[str], gpus: int, records: Sequence[results.Record]
 ) -> None:
     """ConfigError where a record would take the place of one that was measured with other words."""
+    ours = results.label_of(asked.label)
     for record in records:
-        words = record.get("words", [])
-        if results.key_of(record) == key and record["error"] is None and words != asked.overrides:
-            case, who, _ = key
+        who, words = record["who"], record.get("words", [])
+        is_other = who == results.PLAIN or not who.startswith(results.OURS)
+        is_asked = asked.who is None or (results.OURS if who == ours else who) in asked.who
+        is_place = record["case"] in cases and record["gpus"] == gpus and record["error"] is None
+        if is_place and (who == ours or is_other) and is_asked and words != asked.overrides:
             raise ConfigError(
-                f"{asked.json} has a record of {case}, {who}, that was measured with "
-                f"{' '.join(words) or 'no words'}; give another --label, or another file"
+                f"{asked.json} has a record of {record['case']}, {who}, that was measured with "
+                f"{' '.join(words) or 'no words'}; give another --label, which names ours alone "
+                "(--who ours), or another file"
             )
 
 
