@@ -17,7 +17,7 @@
 # Whatever ends the job (its time, a preemption, a node that fails), the same command goes on from
 # the newest checkpoint, at the cost of the steps since (`checkpoint.every_steps`): nothing is
 # written when SLURM asks it to end. A job that is preempted or whose node fails is queued again by
-# itself. For a run that is longer than a job may be, submit it several times, with as many GPUs each
+# itself, where the cluster allows it. For a run that is longer than a job may be, submit it several times, with as many GPUs each
 # time and --dependency=singleton: each begins where the one before ended, and one that finds nothing
 # left to do ends at once.
 #SBATCH --job-name=clinical-modernbert

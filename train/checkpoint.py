@@ -231,12 +231,15 @@ def _check_same_run(path: Path, manifest: dict[str, Any], run: Run, progress: Pr
     """
     ours = _identity(run)
     phases, former = ours.pop("phases"), manifest.get("phases", [])
+    _check_ranks(path, manifest.get("world_size"), ours.pop("world_size"))
     for key, value in ours.items():
         _check_same(path, key, manifest.get(key), value)
     names = [phase["name"] for phase in phases][: len(former)]
     _check_same(path, "phases", [phase["name"] for phase in former], names)
     for theirs, phase in zip(former, phases, strict=False):
         _check_rule(path, theirs.get("row_order", {}), phase["row_order"])
+        data = theirs.get("data_manifest_sha256"), phase.pop("data_manifest_sha256")
+        _check_data(path, phase["name"], *data)
         for key, value in phase.items():
             _check_same(path, f"phases.{phase['name']}.{key}", theirs.get(key), value)
     model = asdict(run.current_phase(progress).model_config)
@@ -246,28 +249,30 @@ def _check_same_run(path: Path, manifest: dict[str, Any], run: Run, progress: Pr
 def _check_same(path: Path, key: str, theirs: Any, ours: Any) -> None:
     if theirs == ours:
         return
-    if key == "world_size":
+    what = f"its {key} is {theirs}, this run's is {ours}"
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        what = "; ".join(f"{key}.{line}" for line in _differences(theirs, ours))
+    raise CheckpointError(
+        f"{path} is of another run: {what}; choose another run_dir, or set back what was changed"
+    )
+
+
+def _check_ranks(path: Path, theirs: Any, ours: int) -> None:
+    if theirs != ours:
         raise CheckpointError(
             f"{path} was written by {theirs} processes, and this run has {ours}: the optimizer's "
             f"state is divided among as many as wrote it. Start {theirs}, or begin another run_dir "
             f"with init_from={path}, which takes its weights alone"
         )
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        what = "; ".join(f"{key}.{line}" for line in _differences(theirs, ours))
+
+
+def _check_data(path: Path, phase: str, theirs: Any, ours: str) -> None:
+    """The hashes of two manifests, which tell a reader nothing."""
+    if theirs != ours:
         raise CheckpointError(
-            f"{path} is of another run: {what}; choose another run_dir, or set back what was "
-            "changed"
+            f"{path} is of another run: the data set of phases.{phase}.data.dir is not the one it "
+            "has read; choose another run_dir, or give the same data"
         )
-    if key.endswith(".data_manifest_sha256"):
-        phase = key.removesuffix(".data_manifest_sha256")
-        raise CheckpointError(
-            f"{path} is of another run: the data set of {phase}.data.dir is not the one it has "
-            "read; choose another run_dir, or give the same data"
-        )
-    raise CheckpointError(
-        f"{path} is of another run: its {key} is {theirs}, this run's is {ours}; choose "
-        "another run_dir, or set back what was changed"
-    )
 
 
 def _check_rule(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

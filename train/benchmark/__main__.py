@@ -129,7 +129,7 @@ def _check_words(
     ours = results.label_of(asked.label)
     for record in records:
         who, words = record["who"], record.get("words", [])
-        is_other = who == results.PLAIN or not who.startswith(results.OURS)
+        is_other = not results.is_labelled(who)
         is_asked = asked.who is None or (results.OURS if who == ours else who) in asked.who
         is_place = record["case"] in cases and record["gpus"] == gpus and record["error"] is None
         if is_place and (who == ours or is_other) and is_asked and words != asked.overrides:
@@ -146,10 +146,10 @@ def chosen_cases(names: Sequence[str] | None, data: Sequence[Path], on_gpu: bool
     if names is None:
         return [*GPU_CASES, *shards] if on_gpu else [TINY, *shards]
     known = {case.name: [case] for case in (*GPU_CASES, TINY, *shards)} | {"shards": shards}
-    large = [] if on_gpu else [name for name in names if name in {c.name for c in GPU_CASES}]
-    if large:
+    of_gpus = [] if on_gpu else [case.name for case in GPU_CASES if case.name in names]
+    if of_gpus:
         raise ConfigError(
-            f"--case {large[0]} needs a GPU, and this machine has none; without one there are "
+            f"--case {of_gpus[0]} needs a GPU, and this machine has none; without one there are "
             f"{TINY.name}, and shards with --data DIR"
         )
     for name in names:

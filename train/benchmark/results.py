@@ -28,7 +28,6 @@ AIM = 0.97
 """of the engine against the step without it, and of a GPU among several against one alone"""
 _PACKAGES = ("torch", "triton", "deepspeed", "transformers", "flash-attn-4", "flash-attn")
 
-
 Record = dict[str, Any]
 Key = tuple[str, str, int]
 
@@ -105,7 +104,7 @@ def make_record(
         "parameters": parameter_count(run.start),
         "micro_batch": shape.tokens,
         "micro_steps": run.phases["main"].micro_steps,
-        "zero_stage": run.config.zero_stage if is_ours and who != PLAIN else None,
+        "zero_stage": run.config.zero_stage if is_labelled(who) else None,
         "compiled": compiles(run.config, machine.device != "cpu") if is_ours else None,
         "recompute": run.config.recompute if is_ours else None,
         "fp8": run.config.fp8 if is_ours else None,
@@ -185,6 +184,11 @@ def warning(record: Record) -> str | None:
 def key_of(record: Record) -> Key:
     """What there is one record of."""
     return record["case"], record["who"], record["gpus"]
+
+
+def is_labelled(who: str) -> bool:
+    """Whether these are the figures of ours, through the engine, under any label."""
+    return who.startswith(OURS) and who != PLAIN
 
 
 def label_of(label: str | None) -> str:
@@ -280,8 +284,7 @@ def _besides(one: Record, other: Record) -> str:
 def _aims(record: Record) -> tuple[int | None, int | None]:
     """Reach and stretch of the case, where the record is ours."""
     aims = {case.name: (case.reach, case.stretch) for case in GPU_CASES}
-    is_ours = record["who"].startswith(OURS) and record["who"] != PLAIN
-    return aims.get(record["case"], (None, None)) if is_ours else (None, None)
+    return aims.get(record["case"], (None, None)) if is_labelled(record["who"]) else (None, None)
 
 
 def plot(path: Path, records: Sequence[Record]) -> None:
