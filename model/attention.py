@@ -8,8 +8,8 @@ turns queries and keys by itself. It also takes the layers without one where no 
 than SHORT_DOCUMENTS: a window as wide as that is the whole of each, and a grid over tokens does not
 pay for the number of documents, as a backend's grid does.
 
-A backend is a function `(qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) ->
-out_MHD`:
+A backend is a function `(qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window,
+bounds_2T) -> out_MHD`:
 
 - qkv (T, 3, H, D): queries q and keys k after the rotary positions, and values v, of all tokens;
 - places_M: int64, the tokens whose queries are meant, M of them; None means all: M is T, and the
@@ -20,7 +20,9 @@ out_MHD`:
   behind the last get zeros, and no gradient;
 - max_seqlen: no document is longer (a bound, need not be reached), nor has more queries;
 - window: tokens a query sees to either side, both ends included, within its document; None is the
-  whole document. With a window all tokens are queries.
+  whole document. With a window all tokens are queries;
+- bounds_2T: None, or `document_bounds` of all documents, with those of the two cu_seqlens, which
+  are alike, the first of them: what lies behind are short documents, computed as windows.
 
 out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document reaches another, as long
 as all numbers are finite. Those that are not never do in the reference; kernels compute whole tiles
@@ -41,6 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels.documents import document_bounds
 from kernels.local_attention import local_attention
 from model.attention_backends import (
+    SHORT_DOCUMENTS,
     fa2_attention,
     fa4_attention,
     put_rows,
@@ -49,13 +52,12 @@ from model.attention_backends import (
 )
 from model.rotary import RotaryTables
 
-SHORT_DOCUMENTS = 128
-"""tokens; the smallest bucket of `max_seqlen` in `train.batch`"""
-
 # Queries that the reference treats together in a long document's window.
 _TILE = 64
 
-Attention = Callable[[Tensor, Tensor | None, Tensor, Tensor, int, int | None], Tensor]
+Attention = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor, int, int | None, Tensor | None], Tensor
+]
 
 
 class Choice(NamedTuple):
@@ -78,13 +80,15 @@ class Documents(NamedTuple):
 
     longest: (max_seqlen, 0), nothing but a length, which a compiled layer takes as it comes; for
     each new number it would be compiled anew. are_short: none is longer than SHORT_DOCUMENTS.
-    bounds_2T only for `kernels.local_attention`.
+    long_cu_seqlens: the first entries of cu_seqlens, where all documents behind them are short;
+    the last of them as often as one likes. bounds_2T only for `kernels.local_attention`.
     """
 
     position_ids_T: Tensor
     cu_seqlens: Tensor
     longest: Tensor
     are_short: bool
+    long_cu_seqlens: Tensor | None
     bounds_2T: Tensor | None
 
 
@@ -128,7 +132,11 @@ class _TakeRows(torch.autograd.Function):
 
 
 def describe_documents(
-    position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, choice: Choice
+    position_ids_T: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    choice: Choice,
+    long_cu_seqlens: Tensor | None = None,
 ) -> Documents:
     """What `attend` needs to know, computed once for all layers."""
     bounds_2T = None
@@ -139,7 +147,7 @@ def describe_documents(
         torch._dynamo.maybe_mark_dynamic(longest, 0)
     # Where all of a model is one graph that takes any max_seqlen, it is not asked, and stays one.
     are_short = statically_known_true(max_seqlen <= SHORT_DOCUMENTS)
-    return Documents(position_ids_T, cu_seqlens, longest, are_short, bounds_2T)
+    return Documents(position_ids_T, cu_seqlens, longest, are_short, long_cu_seqlens, bounds_2T)
 
 
 def attend(
@@ -171,9 +179,12 @@ def attend(
     turned_T3HD = tables(qkv_T3HD, documents.position_ids_T)
     places_M = None if queries is None else queries.places_M
     assert cu_seqlens_q is not None
-    longest = documents.longest.shape[0]
-    return BACKENDS[choice.backend](
-        turned_T3HD, places_M, cu_seqlens_q, documents.cu_seqlens, longest, window
+    longest, attention = documents.longest.shape[0], BACKENDS[choice.backend]
+    long = documents.long_cu_seqlens
+    if long is not None and choice.local == "kernel" and queries is None and window is None:
+        return attention(turned_T3HD, None, long, long, longest, None, documents.bounds_2T)
+    return attention(
+        turned_T3HD, places_M, cu_seqlens_q, documents.cu_seqlens, longest, window, None
     )
 
 
@@ -197,6 +208,7 @@ def reference_attention(
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int | None,
+    bounds_2T: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch, any floating dtype, any device: the truth in tests, and what a CPU uses.
 
@@ -204,8 +216,10 @@ def reference_attention(
     a document gets depends on its own tokens alone, to the last bit, wherever in the row it lies.
     Reads both cu_seqlens on the host, which no compiler can look into: to one it is an operation.
     """
-    if torch.compiler.is_compiling():
-        return _opaque_reference(qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
+    if torch.compiler.is_compiling() or bounds_2T is not None:
+        return _opaque_reference(
+            qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window, bounds_2T
+        )
     q_MHD, kv_T2HD = qkv_T3HD[:, 0], qkv_T3HD[:, 1:]
     if places_M is not None:
         q_MHD = q_MHD.index_select(0, places_M)

@@ -12,6 +12,10 @@ document. They leave the results behind the last entry of each unwritten: here t
 in the output and in all gradients. A document without queries gives its keys and values gradients
 of zero.
 
+Given bounds_2T, the documents behind the last entry of cu_seqlens_k, none longer than
+SHORT_DOCUMENTS, are computed as well, as windows, by `kernels.local_attention` into the same
+tensors: its grid goes over tokens, where others' goes over documents. All tokens are queries then.
+
 Where `torch.use_deterministic_algorithms` is set, their backward sums in a fixed order.
 """
 
@@ -21,6 +25,10 @@ import torch
 from torch import Tensor
 
 from kernels.documents import clear_behind_documents
+from kernels.local_attention import backward_behind, forward_behind
+
+SHORT_DOCUMENTS = 128
+"""tokens; the smallest bucket of `max_seqlen` in `train.batch`"""
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 Backward = Callable[..., None]
@@ -38,10 +46,13 @@ def _shapes(
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int,
-) -> tuple[Tensor, Tensor]:
+    bounds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = (qkv if places is None else places).shape[0]
     out = qkv.new_empty((rows, *qkv.shape[2:]))
-    return out, qkv.new_empty((qkv.shape[2], rows), dtype=torch.float32)
+    sums = (qkv.shape[2], rows)
+    of_short = qkv.new_empty((0,) if bounds is None else sums, dtype=torch.float32)
+    return out, qkv.new_empty(sums, dtype=torch.float32), of_short
 
 
 def _shapes_backward(
@@ -50,8 +61,10 @@ def _shapes_backward(
     places: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
+    of_short: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    bounds: Tensor | None,
     max_seqlen: int,
     window: int,
 ) -> Tensor:
@@ -61,7 +74,7 @@ def _shapes_backward(
 def register(
     name: str, forward: Forward, backward: Backward, leaves_rows_unwritten: bool = True
 ) -> Callable[..., Tensor]:
-    """An operation `(qkv, places, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) -> out` of two.
+    """`(qkv, places, cu_seqlens_q, cu_seqlens_k, max_seqlen, window, bounds) -> out` of two.
 
     forward (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) returns out and the (H, M)
     fp32 log-sum-exp. backward (grad, q, k, v, out, logsumexp, dq, dk, dv, cu_seqlens_q,
@@ -79,16 +92,21 @@ def register(
         cu_seqlens_k: Tensor,
         max_seqlen: int,
         window: int,
-    ) -> tuple[Tensor, Tensor]:
+        bounds: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _queries(qkv, places), qkv[:, 1], qkv[:, 2]
+        where = (cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
         if 0 in (q.shape[0], max_seqlen):
-            out, logsumexp = _shapes(qkv, places, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
-            return out.zero_(), logsumexp.zero_()
+            out, logsumexp, of_short = _shapes(qkv, places, *where, bounds)
+            return out.zero_(), logsumexp.zero_(), of_short.zero_()
         with torch.cuda.device_of(q):
-            out, logsumexp = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
+            out, logsumexp = forward(q, k, v, *where)
+        if bounds is not None:
+            skip = cu_seqlens_k[-1:]
+            return out, logsumexp, forward_behind(qkv, bounds, skip, out, SHORT_DOCUMENTS - 1)
         if leaves_rows_unwritten:
             clear_behind_documents(out, cu_seqlens_q)
-        return out, logsumexp
+        return out, logsumexp, logsumexp.new_empty(0)
 
     @torch.library.custom_op(f"clinical_modernbert::{name}_backward", mutates_args=())
     def attend_backward(
@@ -97,8 +115,10 @@ def register(
         places: Tensor | None,
         out: Tensor,
         logsumexp: Tensor,
+        of_short: Tensor,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
+        bounds: Tensor | None,
         max_seqlen: int,
         window: int,
     ) -> Tensor:
@@ -111,7 +131,10 @@ def register(
         with torch.cuda.device_of(q):
             saved, where = (q, k, v, out, logsumexp), (cu_seqlens_q, cu_seqlens_k)
             backward(grad, *saved, dq, dk, dv, *where, max_seqlen, window)
-        if leaves_rows_unwritten:
+        if bounds is not None:
+            saved_behind = (qkv, bounds, cu_seqlens_k[-1:], out, of_short)
+            backward_behind(grad, *saved_behind, SHORT_DOCUMENTS - 1, grad_qkv)
+        elif leaves_rows_unwritten:
             clear_behind_documents(grad_qkv, cu_seqlens_k)
         if places is not None:
             put_rows(grad_qkv[:, 0], dq, places, cu_seqlens_q)
@@ -121,15 +144,14 @@ def register(
     attend_backward.register_fake(_shapes_backward)
 
     def save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        qkv, places, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen, ctx.window = inputs
-        out, logsumexp = output
-        ctx.save_for_backward(qkv, places, out, logsumexp, cu_seqlens_q, cu_seqlens_k)
-        ctx.mark_non_differentiable(logsumexp)
+        qkv, places, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen, ctx.window, bounds = inputs
+        ctx.save_for_backward(qkv, places, *output, cu_seqlens_q, cu_seqlens_k, bounds)
+        ctx.mark_non_differentiable(*output[1:])
 
-    def run_backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    def run_backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         saved = ctx.saved_tensors
         grad_qkv = attend_backward(grad.contiguous(), *saved, ctx.max_seqlen, ctx.window)
-        return grad_qkv, None, None, None, None, None
+        return grad_qkv, None, None, None, None, None, None
 
     attend.register_autograd(run_backward, setup_context=save_for_backward)
 
@@ -140,10 +162,12 @@ def register(
         cu_seqlens_k: Tensor,
         max_seqlen: int,
         window: int | None,
+        bounds_2T: Tensor | None = None,
     ) -> Tensor:
+        assert bounds_2T is None or (places_M is None and window is None)
         where = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         side = -1 if window is None else window
-        out, _ = attend(qkv_T3HD.contiguous(), places_M, *where, max_seqlen, side)
+        out, *_ = attend(qkv_T3HD.contiguous(), places_M, *where, max_seqlen, side, bounds_2T)
         return out
 
     call.__doc__ = f"`model.attention`'s interface to {name}."

@@ -129,6 +129,7 @@ class _Case(NamedTuple):
     longest: int
     window: int | None = None
     some_queries: bool = False
+    short_apart: bool = False
 
     def __str__(self) -> str:
         asked = "some" if self.some_queries else "all"
@@ -157,7 +158,8 @@ def check_attention(
         grad = torch.randn(qkv[:, 0].shape, generator=generator).to(device, dtype)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         places = torch.cat([torch.arange(n) for n in [*lengths, behind]]).to(device)
-        documents = describe_documents(places, cu_seqlens.to(device), case.longest, which)
+        long = cu_seqlens[:2].to(device) if case.short_apart else None
+        documents = describe_documents(places, cu_seqlens.to(device), case.longest, which, long)
         queries = None
         if case.some_queries:
             places_M = torch.arange(0, sum(lengths), 3)
@@ -178,6 +180,7 @@ def check_attention(
     ]
     if in_kernel:
         cases.append(_Case("kernel", SHORT_DOCUMENTS))
+        cases.append(_Case(f"{choice.backend} and kernel", 300, short_apart=True))
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
     for case in cases:
         try:

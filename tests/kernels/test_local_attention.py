@@ -12,6 +12,8 @@ from kernels.local_attention import (
     Tiles,
     _local_attention,
     _local_attention_backward,
+    backward_behind,
+    forward_behind,
     local_attention,
     local_attention_reference,
     pipelined,
@@ -398,3 +400,24 @@ def test_nothing_waits_for_the_gpu(ways: None) -> None:
         run(*case, 9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("skipped", [0, 40, 49, 70, 76])
+def test_behind_a_place_it_is_the_whole_and_before_it_nothing_is_written(
+    skipped: int, device: torch.device
+) -> None:
+    """Where a document begins, whichever tile that cuts; gradients by what `rope` gave."""
+    qkv, turn, cu_seqlens, grad = make_case(([40, 9, 21], 6), 2, 16, torch.float32, device)
+    bounds = document_bounds(cu_seqlens, len(qkv))
+    skip = torch.tensor([skipped], dtype=torch.int32, device=device)
+    leaf = rope(qkv, *turn).requires_grad_()
+    still = [torch.ones_like(turn[0][:1]), torch.zeros_like(turn[1][:1]), 0 * turn[2]]
+    whole = local_attention(leaf, *still, bounds, 12)
+    (by_leaf,) = torch.autograd.grad(whole, leaf, grad)
+    out, grad_turned = torch.full_like(whole, 7.0), torch.full_like(leaf, 7.0)
+    turned = leaf.detach()
+    logsumexp = forward_behind(turned, bounds, skip, out, 12)
+    backward_behind(grad, turned, bounds, skip, out, logsumexp, 12, grad_turned)
+    for ours, theirs in ((out, whole.detach()), (grad_turned, by_leaf)):
+        assert bool((ours[:skipped] == 7.0).all())
+        assert torch.equal(ours[skipped:], theirs[skipped:])

@@ -1,5 +1,6 @@
 """Attention backends against an fp64 softmax written out, document by document."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -167,12 +168,15 @@ def run_attend(
     window: int | None,
     choice: Choice,
     queries: Queries | None = None,
+    long: int | None = None,
 ) -> list[Tensor]:
-    """The result and the gradient by qkv, by the documents and some tokens behind them."""
+    """The result and the gradient by qkv, by the documents and some tokens behind them; long: so
+    many documents come before the short ones."""
     qkv, _ = make_row([*lengths, behind])
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     places = torch.cat([torch.arange(n) for n in [*lengths, behind]])
-    documents = describe_documents(places, cu_seqlens, max_seqlen, choice)
+    long_ends = None if long is None else cu_seqlens[[*range(long + 1), long]]
+    documents = describe_documents(places, cu_seqlens, max_seqlen, choice, long_ends)
     leaf = qkv.clone().requires_grad_()
     out = attend(leaf, RotaryTables(1024, WIDTH, 10_000.0), documents, window, choice, queries)
     return [out.detach(), torch.autograd.grad(out.square().sum(), leaf)[0]]
@@ -202,6 +206,47 @@ def test_the_local_kernel_is_the_reference(
     theirs = run_attend(lengths, 4, max_seqlen, window, IN_PYTORCH)
     for one, two in zip(ours, theirs, strict=True):
         assert (one - two).norm() <= 1e-5 * two.norm()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
+@pytest.mark.parametrize(
+    ("lengths", "long"),
+    [
+        ([200, 130, 128, 5, 0, 1, 64], 2),
+        ([300, *[16] * 9, 0], 1),
+        ([129, 3], 1),
+        ([150, 140], 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("behind", [0, 9])
+def test_short_documents_are_windows_beside_long_ones(
+    lengths: list[int], long: int, behind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend has the long ones alone, and no row is written twice or by none."""
+    asked: list[list[int]] = []
+
+    def counted(*values: Any) -> Tensor:
+        asked.append(values[2].tolist())
+        return reference_attention(*values)
+
+    monkeypatch.setitem(BACKENDS, IN_KERNEL.backend, counted)
+    ours = run_attend(lengths, behind, max(lengths), None, IN_KERNEL, long=long)
+    ends = [0, *itertools.accumulate(lengths)]
+    assert asked == [[*ends[: long + 1], ends[long]]]
+    theirs = run_attend(lengths, behind, max(lengths), None, IN_PYTORCH)
+    for one, two in zip(ours, theirs, strict=True):
+        assert (one - two).norm() <= 1e-5 * two.norm()
+        assert not one[sum(lengths) :].any()
+
+
+def test_short_documents_stay_the_backends_where_it_has_windows_too() -> None:
+    """Without the kernel, in layers with a window, and in the layer that computes some queries."""
+    lengths = [140, 20, 3]
+    for window, choice in ((None, IN_PYTORCH), (7, IN_PYTORCH)):
+        ours = run_attend(lengths, 0, 140, window, choice, long=1)
+        for one, two in zip(ours, run_attend(lengths, 0, 140, window, choice), strict=True):
+            assert torch.equal(one, two)
 
 
 def test_a_bound_beyond_short_documents_is_the_backends_affair(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
+from kernels.documents import document_bounds_reference
 from model.attention_backends import fa2_attention, fa4_attention, register
 from model.attention_choice import _INSTALL, why_not
 
@@ -198,13 +199,16 @@ def test_registration() -> None:
     qkv, cu_seqlens, _ = make_row(LENGTHS, BEHIND)
     names = ["test_schema", "test_autograd_registration", "test_faketensor"]
     operations = torch.ops.clinical_modernbert
-    for places in (None, torch.zeros(4, dtype=torch.int64)):
-        others = (cu_seqlens if places is None else 0 * cu_seqlens, cu_seqlens, 20, 3)
-        torch.library.opcheck(operations.stand_in.default, (qkv, places, *others), test_utils=names)
-        out, logsumexp = (x.detach() for x in operations.stand_in(qkv, places, *others))
-        saved = (torch.zeros_like(out), qkv.detach(), places, out, logsumexp)
+    bounds = document_bounds_reference(cu_seqlens, qkv.shape[0])
+    for places, short in ((None, None), (torch.zeros(4, dtype=torch.int64), None), (None, bounds)):
+        where = (cu_seqlens if places is None else 0 * cu_seqlens, cu_seqlens)
+        sizes = (20, 3 if short is None else -1)
+        given = (qkv, places, *where, *sizes, short)
+        torch.library.opcheck(operations.stand_in.default, given, test_utils=names)
+        out, *sums = (x.detach() for x in operations.stand_in(*given))
+        saved = (torch.zeros_like(out), qkv.detach(), places, out, *sums)
         torch.library.opcheck(
-            operations.stand_in_backward.default, (*saved, *others), test_utils=names
+            operations.stand_in_backward.default, (*saved, *where, short, *sizes), test_utils=names
         )
 
 

@@ -16,6 +16,7 @@ from model import attention
 from model.attention import (
     BACKENDS,
     Choice,
+    Documents,
     attend,
     describe_documents,
 )
@@ -38,6 +39,7 @@ def dense_attention(
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int | None,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Stands in on a CPU for the reference, which is one opaque operation to a compiler."""
     q, k, v = qkv.unbind(1)
@@ -136,7 +138,7 @@ def test_a_graph_for_short_documents_asks_no_backend(
     windows: list[int | None] = []
 
     def watched(*values: Any) -> Tensor:
-        windows.append(values[-1])
+        windows.append(values[5])
         return dense_attention(*values)
 
     monkeypatch.setitem(BACKENDS, "reference", watched)
@@ -148,6 +150,38 @@ def test_a_graph_for_short_documents_asks_no_backend(
     out = compiled(row.input_ids_T, row.position_ids_T, row.cu_seqlens, bound)
     assert windows == asked
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
+def test_a_graph_for_short_documents_beside_long_ones_takes_any_number(
+    packed_row: Callable,
+) -> None:
+    """However many are long, as training compiles a layer: what it knows of documents is given."""
+    tables, choice = RotaryTables(512, 16, 10_000.0), Choice("reference", "kernel")
+
+    def layer(qkv: Tensor, documents: Documents) -> Tensor:
+        return attend(qkv, tables, documents, None, choice)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=counter)
+    generator = torch.Generator().manual_seed(0)
+    for long in (1, 2, 3):
+        lengths = [140] * long + [2] * (256 - 70 * long)
+        row = packed_row(lengths)
+        ends = row.cu_seqlens[: long + 1]
+        for bounds in (row.cu_seqlens, ends):
+            torch._dynamo.maybe_mark_dynamic(bounds, 0)
+        documents = describe_documents(row.position_ids_T, row.cu_seqlens, 140, choice, ends)
+        qkv = torch.randn(512, 3, 1, 16, generator=generator, requires_grad=True)
+        grad = torch.randn(512, 1, 16, generator=generator)
+        results = []
+        for function in (compiled, layer):
+            out = function(qkv, documents)
+            results.append((out.detach(), *torch.autograd.grad(out, qkv, grad)))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.gpu

@@ -140,6 +140,26 @@ def test_few_documents_are_empty(documents: int, slots: int) -> None:
     assert batch.cu_seqlens.tolist() == [*range(documents), *[documents] * (slots + 1 - documents)]
 
 
+@pytest.mark.parametrize(
+    ("long", "short", "apart"),
+    [(2, 128, True), (1, 140, True), (2, 127, False), (0, 150, False), (3, 0, False)],
+)
+def test_many_short_documents_stand_apart(long: int, short: int, apart: bool) -> None:
+    """Behind the long ones, whose bounds are given as well, filled up to few different numbers."""
+    lengths = [5] * short + [129] * long
+    ends = [0, *itertools.accumulate(lengths)]
+    row = make_row([0] * ends[-1], ends, len(lengths))
+    shape = BatchShape(1, ends[-1], max_length=200, highest_rate=0.3, sources=("notes",))
+    batch = pack([row], [NOTHING], shape)
+    if not apart:
+        assert batch.long_cu_seqlens is None
+    else:
+        expected = [129 * min(number, long) for number in range(65)]
+        assert batch.long_cu_seqlens is not None
+        assert batch.long_cu_seqlens.tolist() == expected
+        assert batch.long_cu_seqlens.dtype == torch.int32
+
+
 def test_shapes_take_few_values(data_folder: Path) -> None:
     data = DataSet(data_folder)
     shapes: set[tuple[Any, ...]] = set()
