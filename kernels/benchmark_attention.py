@@ -10,12 +10,14 @@ kernels have no other mode. Where `kernels.local_attention.pipelined` takes walk
 and the kernels by tiles are contestants as well.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from kernels import local_attention as ours
@@ -71,7 +73,9 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
             who["ours"] = partial(_local_by, True)
             if walks_here():
                 who["ours, by tiles"] = partial(_local_by, False)
-            for name, attend in _others(ends, max(lengths), WINDOW).items():
+            others = _others(ends, max(lengths), WINDOW)
+            others["torch.compile, FlexAttention"] = flex(ends, tokens, WINDOW)
+            for name, attend in others.items():
                 who[f"{name} + our rope"] = partial(_turned, attend)
         pairs = sum(seen_pairs(length, WINDOW) for length in lengths)
         yield Case(
@@ -212,6 +216,30 @@ def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]
 
     who |= {f"varlen_attn{note}": partial(torch_attend, mode) for mode, note in modes}
     return who
+
+
+def flex(ends: Tensor, tokens: int, window: int) -> Attend:
+    """What torch.compile makes of the mask; a matrix of all scores, as the reference has it, is
+    out of reach at these sizes. The blocks that are not empty are found once, by the first call."""
+    places = torch.arange(tokens, device=ends.device)
+    document = torch.bucketize(places, ends[1:].long(), right=True)
+
+    def is_seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document[query] == document[key]) & ((query - key).abs() <= window)
+
+    @functools.cache
+    def prepared() -> tuple[Callable[..., object], BlockMask]:
+        mask = create_block_mask(is_seen, None, None, tokens, tokens, device=str(ends.device))
+        return torch.compile(flex_attention, dynamic=False), mask
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = (value.transpose(0, 1)[None] for value in qkv.unbind(1))
+        compiled, mask = prepared()
+        out = compiled(q, k, v, block_mask=mask)
+        assert isinstance(out, Tensor)
+        return out[0].transpose(0, 1)
+
+    return attend
 
 
 def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:

@@ -289,6 +289,14 @@ def test_what_does_not_fit_takes_the_place_of_nothing(
     assert "rope, 64 tokens: not measured" in capsys.readouterr().out
 
 
+def test_flex_attention_sees_what_others_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    ends = torch.tensor([0, 200, 205, 256], dtype=torch.int32)
+    qkv = torch.randn(256, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    expected = attention.reference_attention(qkv, None, ends, ends, 200, 64)
+    torch.testing.assert_close(benchmark_attention.flex(ends, 256, 64)(qkv), expected)
+
+
 class _Memory:
     """Of a GPU what `peak_memory` asks: bytes, and their peak since it was reset."""
 
