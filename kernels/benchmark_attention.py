@@ -40,6 +40,8 @@ from kernels.local_attention import Tiles, Tuning, local_attention
 from kernels.rope import rope, rope_tables
 
 WINDOW = 64
+# As `model.attention` has it: up to so many tokens a document is a window.
+SHORT = 128
 _TUNED_LAYOUTS = ("full1024", "abstracts", "skewed")
 # Of --tune: other tiles than those in use, for one kernel at a time. Each compiles for sm_90 with
 # at most 64 bytes of registers spilled, and two programs or more fit on a multiprocessor
@@ -113,9 +115,17 @@ def make_global(tokens: int) -> Iterator[Case]:
     inputs = [[qkv] for qkv in packed]
     cases = {name: (lengths, max(lengths)) for name, lengths in layouts(tokens).items()}
     cases["code titles, bucketed"] = bucketed(cases["code titles"][0])
+    halves = layouts(tokens // 2)
+    mixed = sorted(halves["notes"] + halves["code titles"], reverse=True)
+    cases["notes and code titles"] = mixed, max(mixed, default=0)
     for layout, (lengths, longest) in cases.items():
         ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
         who: dict[str, Callable[..., Outputs]] = dict(_others(ends, longest, None))
+        long = sum(length > SHORT for length in lengths)
+        are_apart = all(length <= SHORT for length in lengths[long:])
+        if 0 < long < len(lengths) and are_apart and version_of("flash-attn-4"):
+            bounds = document_bounds(ends, tokens)
+            who["FA4 + ours behind it"] = _fa4(ends[: long + 1], longest, None, False, bounds)
         pairs = sum(length**2 for length in lengths)
         yield Case("global_attention", layout, inputs, who, moved, _flops(pairs))
     yield _short(tokens)
@@ -242,7 +252,14 @@ def flex(ends: Tensor, tokens: int, window: int) -> Attend:
     return attend
 
 
-def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:
+def _fa4(
+    ends: Tensor,
+    longest: int,
+    window: int | None,
+    deterministic: bool,
+    bounds: Tensor | None = None,
+) -> Attend:
+    """FlashAttention-4; given bounds, of the documents before `ends[-1]`, and ours behind it."""
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
     options = {
@@ -258,12 +275,15 @@ def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) ->
         @staticmethod
         def forward(ctx, qkv: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
             out, logsumexp, *_ = _flash_attn_fwd(*qkv.unbind(1), return_lse=True, **options)
-            ctx.save_for_backward(qkv, out, logsumexp)
+            of_short = None
+            if bounds is not None:
+                of_short = ours.forward_behind(qkv, bounds, ends[-1:], out, SHORT - 1)
+            ctx.save_for_backward(qkv, out, logsumexp, of_short)
             return out
 
         @staticmethod
         def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-            qkv, out, logsumexp = ctx.saved_tensors
+            qkv, out, logsumexp, of_short = ctx.saved_tensors
             grad_qkv = torch.empty_like(qkv)
             places = dict(zip(("dq", "dk", "dv"), grad_qkv.unbind(1), strict=True))
             _flash_attn_bwd(
@@ -275,6 +295,9 @@ def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) ->
                 **options,
                 **places,
             )
+            if bounds is not None:
+                saved = (qkv, bounds, ends[-1:], out, of_short)
+                ours.backward_behind(grad, *saved, SHORT - 1, grad_qkv)
             return grad_qkv
 
     return Attention.apply

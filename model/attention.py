@@ -165,8 +165,9 @@ def attend(
     """
     kernel_window = _kernel_window(window, documents, choice)
     cu_seqlens_q = documents.cu_seqlens if queries is None else queries.cu_seqlens
+    long = documents.long_cu_seqlens if choice.local == "kernel" and window is None else None
     if queries is not None and (
-        cu_seqlens_q is None or window is not None or kernel_window is not None
+        cu_seqlens_q is None or window is not None or kernel_window is not None or long is not None
     ):
         every_THD = attend(qkv_T3HD, tables, documents, window, choice)
         return queries.take(every_THD)
@@ -180,8 +181,7 @@ def attend(
     places_M = None if queries is None else queries.places_M
     assert cu_seqlens_q is not None
     longest, attention = documents.longest.shape[0], BACKENDS[choice.backend]
-    long = documents.long_cu_seqlens
-    if long is not None and choice.local == "kernel" and queries is None and window is None:
+    if long is not None:
         return attention(turned_T3HD, None, long, long, longest, None, documents.bounds_2T)
     return attention(
         turned_T3HD, places_M, cu_seqlens_q, documents.cu_seqlens, longest, window, None
