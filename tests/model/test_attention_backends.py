@@ -387,8 +387,8 @@ def test_what_to_install_is_what_was_checked() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["varlen", "fa4", "fa2"])
-@pytest.mark.parametrize("window", [-1, 64])
-def test_gpu_registration(name: str, window: int, cuda: str) -> None:
+@pytest.mark.parametrize(("window", "short_apart"), [(-1, False), (64, False), (-1, True)])
+def test_gpu_registration(name: str, window: int, short_apart: bool, cuda: str) -> None:
     """Of both operations: the schema, autograd, and what the compiler is told of their results.
 
     `test_aot_dispatch_dynamic` is left out: it wants the gradients of two runs to be close in each
@@ -403,13 +403,15 @@ def test_gpu_registration(name: str, window: int, cuda: str) -> None:
     draw = torch.Generator(cuda).manual_seed(0)
     values = torch.randn(sum(lengths) + 6, 4, 3, 64, generator=draw, device=cuda).bfloat16()
     qkv, grad = values[:, :3].contiguous(), values[:, 3].contiguous()
-    others = (cu_seqlens, cu_seqlens, 300, window)
+    bounds = document_bounds_reference(cu_seqlens, qkv.shape[0]) if short_apart else None
+    ends = cu_seqlens[:2] if short_apart else cu_seqlens
     operations = [
         getattr(torch.ops.clinical_modernbert, f"{name}_attention{end}").default
         for end in ("", "_backward")
     ]
-    forward_inputs = (qkv, None, *others)
-    backward_inputs = (grad, qkv, None, *operations[0](*forward_inputs), *others)
+    forward_inputs = (qkv, None, ends, ends, 300, window, bounds)
+    saved = operations[0](*forward_inputs)
+    backward_inputs = (grad, qkv, None, *saved, ends, ends, bounds, 300, window)
     for operation, inputs in zip(operations, (forward_inputs, backward_inputs), strict=True):
         results = torch.library.opcheck(operation, inputs, test_utils=checks)
         assert set(results.values()) == {"SUCCESS"}
@@ -424,6 +426,6 @@ def test_gpu_registration(name: str, window: int, cuda: str) -> None:
                 fake.dtype,
                 fake.stride(),
             )
-    inputs = (qkv.clone().requires_grad_(), None, *others)
+    inputs = (qkv.clone().requires_grad_(), *forward_inputs[1:])
     results = torch.library.opcheck(operations[0], inputs, test_utils=checks)
     assert set(results.values()) == {"SUCCESS"}

@@ -54,8 +54,15 @@ def right_of(labels: Tensor) -> Tensor:
 class Engine:
     """What training calls of an engine, without a model."""
 
-    def __call__(self, *batch: Any, each: bool, masked_cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self,
+        *batch: Any,
+        each: bool,
+        masked_cu_seqlens: Tensor,
+        long_cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         assert masked_cu_seqlens.shape == batch[2].shape
+        assert long_cu_seqlens is None or len(long_cu_seqlens) <= len(batch[2])
         # On a GPU a number would be waited for.
         assert masked_cu_seqlens.is_cuda or masked_cu_seqlens.numpy()[-1] == batch[6]
         losses_M = losses_of(batch[5])
