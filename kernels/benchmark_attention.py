@@ -2,8 +2,7 @@
 
 FlashAttention-4, flash-attn 2 and torch's `varlen_attn` take queries and keys that are turned
 already; for layers with a window they are timed together with this project's `rope`, forward and
-backward, which is the best there is for them. So they are without a window where documents are so
-short that `local_attention` takes them as windows. All of them read one packed tensor and give one
+backward, which is the best there is for them. All of them read one packed tensor and give one
 gradient of it, which the first two write in place, as in `model.attention_backends`, and PyTorch
 puts together for the third. Deterministic modes are contestants of their own; this project's
 kernels have no other mode. Where `kernels.local_attention.pipelined` takes walks these are "ours",
@@ -58,6 +57,10 @@ _KEYS = [
 
 Attend = Callable[[Tensor], Tensor]
 """(T, 3, H, D), turned, to (T, H, D)"""
+Forward = Callable[[Tensor], tuple[Tensor, ...]]
+"""The same, to the result and what the backward needs beside it."""
+Backward = Callable[..., None]
+"""∂out, qkv, the place for its gradient, and what the forward gave."""
 
 
 def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
@@ -110,43 +113,31 @@ def _with_documents(packed: list[Tensor], lengths: list[int]) -> tuple[Tensor, l
 
 
 def make_global(tokens: int) -> Iterator[Case]:
-    """A layer without a window, on queries and keys that are turned already; then `_short`."""
+    """A layer without a window, on queries and keys that are turned already.
+
+    "… and ours" is as the model does it: documents up to SHORT tokens, where all behind the long
+    ones are no longer, are windows to the kernels by tiles, and the long ones alone the other's.
+    """
     packed, moved = _packed(tokens)
     inputs = [[qkv] for qkv in packed]
     cases = {name: (lengths, max(lengths)) for name, lengths in layouts(tokens).items()}
     cases["code titles, bucketed"] = bucketed(cases["code titles"][0])
     halves = layouts(tokens // 2)
     mixed = sorted(halves["notes"] + halves["code titles"], reverse=True)
-    cases["notes and code titles"] = mixed, max(mixed, default=0)
+    cases["notes and code titles"] = mixed, max(mixed)
     for layout, (lengths, longest) in cases.items():
         ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
         who: dict[str, Callable[..., Outputs]] = dict(_others(ends, longest, None))
         long = sum(length > SHORT for length in lengths)
-        are_apart = all(length <= SHORT for length in lengths[long:])
-        if 0 < long < len(lengths) and are_apart and version_of("flash-attn-4"):
-            bounds = document_bounds(ends, tokens)
-            who["FA4 + ours behind it"] = _fa4(ends[: long + 1], longest, None, False, bounds)
+        if long < len(lengths) and all(length <= SHORT for length in lengths[long:]):
+            if long == 0:
+                who["ours, as windows"] = _windows(ends, tokens, 0, None)
+            elif version_of("flash-attn-4"):
+                long_ends, of_long = ends[: long + 1], sum(lengths[:long])
+                asked = _fa4_in_place(long_ends, longest, None, False)
+                who["FA4 and ours"] = _windows(ends, tokens, of_long, asked)
         pairs = sum(length**2 for length in lengths)
         yield Case("global_attention", layout, inputs, who, moved, _flops(pairs))
-    yield _short(tokens)
-
-
-def _short(tokens: int) -> Case:
-    """The same of documents short enough to be windows, rotary included: (T, 3, H, D) to (T, H, D).
-
-    Bounded as training bounds them, so that the window is that of `model.attention`.
-    """
-    packed, moved = _packed(tokens)
-    lengths, longest = bucketed(layouts(tokens)["code titles"])
-    ends, inputs = _with_documents(packed, lengths)
-    who: dict[str, Callable[..., Outputs]] = {
-        "ours, as a window": partial(_local, window=longest - 1)
-    }
-    for name, attend in _others(ends, longest, None).items():
-        who[f"{name} + our rope"] = partial(_turned, attend)
-    pairs = sum(length**2 for length in lengths)
-    layout = "code titles, with rope"
-    return Case("global_attention", layout, inputs, who, moved, _flops(pairs))
 
 
 def _flops(pairs: int) -> dict[str, int]:
@@ -239,7 +230,9 @@ def flex(ends: Tensor, tokens: int, window: int) -> Attend:
 
     @functools.cache
     def prepared() -> tuple[Callable[..., object], BlockMask]:
-        mask = create_block_mask(is_seen, None, None, tokens, tokens, device=str(ends.device))
+        # Compiled, because it looks at all pairs, which would not fit.
+        mask_of = torch.compile(create_block_mask)
+        mask = mask_of(is_seen, None, None, tokens, tokens, device=str(ends.device))
         return torch.compile(flex_attention, dynamic=False), mask
 
     def attend(qkv: Tensor) -> Tensor:
@@ -252,14 +245,13 @@ def flex(ends: Tensor, tokens: int, window: int) -> Attend:
     return attend
 
 
-def _fa4(
-    ends: Tensor,
-    longest: int,
-    window: int | None,
-    deterministic: bool,
-    bounds: Tensor | None = None,
-) -> Attend:
-    """FlashAttention-4; given bounds, of the documents before `ends[-1]`, and ours behind it."""
+def _fa4(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Attend:
+    return _with_autograd(*_fa4_in_place(ends, longest, window, deterministic))
+
+
+def _fa4_in_place(
+    ends: Tensor, longest: int, window: int | None, deterministic: bool
+) -> tuple[Forward, Backward]:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
     options = {
@@ -271,33 +263,60 @@ def _fa4(
         "window_size_right": window,
     }
 
+    def forward(qkv: Tensor) -> tuple[Tensor, ...]:
+        out, logsumexp, *_ = _flash_attn_fwd(*qkv.unbind(1), return_lse=True, **options)
+        return out, logsumexp
+
+    def backward(grad: Tensor, qkv: Tensor, grad_qkv: Tensor, *saved: Tensor) -> None:
+        places = dict(zip(("dq", "dk", "dv"), grad_qkv.unbind(1), strict=True))
+        out, logsumexp = saved
+        given = (*qkv.unbind(1), out, grad, logsumexp)
+        _flash_attn_bwd(*given, deterministic=deterministic, **options, **places)
+
+    return forward, backward
+
+
+def _windows(
+    ends: Tensor, tokens: int, first: int, before: tuple[Forward, Backward] | None
+) -> Attend:
+    """Ours by tiles, of the documents from token `first` on; before it somebody else's."""
+    bounds = document_bounds(ends, tokens)
+    behind = slice(first, None)
+
+    def forward(qkv: Tensor) -> tuple[Tensor, ...]:
+        saved: tuple[Tensor, ...] = (qkv.new_empty((tokens, HEADS, HEAD_DIM)),)
+        if before is not None:
+            saved = before[0](qkv)
+        sums = qkv.new_empty((HEADS, tokens - first), dtype=torch.float32)
+        of_short = (bounds[:, behind] - first, saved[0][behind], sums)
+        ours.forward_by_tiles(qkv[behind], *of_short, SHORT - 1)
+        return *saved, sums
+
+    def backward(grad: Tensor, qkv: Tensor, grad_qkv: Tensor, *saved: Tensor) -> None:
+        *of_long, sums = saved
+        if before is not None:
+            before[1](grad, qkv, grad_qkv, *of_long)
+        cos, sin = (sums.new_full((1, HEAD_DIM // 2), by) for by in (1, 0))
+        turn = (cos, sin, ends.new_zeros(tokens - first))
+        of_short = (bounds[:, behind] - first, of_long[0][behind], sums, grad_qkv[behind])
+        ours.backward_by_tiles(grad[behind], qkv[behind], *turn, *of_short, SHORT - 1)
+
+    return _with_autograd(forward, backward)
+
+
+def _with_autograd(forward: Forward, backward: Backward) -> Attend:
     class Attention(torch.autograd.Function):
         @staticmethod
         def forward(ctx, qkv: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-            out, logsumexp, *_ = _flash_attn_fwd(*qkv.unbind(1), return_lse=True, **options)
-            of_short = None
-            if bounds is not None:
-                of_short = ours.forward_behind(qkv, bounds, ends[-1:], out, SHORT - 1)
-            ctx.save_for_backward(qkv, out, logsumexp, of_short)
+            out, *others = forward(qkv)
+            ctx.save_for_backward(qkv, out, *others)
             return out
 
         @staticmethod
         def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-            qkv, out, logsumexp, of_short = ctx.saved_tensors
+            qkv, *saved = ctx.saved_tensors
             grad_qkv = torch.empty_like(qkv)
-            places = dict(zip(("dq", "dk", "dv"), grad_qkv.unbind(1), strict=True))
-            _flash_attn_bwd(
-                *qkv.unbind(1),
-                out,
-                grad,
-                logsumexp,
-                deterministic=deterministic,
-                **options,
-                **places,
-            )
-            if bounds is not None:
-                saved = (qkv, bounds, ends[-1:], out, of_short)
-                ours.backward_behind(grad, *saved, SHORT - 1, grad_qkv)
+            backward(grad, qkv, grad_qkv, *saved)
             return grad_qkv
 
     return Attention.apply

@@ -205,18 +205,14 @@ def _load(  # type: ignore[no-untyped-def]
 def _store(  # type: ignore[no-untyped-def]
     base, tile, first, end,
     ROW: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    BEHIND: tl.constexpr = False, skipped=0,
 ):  # fmt: skip
-    """The other way round: a tile to rows `first` and following, up to row `end`; with BEHIND, to
-    those from row `skipped` on."""
+    """The other way round: a tile to rows `first` and following, up to row `end`."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, 2 * PAIRS)
     pair = column % PAIRS
     at = base + tl.full((), ROW, tl.int64) * first
     at = at + row[:, None] * ROW + (column // PAIRS * HALF + pair)[None, :]
     inside = (first + row < end)[:, None]
-    if BEHIND:
-        inside = inside & (first + row >= skipped)[:, None]
     if PAIRS > HALF:
         inside = inside & (pair < HALF)[None, :]
     tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
@@ -261,12 +257,6 @@ def _seen(bounds, first, tokens, WINDOW: tl.constexpr, ROWS: tl.constexpr):  # t
 
 
 @triton.jit
-def _none_if_skipped(end, behind, skipped):  # type: ignore[no-untyped-def]
-    """The end of what a tile sees; 0, so that it loads nothing, where it ends before `skipped`."""
-    return tl.where(behind > skipped, end, 0)
-
-
-@triton.jit
 def _masked(scores, start, low, behind, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scores with the tokens `start` and following, counted as `low` is; −2¹⁰⁰ where not seen.
 
@@ -287,11 +277,10 @@ def _masked(scores, start, low, behind, STEP: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
-    qkv, bounds, skip, out, logsumexp, tokens, scale_log2,
+    qkv, bounds, out, logsumexp, tokens, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, BEHIND: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """With BEHIND of the tokens from place `skip` (one int32) on, others' results untouched."""
     WIDTH: tl.constexpr = HEADS * 2 * HALF
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK
@@ -300,10 +289,6 @@ def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
     k_in = q_in + WIDTH
     v_in = k_in + WIDTH
     low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
-    skipped = 0
-    if BEHIND:
-        skipped = tl.load(skip)
-        end = _none_if_skipped(end, first + BLOCK, skipped)
     q = _load(q_in, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
     top = tl.full((BLOCK,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -322,9 +307,7 @@ def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
     # A token outside every document has seen nothing: total is 0, and so is result.
     safe = tl.where(total > 0, total, 1.0)
     result = result * (1.0 / safe)[:, None]
-    _store(
-        out + column, result, first, tokens, WIDTH, HALF, BLOCK, PAIRS, BEHIND, skipped,
-    )  # fmt: skip
+    _store(out + column, result, first, tokens, WIDTH, HALF, BLOCK, PAIRS)
     row = first + tl.arange(0, BLOCK)
     to = logsumexp + head.to(tl.int64) * tokens + row
     tl.store(to, top + tl.log2(safe), mask=row < tokens)
@@ -332,15 +315,12 @@ def _local_attention_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
-    qkv, bounds, skip, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
+    qkv, bounds, out, logsumexp, grad, cos, sin, position_ids, grad_qkv, pairs,
     tokens, scale, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, BEHIND: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """∂q of a tile of queries, and each one's L and δ side by side for the keys' kernel.
-
-    With BEHIND as forward, and by what `rope` gave: not turned back.
-    """
+    """∂q of a tile of queries, and each one's L and δ side by side for the keys' kernel."""
     WIDTH: tl.constexpr = HEADS * 2 * HALF
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK
@@ -351,10 +331,6 @@ def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
     row = first + tl.arange(0, BLOCK)
     live = row < tokens
     low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
-    skipped = 0
-    if BEHIND:
-        skipped = tl.load(skip)
-        end = _none_if_skipped(end, first + BLOCK, skipped)
     q = _load(q_in, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
     g = _load(grad + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
     o = _load(out + column, first, end, WIDTH, HALF, BLOCK, PAIRS)
@@ -373,26 +349,20 @@ def _local_attention_queries_kernel(  # type: ignore[no-untyped-def]
         p = tl.exp2(s * scale_log2 - log_sum[:, None])
         along_s = p * (along_p - d[:, None])
         grad_q = tl.dot(along_s.to(k.dtype), k, grad_q, input_precision="ieee")
-    if BEHIND:
-        _store(
-            grad_qkv + column, grad_q * scale, first, tokens, 3 * WIDTH, HALF, BLOCK, PAIRS,
-            BEHIND, skipped,
-        )  # fmt: skip
-    else:
-        _store_turned_back(
-            grad_qkv + column, grad_q * scale, cos, sin, position_ids, first, tokens,
-            3 * WIDTH, HALF, BLOCK, PAIRS,
-        )  # fmt: skip
+    _store_turned_back(
+        grad_qkv + column, grad_q * scale, cos, sin, position_ids, first, tokens,
+        3 * WIDTH, HALF, BLOCK, PAIRS,
+    )  # fmt: skip
 
 
 @triton.jit
 def _local_attention_keys_kernel(  # type: ignore[no-untyped-def]
-    qkv, bounds, skip, grad, cos, sin, position_ids, grad_qkv, pairs,
+    qkv, bounds, grad, cos, sin, position_ids, grad_qkv, pairs,
     tokens, scale, scale_log2,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, BEHIND: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """∂k and ∂v of a tile of keys; scores stand transposed, keys by queries. BEHIND: as for ∂q."""
+    """∂k and ∂v of a tile of keys; scores stand transposed, keys by queries."""
     WIDTH: tl.constexpr = HEADS * 2 * HALF
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK
@@ -401,10 +371,6 @@ def _local_attention_keys_kernel(  # type: ignore[no-untyped-def]
     k_in = q_in + WIDTH
     v_in = k_in + WIDTH
     low, behind, begin, end = _seen(bounds, first, tokens, WINDOW, BLOCK)
-    skipped = 0
-    if BEHIND:
-        skipped = tl.load(skip)
-        end = _none_if_skipped(end, first + BLOCK, skipped)
     k = _load(k_in, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
     v = _load(v_in, first, end, 3 * WIDTH, HALF, BLOCK, PAIRS)
     grad_k = tl.zeros((BLOCK, 2 * PAIRS), tl.float32)
@@ -424,25 +390,14 @@ def _local_attention_keys_kernel(  # type: ignore[no-untyped-def]
         along_s = p * (along_p - d[None, :])
         grad_v = tl.dot(p.to(g.dtype), g, grad_v, input_precision="ieee")
         grad_k = tl.dot(along_s.to(q.dtype), q, grad_k, input_precision="ieee")
-    _store(
-        grad_qkv + 2 * WIDTH + column, grad_v, first, tokens, 3 * WIDTH, HALF, BLOCK, PAIRS,
-        BEHIND, skipped,
+    _store(grad_qkv + 2 * WIDTH + column, grad_v, first, tokens, 3 * WIDTH, HALF, BLOCK, PAIRS)
+    _store_turned_back(
+        grad_qkv + WIDTH + column, grad_k * scale, cos, sin, position_ids, first, tokens,
+        3 * WIDTH, HALF, BLOCK, PAIRS,
     )  # fmt: skip
-    if BEHIND:
-        _store(
-            grad_qkv + WIDTH + column, grad_k * scale, first, tokens, 3 * WIDTH, HALF, BLOCK, PAIRS,
-            BEHIND, skipped,
-        )  # fmt: skip
-    else:
-        _store_turned_back(
-            grad_qkv + WIDTH + column, grad_k * scale, cos, sin, position_ids, first, tokens,
-            3 * WIDTH, HALF, BLOCK, PAIRS,
-        )  # fmt: skip
 
 
-def launch_options(
-    tiles: Tiles, heads: int, head_dim: int, window: int, behind: bool = False
-) -> dict[str, int | None]:
+def launch_options(tiles: Tiles, heads: int, head_dim: int, window: int) -> dict[str, int | None]:
     """What a kernel is compiled for."""
     half = head_dim // 2
     options = {
@@ -453,7 +408,6 @@ def launch_options(
         "BLOCK": tiles.block,
         "STEP": tiles.step,
         "STAGES": tiles.stages,
-        "BEHIND": behind,
         "num_warps": tiles.warps,
     }
     return options if tiles.registers is None else options | {"maxnreg": tiles.registers}
@@ -468,55 +422,36 @@ def _local_attention(turned: Tensor, bounds: Tensor, window: int) -> tuple[Tenso
     logsumexp = turned.new_empty((heads, tokens), dtype=torch.float32)
     if turned.numel() == 0:
         return out, logsumexp
-    scale_log2 = _LOG2_E * head_dim**-0.5
     with torch.cuda.device_of(turned):
         if pipelined(turned.dtype, head_dim, window, turned.device):
             # Imported where it is needed: not every triton has Gluon as these kernels write it.
             from kernels import local_attention_hopper as walks
 
-            walks.forward(turned, bounds, out, logsumexp, window, scale_log2)
+            walks.forward(turned, bounds, out, logsumexp, window, _LOG2_E * head_dim**-0.5)
         else:
-            _forward_by_tiles(turned, bounds, None, out, logsumexp, window)
+            forward_by_tiles(turned, bounds, out, logsumexp, window)
     return out, logsumexp
 
 
-def _forward_by_tiles(
-    turned: Tensor,
-    bounds: Tensor,
-    skip: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-    window: int,
+def forward_by_tiles(
+    turned: Tensor, bounds: Tensor, out: Tensor, logsumexp: Tensor, window: int
 ) -> None:
+    """Write the result of what `rope` gave into (T, H, D) `out`, and log2 of the sums, (H, T) fp32.
+
+    For operations that are opaque to a compiler, with the tensors' GPU as the current one. All are
+    contiguous; `turned` and `out` may be the last rows of longer tensors.
+    """
     tokens, _, heads, head_dim = turned.shape
     tiles = tuning(turned.element_size(), head_dim).forward
     _local_attention_forward_kernel[(heads * triton.cdiv(tokens, tiles.block),)](
         turned,
         bounds,
-        bounds if skip is None else skip,
         out,
         logsumexp,
         tokens,
         _LOG2_E * head_dim**-0.5,
-        **launch_options(tiles, heads, head_dim, window, skip is not None),
+        **launch_options(tiles, heads, head_dim, window),
     )
-
-
-def forward_behind(
-    turned: Tensor, bounds: Tensor, skip: Tensor, out: Tensor, window: int
-) -> Tensor:
-    """Write into `out` what the tokens from place `skip` on see; their log2 of sums, (H, T) fp32.
-
-    turned: (T, 3, H, D) from `rope`; skip: (1,) int32 on its device, where a document begins; out:
-    (T, H, D), whose rows before stay as they are. For documents that others' attention leaves out
-    (`model.attention`).
-    """
-    tokens, _, heads, _ = turned.shape
-    logsumexp = turned.new_empty((heads, tokens), dtype=torch.float32)
-    if turned.numel():
-        with torch.cuda.device_of(turned):
-            _forward_by_tiles(turned, bounds, skip, out, logsumexp, window)
-    return logsumexp
 
 
 @_local_attention.register_fake
@@ -543,40 +478,40 @@ def _local_attention_backward(
     grad_qkv = torch.empty_like(turned)
     if turned.numel() == 0:
         return grad_qkv
-    turn = (cos, sin, position_ids)
-    if pipelined(turned.dtype, head_dim, window, turned.device):
-        from kernels import local_attention_hopper as walks
-
-        with torch.cuda.device_of(turned):
-            saved = (turned, *turn, bounds, out, logsumexp)
-            scales = (head_dim**-0.5, _LOG2_E * head_dim**-0.5)
-            walks.backward(grad, *saved, grad_qkv, window, *scales)
-        return grad_qkv
+    given = (grad, turned, cos, sin, position_ids, bounds, out, logsumexp, grad_qkv, window)
     with torch.cuda.device_of(turned):
-        _backward_by_tiles(grad, turned, turn, bounds, None, out, logsumexp, window, grad_qkv)
+        if pipelined(turned.dtype, head_dim, window, turned.device):
+            from kernels import local_attention_hopper as walks
+
+            walks.backward(*given, head_dim**-0.5, _LOG2_E * head_dim**-0.5)
+        else:
+            backward_by_tiles(*given)
     return grad_qkv
 
 
-def _backward_by_tiles(
+def backward_by_tiles(
     grad: Tensor,
     turned: Tensor,
-    turn: tuple[Tensor, Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
     bounds: Tensor,
-    skip: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
-    window: int,
     grad_qkv: Tensor,
+    window: int,
 ) -> None:
+    """Write the gradient by what was given to `rope` into (T, 3, H, D) `grad_qkv`.
+
+    The conditions are those of `forward_by_tiles`.
+    """
     tokens, _, heads, head_dim = turned.shape
     cut = tuning(turned.element_size(), head_dim)
     pairs = logsumexp.new_empty((*logsumexp.shape, 2))
-    where = (bounds, bounds if skip is None else skip)
-    sizes = (tokens, head_dim**-0.5, _LOG2_E * head_dim**-0.5)
-    behind = skip is not None
+    turn, sizes = (cos, sin, position_ids), (tokens, head_dim**-0.5, _LOG2_E * head_dim**-0.5)
     _local_attention_queries_kernel[(heads * triton.cdiv(tokens, cut.queries.block),)](
         turned,
-        *where,
+        bounds,
         out,
         logsumexp,
         grad,
@@ -584,41 +519,18 @@ def _backward_by_tiles(
         grad_qkv,
         pairs,
         *sizes,
-        **launch_options(cut.queries, heads, head_dim, window, behind),
+        **launch_options(cut.queries, heads, head_dim, window),
     )
     _local_attention_keys_kernel[(heads * triton.cdiv(tokens, cut.keys.block),)](
         turned,
-        *where,
+        bounds,
         grad,
         *turn,
         grad_qkv,
         pairs,
         *sizes,
-        **launch_options(cut.keys, heads, head_dim, window, behind),
+        **launch_options(cut.keys, heads, head_dim, window),
     )
-
-
-def backward_behind(
-    grad: Tensor,
-    turned: Tensor,
-    bounds: Tensor,
-    skip: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    window: int,
-    grad_turned: Tensor,
-) -> None:
-    """Write into (T, 3, H, D) `grad_turned` the gradients of the tokens from place `skip` on.
-
-    By what `rope` gave, whose backward turns them back with the others'; rows before stay.
-    """
-    if turned.numel():
-        # Nothing is turned: the tables are not read.
-        turn = (logsumexp, logsumexp, bounds)
-        with torch.cuda.device_of(turned):
-            _backward_by_tiles(
-                grad, turned, turn, bounds, skip, out, logsumexp, window, grad_turned
-            )
 
 
 @_local_attention_backward.register_fake

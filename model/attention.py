@@ -4,12 +4,13 @@
 token, or each of some `Queries`, has seen of its document, the whole of it or a window. How it is
 computed is a `Choice`, made once at start (`model.attention_choice`): one backend for all layers
 and, where this project's kernels run, `kernels.local_attention` for those with a window, which
-turns queries and keys by itself. It also takes the layers without one where no document is longer
-than SHORT_DOCUMENTS: a window as wide as that is the whole of each, and a grid over tokens does not
-pay for the number of documents, as a backend's grid does.
+turns queries and keys by itself. In layers without one, documents no longer than SHORT_DOCUMENTS
+are windows too, if there are enough of them: a window as wide as that is the whole of each, and a
+grid over tokens does not pay for the number of documents, as a backend's grid does. Which
+documents these are, `LongDocuments` says.
 
 A backend is a function `(qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window,
-bounds_2T) -> out_MHD`:
+short) -> out_MHD`:
 
 - qkv (T, 3, H, D): queries q and keys k after the rotary positions, and values v, of all tokens;
 - places_M: int64, the tokens whose queries are meant, M of them; None means all: M is T, and the
@@ -21,8 +22,7 @@ bounds_2T) -> out_MHD`:
 - max_seqlen: no document is longer (a bound, need not be reached), nor has more queries;
 - window: tokens a query sees to either side, both ends included, within its document; None is the
   whole document. With a window all tokens are queries;
-- bounds_2T: None, or `document_bounds` of all documents, with those of the two cu_seqlens, which
-  are alike, the first of them: what lies behind are short documents, computed as windows.
+- short: None, or the `ShortDocuments` that `kernels.local_attention` computes in its place.
 
 out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document reaches another, as long
 as all numbers are finite. Those that are not never do in the reference; kernels compute whole tiles
@@ -44,6 +44,7 @@ from kernels.documents import document_bounds
 from kernels.local_attention import local_attention
 from model.attention_backends import (
     SHORT_DOCUMENTS,
+    ShortDocuments,
     fa2_attention,
     fa4_attention,
     put_rows,
@@ -56,7 +57,7 @@ from model.rotary import RotaryTables
 _TILE = 64
 
 Attention = Callable[
-    [Tensor, Tensor | None, Tensor, Tensor, int, int | None, Tensor | None], Tensor
+    [Tensor, Tensor | None, Tensor, Tensor, int, int | None, ShortDocuments | None], Tensor
 ]
 
 
@@ -75,20 +76,25 @@ class Choice(NamedTuple):
         return f"{self.backend}, in layers with a window and {short} kernels.local_attention"
 
 
+class LongDocuments(NamedTuple):
+    """The documents, from the first on, that are a backend's where `kernels.local_attention` runs:
+    their number, and that of their tokens. None of the others is longer than SHORT_DOCUMENTS."""
+
+    number: int
+    tokens: int
+
+
 class Documents(NamedTuple):
     """Where the documents of a packed row lie.
 
-    longest: (max_seqlen, 0), nothing but a length, which a compiled layer takes as it comes; for
-    each new number it would be compiled anew. are_short: none is longer than SHORT_DOCUMENTS.
-    long_cu_seqlens: the first entries of cu_seqlens, where all documents behind them are short;
-    the last of them as often as one likes. bounds_2T only for `kernels.local_attention`.
+    numbers: (max_seqlen + 2, LongDocuments.number + 2, LongDocuments.tokens + 2, 0), nothing but
+    numbers of the host, which a compiled layer takes as they come: for each new int it would be
+    compiled anew, and for lengths of 0 and 1. bounds_2T only for `kernels.local_attention`.
     """
 
     position_ids_T: Tensor
     cu_seqlens: Tensor
-    longest: Tensor
-    are_short: bool
-    long_cu_seqlens: Tensor | None
+    numbers: Tensor
     bounds_2T: Tensor | None
 
 
@@ -136,18 +142,24 @@ def describe_documents(
     cu_seqlens: Tensor,
     max_seqlen: int,
     choice: Choice,
-    long_cu_seqlens: Tensor | None = None,
+    long: LongDocuments | None = None,
 ) -> Documents:
-    """What `attend` needs to know, computed once for all layers."""
-    bounds_2T = None
+    """What `attend` needs to know, computed once for all layers.
+
+    long: None where it is not known. All are short then if max_seqlen says so, or none.
+    """
+    tokens, bounds_2T = position_ids_T.shape[0], None
     if choice.local == "kernel":
-        bounds_2T = document_bounds(cu_seqlens, position_ids_T.shape[0])
-    longest = cu_seqlens.new_empty(max_seqlen, 0)
+        bounds_2T = document_bounds(cu_seqlens, tokens)
+    if long is None:
+        # Where all of a model is one graph that takes any max_seqlen, it is not asked, and stays
+        # one graph.
+        all_short = statically_known_true(max_seqlen <= SHORT_DOCUMENTS)
+        long = LongDocuments(0, 0) if all_short else LongDocuments(cu_seqlens.shape[0] - 1, tokens)
+    numbers = cu_seqlens.new_empty(*(number + 2 for number in (max_seqlen, *long)), 0)
     if not torch.compiler.is_compiling():
-        torch._dynamo.maybe_mark_dynamic(longest, 0)
-    # Where all of a model is one graph that takes any max_seqlen, it is not asked, and stays one.
-    are_short = statically_known_true(max_seqlen <= SHORT_DOCUMENTS)
-    return Documents(position_ids_T, cu_seqlens, longest, are_short, long_cu_seqlens, bounds_2T)
+        torch._dynamo.maybe_mark_dynamic(numbers, [0, 1, 2])
+    return Documents(position_ids_T, cu_seqlens, numbers, bounds_2T)
 
 
 def attend(
@@ -161,44 +173,28 @@ def attend(
     """Rotary positions and attention: (T, 3, H, D) to (T, H, D), differentiable in qkv.
 
     queries: of these tokens alone, (M, H, D). Attention over whole documents then computes no other
-    rows, if their order allows; with a window there is little to save, and all are computed.
+    rows of long ones, if their order allows; with a window there is little to save, and all are
+    computed.
     """
-    kernel_window = _kernel_window(window, documents, choice)
-    cu_seqlens_q = documents.cu_seqlens if queries is None else queries.cu_seqlens
-    long = documents.long_cu_seqlens if choice.local == "kernel" and window is None else None
-    if queries is not None and (
-        cu_seqlens_q is None or window is not None or kernel_window is not None or long is not None
-    ):
+    if queries is not None and (queries.cu_seqlens is None or window is not None):
         every_THD = attend(qkv_T3HD, tables, documents, window, choice)
         return queries.take(every_THD)
-    if kernel_window is not None:
-        assert documents.bounds_2T is not None
-        position_ids_T, bounds_2T = documents.position_ids_T, documents.bounds_2T
+    position_ids_T, cu_seqlens, numbers, bounds_2T = documents
+    if choice.local == "kernel" and window is not None:
+        assert bounds_2T is not None
         return local_attention(
-            qkv_T3HD, tables.cos_PR, tables.sin_PR, position_ids_T, bounds_2T, kernel_window
+            qkv_T3HD, tables.cos_PR, tables.sin_PR, position_ids_T, bounds_2T, window
         )
-    turned_T3HD = tables(qkv_T3HD, documents.position_ids_T)
-    places_M = None if queries is None else queries.places_M
+    max_seqlen, first_document, first_token = (length - 2 for length in numbers.shape[:3])
+    short = None
+    if choice.local == "kernel":
+        short = ShortDocuments(bounds_2T, first_document, first_token)
+    places_M, cu_seqlens_q = (None, cu_seqlens) if queries is None else queries
     assert cu_seqlens_q is not None
-    longest, attention = documents.longest.shape[0], BACKENDS[choice.backend]
-    if long is not None:
-        return attention(turned_T3HD, None, long, long, longest, None, documents.bounds_2T)
-    return attention(
-        turned_T3HD, places_M, cu_seqlens_q, documents.cu_seqlens, longest, window, None
+    turned_T3HD = tables(qkv_T3HD, position_ids_T)
+    return BACKENDS[choice.backend](
+        turned_T3HD, places_M, cu_seqlens_q, cu_seqlens, max_seqlen, window, short
     )
-
-
-def _kernel_window(window: int | None, documents: Documents, choice: Choice) -> int | None:
-    """The window that `kernels.local_attention` is given; None where the backend is asked.
-
-    One for all short documents, because the kernel is compiled for it. Wider than they are it costs
-    nothing: a token's walk over keys ends where its document does.
-    """
-    if choice.local == "backend":
-        return None
-    if window is None and documents.are_short:
-        return SHORT_DOCUMENTS - 1
-    return window
 
 
 def reference_attention(
@@ -208,7 +204,7 @@ def reference_attention(
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int | None,
-    bounds_2T: Tensor | None = None,
+    short: ShortDocuments | None = None,
 ) -> Tensor:
     """Plain PyTorch, any floating dtype, any device: the truth in tests, and what a CPU uses.
 
@@ -216,9 +212,9 @@ def reference_attention(
     a document gets depends on its own tokens alone, to the last bit, wherever in the row it lies.
     Reads both cu_seqlens on the host, which no compiler can look into: to one it is an operation.
     """
-    if torch.compiler.is_compiling() or bounds_2T is not None:
+    if torch.compiler.is_compiling() or short is not None:
         return _opaque_reference(
-            qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window, bounds_2T
+            qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window, short
         )
     q_MHD, kv_T2HD = qkv_T3HD[:, 0], qkv_T3HD[:, 1:]
     if places_M is not None:

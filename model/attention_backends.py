@@ -12,23 +12,40 @@ document. They leave the results behind the last entry of each unwritten: here t
 in the output and in all gradients. A document without queries gives its keys and values gradients
 of zero.
 
-Given bounds_2T, the documents behind the last entry of cu_seqlens_k, none longer than
-SHORT_DOCUMENTS, are computed as well, as windows, by `kernels.local_attention` into the same
-tensors: its grid goes over tokens, where others' goes over documents. All tokens are queries then.
+Given `ShortDocuments`, those are left out of what others' kernels are asked, and
+`kernels.local_attention` writes them into the same tensors, as windows: its grid goes over tokens,
+where others' goes over documents. What is whose is decided in the operation, by numbers of the
+host, so that a compiler has one graph for all.
 
 Where `torch.use_deterministic_algorithms` is set, their backward sums in a fixed order.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.documents import clear_behind_documents
-from kernels.local_attention import backward_behind, forward_behind
+from kernels.local_attention import backward_by_tiles, forward_by_tiles
 
 SHORT_DOCUMENTS = 128
 """tokens; the smallest bucket of `max_seqlen` in `train.batch`"""
+
+
+class ShortDocuments(NamedTuple):
+    """Documents that are windows: those from number `first_document` on, whose tokens begin at
+    place `first_token`, none of them longer than SHORT_DOCUMENTS. bounds_2T: `document_bounds` of
+    all documents; None only where there are no short ones, and first_token is T."""
+
+    bounds_2T: Tensor | None
+    first_document: int
+    first_token: int
+
+
+# One window for all short documents, because a kernel is compiled for it. Wider than a document it
+# costs nothing: a token's walk over keys ends where its document does.
+_WINDOW = SHORT_DOCUMENTS - 1
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 Backward = Callable[..., None]
@@ -44,15 +61,22 @@ def _shapes(
     places: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    bounds: Tensor | None,
     max_seqlen: int,
     window: int,
-    bounds: Tensor | None,
+    first_document: int,
+    first_token: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = (qkv if places is None else places).shape[0]
     out = qkv.new_empty((rows, *qkv.shape[2:]))
-    sums = (qkv.shape[2], rows)
-    of_short = qkv.new_empty((0,) if bounds is None else sums, dtype=torch.float32)
-    return out, qkv.new_empty(sums, dtype=torch.float32), of_short
+    logsumexp = qkv.new_empty((qkv.shape[2], rows), dtype=torch.float32)
+    return out, logsumexp, _room_for_short(qkv, bounds)
+
+
+def _room_for_short(qkv: Tensor, bounds: Tensor | None) -> Tensor:
+    """For what `_forward_short` keeps, were all documents short."""
+    size = 0 if bounds is None else qkv.shape[2] * qkv.shape[0]
+    return qkv.new_empty(size, dtype=torch.float32)
 
 
 def _shapes_backward(
@@ -67,6 +91,8 @@ def _shapes_backward(
     bounds: Tensor | None,
     max_seqlen: int,
     window: int,
+    first_document: int,
+    first_token: int,
 ) -> Tensor:
     return torch.empty_like(qkv)
 
@@ -74,13 +100,13 @@ def _shapes_backward(
 def register(
     name: str, forward: Forward, backward: Backward, leaves_rows_unwritten: bool = True
 ) -> Callable[..., Tensor]:
-    """`(qkv, places, cu_seqlens_q, cu_seqlens_k, max_seqlen, window, bounds) -> out` of two.
+    """`(qkv, places, cu_seqlens_q, cu_seqlens_k, max_seqlen, window, short) -> out` of two.
 
     forward (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) returns out and the (H, M)
     fp32 log-sum-exp. backward (grad, q, k, v, out, logsumexp, dq, dk, dv, cu_seqlens_q,
     cu_seqlens_k, max_seqlen, window) writes the gradients into dq, dk and dv. Of q, k, v, dq, dk
     and dv the rows, (H, D), are contiguous, but may lie apart. Neither is called without queries,
-    nor where all documents are empty. They run with the tensors' GPU as the current one.
+    nor where all documents are empty or short. They run with the tensors' GPU as the current one.
     leaves_rows_unwritten: rows behind the last document have to be cleared.
     """
 
@@ -90,23 +116,32 @@ def register(
         places: Tensor | None,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
+        bounds: Tensor | None,
         max_seqlen: int,
         window: int,
-        bounds: Tensor | None,
+        first_document: int,
+        first_token: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _queries(qkv, places), qkv[:, 1], qkv[:, 2]
-        where = (cu_seqlens_q, cu_seqlens_k, max_seqlen, window)
-        if 0 in (q.shape[0], max_seqlen):
-            out, logsumexp, of_short = _shapes(qkv, places, *where, bounds)
-            return out.zero_(), logsumexp.zero_(), of_short.zero_()
+        # Those before the short ones.
+        ends = (cu_seqlens_q[: first_document + 1], cu_seqlens_k[: first_document + 1])
         with torch.cuda.device_of(q):
-            out, logsumexp = forward(q, k, v, *where)
-        if bounds is not None:
-            skip = cu_seqlens_k[-1:]
-            return out, logsumexp, forward_behind(qkv, bounds, skip, out, SHORT_DOCUMENTS - 1)
-        if leaves_rows_unwritten:
-            clear_behind_documents(out, cu_seqlens_q)
-        return out, logsumexp, logsumexp.new_empty(0)
+            if 0 in (q.shape[0], max_seqlen, first_document):
+                out = q.new_zeros(q.shape)
+                logsumexp = q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
+            else:
+                out, logsumexp = forward(q, k, v, *ends, max_seqlen, window)
+                if leaves_rows_unwritten:
+                    clear_behind_documents(out, cu_seqlens_q)
+            of_short = _room_for_short(qkv, bounds)
+            if places is None:
+                _forward_short(qkv, bounds, first_token, out, of_short)
+            elif first_token < qkv.shape[0]:
+                every = qkv.new_empty((qkv.shape[0], *qkv.shape[2:]))
+                _forward_short(qkv, bounds, first_token, every, of_short)
+                is_short_M = _is_real(places, cu_seqlens_q) & (places >= first_token)
+                out = torch.where(is_short_M[:, None, None], every.index_select(0, places), out)
+        return out, logsumexp, of_short
 
     @torch.library.custom_op(f"clinical_modernbert::{name}_backward", mutates_args=())
     def attend_backward(
@@ -121,37 +156,40 @@ def register(
         bounds: Tensor | None,
         max_seqlen: int,
         window: int,
+        first_document: int,
+        first_token: int,
     ) -> Tensor:
-        if 0 in (grad.shape[0], max_seqlen):
-            return torch.zeros_like(qkv)
         q, k, v = _queries(qkv, places), qkv[:, 1], qkv[:, 2]
-        grad_qkv = torch.empty_like(qkv)
-        dq = grad_qkv[:, 0] if places is None else torch.empty_like(q)
-        dk, dv = grad_qkv[:, 1], grad_qkv[:, 2]
+        ends = (cu_seqlens_q[: first_document + 1], cu_seqlens_k[: first_document + 1])
         with torch.cuda.device_of(q):
-            saved, where = (q, k, v, out, logsumexp), (cu_seqlens_q, cu_seqlens_k)
-            backward(grad, *saved, dq, dk, dv, *where, max_seqlen, window)
-        if bounds is not None:
-            saved_behind = (qkv, bounds, cu_seqlens_k[-1:], out, of_short)
-            backward_behind(grad, *saved_behind, SHORT_DOCUMENTS - 1, grad_qkv)
-        elif leaves_rows_unwritten:
-            clear_behind_documents(grad_qkv, cu_seqlens_k)
-        if places is not None:
-            put_rows(grad_qkv[:, 0], dq, places, cu_seqlens_q)
+            if 0 in (q.shape[0], max_seqlen, first_document):
+                grad_qkv = torch.zeros_like(qkv)
+            else:
+                grad_qkv = torch.empty_like(qkv)
+                dq = grad_qkv[:, 0] if places is None else torch.empty_like(q)
+                dk, dv = grad_qkv[:, 1], grad_qkv[:, 2]
+                saved = (q, k, v, out, logsumexp)
+                backward(grad, *saved, dq, dk, dv, *ends, max_seqlen, window)
+                if leaves_rows_unwritten:
+                    clear_behind_documents(grad_qkv, cu_seqlens_k)
+                if places is not None:
+                    put_rows(grad_qkv[:, 0], dq, places, ends[0])
+            if places is not None and first_token < qkv.shape[0]:
+                grad, out = (_at_places(x, places, cu_seqlens_q, qkv) for x in (grad, out))
+            _backward_short(grad, qkv, bounds, first_token, out, of_short, grad_qkv)
         return grad_qkv
 
     attend.register_fake(_shapes)
     attend_backward.register_fake(_shapes_backward)
 
     def save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        qkv, places, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen, ctx.window, bounds = inputs
+        qkv, places, cu_seqlens_q, cu_seqlens_k, bounds, *ctx.numbers = inputs
         ctx.save_for_backward(qkv, places, *output, cu_seqlens_q, cu_seqlens_k, bounds)
         ctx.mark_non_differentiable(*output[1:])
 
     def run_backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        saved = ctx.saved_tensors
-        grad_qkv = attend_backward(grad.contiguous(), *saved, ctx.max_seqlen, ctx.window)
-        return grad_qkv, None, None, None, None, None, None
+        grad_qkv = attend_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+        return grad_qkv, *[None] * (4 + len(ctx.numbers))
 
     attend.register_autograd(run_backward, setup_context=save_for_backward)
 
@@ -162,16 +200,87 @@ def register(
         cu_seqlens_k: Tensor,
         max_seqlen: int,
         window: int | None,
-        bounds_2T: Tensor | None = None,
+        short: ShortDocuments | None = None,
     ) -> Tensor:
-        assert bounds_2T is None or (places_M is None and window is None)
-        where = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        side = -1 if window is None else window
-        out, *_ = attend(qkv_T3HD.contiguous(), places_M, *where, max_seqlen, side, bounds_2T)
+        assert short is None or window is None
+        if short is None:
+            short = ShortDocuments(None, cu_seqlens_k.shape[0] - 1, qkv_T3HD.shape[0])
+        out, *_ = attend(
+            qkv_T3HD.contiguous(),
+            places_M,
+            cu_seqlens_q.contiguous(),
+            cu_seqlens_k.contiguous(),
+            short.bounds_2T,
+            max_seqlen,
+            -1 if window is None else window,
+            short.first_document,
+            short.first_token,
+        )
         return out
 
     call.__doc__ = f"`model.attention`'s interface to {name}."
     return call
+
+
+def _forward_short(
+    qkv: Tensor, bounds: Tensor | None, first_token: int, out: Tensor, of_short: Tensor
+) -> None:
+    """Write into (T, H, D) `out` what the tokens from first_token on see, if any document, and
+    into `of_short` what the backward needs of it: log2 of the sums of so many tokens."""
+    tokens, _, heads, _ = qkv.shape
+    if bounds is None or first_token == tokens:
+        return
+    behind = tokens - first_token
+    forward_by_tiles(
+        qkv[first_token:],
+        bounds[:, first_token:] - first_token,
+        out[first_token:],
+        of_short[: heads * behind].view(heads, behind),
+        _WINDOW,
+    )
+
+
+def _backward_short(
+    grad: Tensor,
+    qkv: Tensor,
+    bounds: Tensor | None,
+    first_token: int,
+    out: Tensor,
+    of_short: Tensor,
+    grad_qkv: Tensor,
+) -> None:
+    """Write into (T, 3, H, D) `grad_qkv` the gradients of the tokens from first_token on."""
+    tokens, _, heads, head_dim = qkv.shape
+    if bounds is None or first_token == tokens:
+        return
+    behind = tokens - first_token
+    # The kernels turn ∂q and ∂k back, which for these rows, as for the others, `rope`'s backward
+    # does: tables of one entry, which all positions have, and which turns by nothing.
+    cos, sin = (qkv.new_full((1, head_dim // 2), by, dtype=torch.float32) for by in (1, 0))
+    backward_by_tiles(
+        grad[first_token:],
+        qkv[first_token:],
+        cos,
+        sin,
+        bounds.new_zeros(behind),
+        bounds[:, first_token:] - first_token,
+        out[first_token:],
+        of_short[: heads * behind].view(heads, behind),
+        grad_qkv[first_token:],
+        _WINDOW,
+    )
+
+
+def _at_places(values: Tensor, places_M: Tensor, cu_seqlens_q: Tensor, qkv: Tensor) -> Tensor:
+    """(M, H, D) `values` at their places among (T, H, D) zeros."""
+    rows = qkv.new_empty((qkv.shape[0], *qkv.shape[2:]))
+    put_rows(rows, values, places_M, cu_seqlens_q)
+    return rows
+
+
+def _is_real(places_M: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+    """Which of the places lie in a document, (M,) bool: not filler."""
+    return torch.arange(places_M.shape[0], device=places_M.device) < cu_seqlens_q[-1]
 
 
 def put_rows(rows: Tensor, values: Tensor, places_M: Tensor, cu_seqlens: Tensor) -> None:
@@ -182,7 +291,7 @@ def put_rows(rows: Tensor, values: Tensor, places_M: Tensor, cu_seqlens: Tensor)
     whose own place may be somebody's, says again what the first value says, or zero where there is
     nothing but filler.
     """
-    is_real_M = torch.arange(places_M.shape[0], device=places_M.device) < cu_seqlens[-1]
+    is_real_M = _is_real(places_M, cu_seqlens)
     is_real = is_real_M.view(-1, *[1] * (values.dim() - 1))
     first = torch.where(is_real[:1], values[:1], 0)
     to = torch.where(is_real_M, places_M, places_M[:1])

@@ -16,6 +16,7 @@ from model.attention import (
     BACKENDS,
     SHORT_DOCUMENTS,
     Choice,
+    LongDocuments,
     Queries,
     attend,
     describe_documents,
@@ -133,7 +134,8 @@ class _Case(NamedTuple):
 
     def __str__(self) -> str:
         asked = "some" if self.some_queries else "all"
-        return f"{self.name}, window {self.window}, queries at {asked} tokens,"
+        apart = " short documents apart," if self.short_apart else ""
+        return f"{self.name}, window {self.window}, queries at {asked} tokens,{apart}"
 
 
 def check_attention(
@@ -158,7 +160,7 @@ def check_attention(
         grad = torch.randn(qkv[:, 0].shape, generator=generator).to(device, dtype)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         places = torch.cat([torch.arange(n) for n in [*lengths, behind]]).to(device)
-        long = cu_seqlens[:2].to(device) if case.short_apart else None
+        long = LongDocuments(1, case.longest) if case.short_apart else None
         documents = describe_documents(places, cu_seqlens.to(device), case.longest, which, long)
         queries = None
         if case.some_queries:
@@ -180,7 +182,9 @@ def check_attention(
     ]
     if in_kernel:
         cases.append(_Case("kernel", SHORT_DOCUMENTS))
-        cases.append(_Case(f"{choice.backend} and kernel", 300, short_apart=True))
+        both = f"{choice.backend} and kernel"
+        cases.append(_Case(both, 300, short_apart=True))
+        cases.append(_Case(both, 300, some_queries=True, short_apart=True))
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
     for case in cases:
         try:

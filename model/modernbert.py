@@ -36,6 +36,7 @@ from kernels.unpad import pad, pad_reference, unpad, unpad_reference
 from model.attention import (
     Choice,
     Documents,
+    LongDocuments,
     Queries,
     attend,
     describe_documents,
@@ -197,14 +198,12 @@ class Encoder(nn.Module):
         max_seqlen: int,
         backends: Choice | None,
         queries: Queries | None,
-        long_cu_seqlens: Tensor | None,
+        long: LongDocuments | None,
     ) -> Tensor:
         hidden, branch = self.embeddings(input_ids_T), None
         if backends is None:
             backends = choose_attention(hidden.device, hidden.dtype, self.config.head_dim)
-        documents = describe_documents(
-            position_ids_T, cu_seqlens, max_seqlen, backends, long_cu_seqlens
-        )
+        documents = describe_documents(position_ids_T, cu_seqlens, max_seqlen, backends, long)
         for i, layer in enumerate(self.layers):
             tables = self.global_rotary if self.config.is_global(i) else self.local_rotary
             of_layer = queries if i == len(self.layers) - 1 else None
@@ -276,7 +275,7 @@ class ModernBertForMaskedLM(nn.Module):
         counted: int | None = None,
         each: bool = False,
         masked_cu_seqlens: Tensor | None = None,
-        long_cu_seqlens: Tensor | None = None,
+        long: LongDocuments | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The SUM, an fp32 scalar, of the cross-entropy over the labels that are not −100.
 
@@ -289,12 +288,10 @@ class ModernBertForMaskedLM(nn.Module):
         (N + 1,) int32, where masked_indices_M goes through the documents one after another, each
         place once: entries masked_cu_seqlens[n] to masked_cu_seqlens[n + 1] lie in document n,
         filler behind the last. The last layer's attention then skips the other tokens.
-        long_cu_seqlens: see `encode`.
+        long: see `encode`.
         """
         queries = Queries(masked_indices_M, masked_cu_seqlens)
-        hidden_MD = self.encode(
-            input_ids_T, position_ids_T, cu_seqlens, max_seqlen, queries, long_cu_seqlens
-        )
+        hidden_MD = self.encode(input_ids_T, position_ids_T, cu_seqlens, max_seqlen, queries, long)
         loss, each_2M = self.decoder(self.head(hidden_MD), labels_M, counted)
         return (loss, each_2M) if each else loss
 
@@ -305,14 +302,13 @@ class ModernBertForMaskedLM(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         queries: Queries | None = None,
-        long_cu_seqlens: Tensor | None = None,
+        long: LongDocuments | None = None,
     ) -> Tensor:
         """Hidden states (T, D) after the last norm; given queries, (M, D), of these alone.
 
-        long_cu_seqlens: (L + 1,) int32, the first entries of cu_seqlens, the last of them as often
-        as one likes, where no document behind them is longer than
-        `model.attention.SHORT_DOCUMENTS`. Layers without a window then leave those to a kernel
-        whose grid does not go over documents.
+        long: where it is given, no document behind the long ones may be longer than
+        `model.attention.SHORT_DOCUMENTS`. Layers without a window leave those to a kernel whose
+        grid does not go over documents.
         """
         return self.model(
             input_ids_T,
@@ -321,7 +317,7 @@ class ModernBertForMaskedLM(nn.Module):
             max_seqlen,
             self.attention,
             queries,
-            long_cu_seqlens,
+            long,
         )
 
     def set_recompute(self, recompute: Recompute) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.shards import Row
+from model.attention import SHORT_DOCUMENTS, LongDocuments
 from train.masking import IGNORED, MaskedRow, masked_count
 
 DOCUMENTS_MULTIPLE = 64
@@ -25,7 +26,7 @@ DOCUMENTS_MULTIPLE = 64
 MASKED_MULTIPLE = 64
 SMALLEST_SEQLEN = 128
 # Each short document costs others' attention some 1.8 µs in every layer without a window on an
-# H200; a kernel that takes them all together looks at every tile of the others first.
+# H200; a kernel that takes them all together costs launches, and their tokens.
 FEWEST_SHORT = 128
 SEQLEN_RATIO = 4
 
@@ -60,8 +61,8 @@ class PackedBatch:
     input_ids, position_ids: (T,) int64; position_ids count from 0 in every document.
     cu_seqlens: (N + 1,) int32, document bounds, then T again for every empty document up to N, a
     multiple of DOCUMENTS_MULTIPLE. max_seqlen: at least the longest document.
-    long_cu_seqlens: (L + 1,) int32, cu_seqlens as far as documents are longer than
-    SMALLEST_SEQLEN, filled up like it; None where fewer than FEWEST_SHORT, or all, are not.
+    long: the documents of more than SHORT_DOCUMENTS tokens, with which a row begins; all of them
+    where fewer than FEWEST_SHORT are shorter, unless all are.
     masked_indices, labels: (M,) int64, different places in ascending order; what is left of M
     points to position 0 with label -100. masked_cu_seqlens: (N + 1,) int32, which of them lie in
     each document. masked_sources: (M,) int64, the number of the source that each of them is of; 0
@@ -79,7 +80,7 @@ class PackedBatch:
     masked_sources: Tensor
     masked_tokens: int
     lengths: NDArray[np.int64]
-    long_cu_seqlens: Tensor | None = None
+    long: LongDocuments
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on `device`; from pinned memory the copies do not wait."""
@@ -87,9 +88,8 @@ class PackedBatch:
         if device.type != "cpu":
             batch = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         # The one length that changes from batch to batch: a compiled layer takes any.
-        for ends in (batch.cu_seqlens, batch.masked_cu_seqlens, batch.long_cu_seqlens):
-            if ends is not None:
-                torch._dynamo.maybe_mark_dynamic(ends, 0)
+        for ends in (batch.cu_seqlens, batch.masked_cu_seqlens):
+            torch._dynamo.maybe_mark_dynamic(ends, 0)
         return batch
 
     def pin(self) -> "PackedBatch":
@@ -97,7 +97,6 @@ class PackedBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        long = self.long_cu_seqlens
         return replace(
             self,
             input_ids=function(self.input_ids),
@@ -107,7 +106,6 @@ class PackedBatch:
             masked_cu_seqlens=function(self.masked_cu_seqlens),
             labels=function(self.labels),
             masked_sources=function(self.masked_sources),
-            long_cu_seqlens=None if long is None else function(long),
         )
 
 
@@ -142,9 +140,8 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
         values[:filled] = values[ascending]
     masked_indices[:filled] = places[ascending]
     lengths = np.diff(cu_seqlens)
-    cu_seqlens = _fill_up(cu_seqlens)
-    long = int((lengths > SMALLEST_SEQLEN).sum())
-    are_apart = 0 < long <= len(lengths) - FEWEST_SHORT
+    empty = -len(lengths) % DOCUMENTS_MULTIPLE
+    cu_seqlens = np.pad(cu_seqlens, (0, empty), mode="edge")
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids[came_from]),
         position_ids=torch.from_numpy(
@@ -160,17 +157,17 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
         masked_sources=torch.from_numpy(masked_sources),
         masked_tokens=filled,
         lengths=np.concatenate(documents_of),
-        long_cu_seqlens=(
-            torch.from_numpy(_fill_up(cu_seqlens[: long + 1]).astype(np.int32))
-            if are_apart
-            else None
-        ),
+        long=_long_documents(lengths, len(input_ids)),
     )
 
 
-def _fill_up(ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Bounds with empty documents behind them up to a multiple of DOCUMENTS_MULTIPLE."""
-    return np.pad(ends, (0, -(len(ends) - 1) % DOCUMENTS_MULTIPLE), mode="edge")
+def _long_documents(lengths: NDArray[np.int64], tokens: int) -> LongDocuments:
+    """Of documents that are laid longest first in so many places."""
+    are_long = lengths > SHORT_DOCUMENTS
+    number = int(are_long.sum())
+    if number > len(lengths) - FEWEST_SHORT and number > 0:
+        return LongDocuments(len(lengths), tokens)
+    return LongDocuments(number, int(lengths[are_long].sum()))
 
 
 def seqlen_bucket(longest: int) -> int:

@@ -165,7 +165,7 @@ def accumulate(engine: Engine, loaded: LoadedStep, ranks: Ranks, device: torch.d
             batch.masked_tokens,
             each=True,
             masked_cu_seqlens=batch.masked_cu_seqlens,
-            long_cu_seqlens=batch.long_cu_seqlens,
+            long=batch.long,
         )
         is_last = number == loaded.micro_steps
         backward(engine, loss, ranks.size, loaded.counts.masked_tokens, is_last)

@@ -100,7 +100,7 @@ def predict(model: ModernBertForMaskedLM, batch: PackedBatch) -> tuple[Tensor, T
         batch.cu_seqlens,
         batch.max_seqlen,
         Queries(batch.masked_indices, batch.masked_cu_seqlens),
-        batch.long_cu_seqlens,
+        batch.long,
     )
     losses, corrects = [], []
     for some_MD, labels_M in zip(

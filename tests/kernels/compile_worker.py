@@ -154,17 +154,6 @@ def call_local_attention(
     local_attention._local_attention_backward._init_fn(out, *saved, window)
 
 
-def call_behind(tokens: int, heads: int, width: int, dtype: torch.dtype, window: int) -> None:
-    """As others' attention calls them for the short documents it leaves out."""
-    qkv, grad = (
-        empty(tokens, 3, heads, width, dtype=dtype),
-        empty(tokens, heads, width, dtype=dtype),
-    )
-    where = empty(2, tokens, dtype=torch.int32), empty(65, dtype=torch.int32)[-1:]
-    logsumexp = local_attention.forward_behind(qkv, *where, grad, window)
-    local_attention.backward_behind(grad, qkv, *where, grad, logsumexp, window, qkv)
-
-
 def call_walks(tokens: int, heads: int, index: torch.dtype, window: int = 64) -> None:
     """As `local_attention` calls them on Hopper; a tensor without storage has no GPU to ask."""
     qkv, *turn = rotary_case(tokens, heads, 64, torch.bfloat16, index)
@@ -243,7 +232,6 @@ def usual() -> Iterator[tuple[str, Any]]:
     yield "rope", partial(call_rope, *rotary)
     yield "local_attention", partial(call_local_attention, *rotary)
     yield "local_attention, short documents", partial(call_local_attention, *rotary, 127)
-    yield "local_attention, behind long documents", partial(call_behind, *rotary[:-1], 127)
     yield "local_attention, walks", partial(call_walks, TOKENS, heads, torch.int64)
     yield "documents", partial(call_documents, TOKENS, 4096, bf16)
     yield "embedding", partial(call_embedding, TOKENS, 50_368, hidden, bf16)

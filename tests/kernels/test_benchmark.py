@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels import benchmark, benchmark_attention, benchmark_cases, local_attention
 from kernels.benchmark_attention import candidates, name_of, seen_pairs
@@ -208,22 +209,47 @@ def without_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_attention, "positions_from", lambda *_: torch.zeros(()))
 
 
+@pytest.mark.usefixtures("without_inputs")
 def test_short_documents_are_measured_as_the_model_takes_them(
-    without_inputs: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    windows: list[int] = []
-    monkeypatch.setattr(benchmark_attention, "local_attention", lambda *a: windows.append(a[-1]))
-    monkeypatch.setattr(benchmark_attention, "version_of", lambda package: None)
-    *others, case = benchmark_attention.make_global(65_536)
-    assert case.layout == "code titles, with rope"
-    assert case.layout not in {other.layout for other in others}
-    others_with_rope = ["varlen_attn", "varlen_attn, deterministic"]
-    assert list(case.who) == ["ours, as a window", *(f"{w} + our rope" for w in others_with_rope)]
-    case.who["ours, as a window"](*case.inputs[0])
-    assert windows == [attention.SHORT_DOCUMENTS - 1]
-    (titles,) = (other for other in others if other.layout == "code titles, bucketed")
-    assert case.flops == titles.flops
-    assert case.bytes == titles.bytes
+    """Behind long ones, or alone; where they lie among them, as in notes, nobody does."""
+    monkeypatch.setattr(benchmark_attention, "version_of", "flash-attn-4".__eq__)
+    monkeypatch.setattr(benchmark_attention, "_fa4_in_place", lambda *_: (None, None))
+    ours = {
+        case.layout: [who for who in case.who if "ours" in who]
+        for case in benchmark_attention.make_global(65_536)
+    }
+    titles = {"code titles", "code titles, bucketed"}
+    assert {layout for layout, who in ours.items() if who == ["ours, as windows"]} == titles
+    apart = {layout for layout, who in ours.items() if who == ["FA4 and ours"]}
+    assert apart == {"skewed", "notes and code titles"}
+    assert benchmark_attention.SHORT == attention.SHORT_DOCUMENTS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
+@pytest.mark.parametrize("long", [0, 1])
+def test_windows_see_what_others_see(long: int) -> None:
+    """Value and gradient, behind what somebody else computes of the first document."""
+    ends = torch.tensor([0, 20, 25, 25, 40], dtype=torch.int32)
+    draw = torch.Generator().manual_seed(0)
+    qkv = torch.randn(40, 3, 12, 64, generator=draw).requires_grad_()
+    grad = torch.randn(40, 12, 64, generator=draw)
+    expected = attention.reference_attention(qkv, None, ends, ends, 20, None)
+    (gradient,) = torch.autograd.grad(expected, qkv, grad)
+
+    def forward(_: Tensor) -> tuple[Tensor, ...]:
+        return (torch.where(torch.arange(40)[:, None, None] < 20, expected.detach(), torch.nan),)
+
+    def backward(grad: Tensor, qkv: Tensor, grad_qkv: Tensor, out: Tensor) -> None:
+        grad_qkv[:20] = gradient[:20]
+
+    before = (forward, backward) if long else None
+    out = benchmark_attention._windows(ends, 40, 20 * long, before)(qkv)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, qkv, grad)[0], gradient, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_tuning_varies_the_same_in_every_layout(

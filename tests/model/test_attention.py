@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from kernels.documents import positions_from
-from model import attention
+from model import attention, attention_backends
 from model.attention import (
     BACKENDS,
     SHORT_DOCUMENTS,
     Choice,
+    LongDocuments,
     Queries,
     attend,
     describe_documents,
     reference_attention,
 )
+from model.attention_backends import register
 from model.attention_choice import why_not
 from model.rotary import RotaryTables
 
@@ -175,14 +177,31 @@ def run_attend(
     qkv, _ = make_row([*lengths, behind])
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     places = torch.cat([torch.arange(n) for n in [*lengths, behind]])
-    long_ends = None if long is None else cu_seqlens[[*range(long + 1), long]]
-    documents = describe_documents(places, cu_seqlens, max_seqlen, choice, long_ends)
+    of_long = None if long is None else LongDocuments(long, sum(lengths[:long]))
+    documents = describe_documents(places, cu_seqlens, max_seqlen, choice, of_long)
     leaf = qkv.clone().requires_grad_()
     out = attend(leaf, RotaryTables(1024, WIDTH, 10_000.0), documents, window, choice, queries)
     return [out.detach(), torch.autograd.grad(out.square().sum(), leaf)[0]]
 
 
-IN_KERNEL, IN_PYTORCH = Choice("none of them", "kernel"), Choice("reference", "backend")
+ASKED: list[list[int]] = []
+"""The bounds of documents that the backend was asked for."""
+
+
+def _asked_forward(*values: Any) -> tuple[Tensor, Tensor]:
+    ASKED.append(values[4].tolist())
+    return attention._opaque_forward(*values)
+
+
+watched = register("watched", _asked_forward, attention._opaque_backward, False)
+IN_KERNEL, IN_PYTORCH = Choice("watched", "kernel"), Choice("reference", "backend")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    monkeypatch.setitem(BACKENDS, "watched", watched)
+    ASKED.clear()
+    return ASKED
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
@@ -199,13 +218,14 @@ IN_KERNEL, IN_PYTORCH = Choice("none of them", "kernel"), Choice("reference", "b
     ids=str,
 )
 def test_the_local_kernel_is_the_reference(
-    lengths: list[int], max_seqlen: int, window: int | None
+    lengths: list[int], max_seqlen: int, window: int | None, asked: list[list[int]]
 ) -> None:
     """With a window, and without one where no document is long; no backend is asked."""
     ours = run_attend(lengths, 4, max_seqlen, window, IN_KERNEL)
     theirs = run_attend(lengths, 4, max_seqlen, window, IN_PYTORCH)
     for one, two in zip(ours, theirs, strict=True):
         assert (one - two).norm() <= 1e-5 * two.norm()
+    assert not asked
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
@@ -220,65 +240,52 @@ def test_the_local_kernel_is_the_reference(
     ids=str,
 )
 @pytest.mark.parametrize("behind", [0, 9])
+@pytest.mark.parametrize("some", [False, True], ids=["", "some queries"])
 def test_short_documents_are_windows_beside_long_ones(
-    lengths: list[int], long: int, behind: int, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], long: int, behind: int, some: bool, asked: list[list[int]]
 ) -> None:
     """The backend has the long ones alone, and no row is written twice or by none."""
-    asked: list[list[int]] = []
-
-    def counted(*values: Any) -> Tensor:
-        asked.append(values[2].tolist())
-        return reference_attention(*values)
-
-    monkeypatch.setitem(BACKENDS, IN_KERNEL.backend, counted)
-    ours = run_attend(lengths, behind, max(lengths), None, IN_KERNEL, long=long)
+    queries = every_third(lengths, 3) if some else None
+    ours = run_attend(lengths, behind, max(lengths), None, IN_KERNEL, queries, long)
     ends = [0, *itertools.accumulate(lengths)]
-    assert asked == [[*ends[: long + 1], ends[long]]]
-    theirs = run_attend(lengths, behind, max(lengths), None, IN_PYTORCH)
+    assert asked == [ends[: long + 1]]
+    theirs = run_attend(lengths, behind, max(lengths), None, IN_PYTORCH, queries)
     for one, two in zip(ours, theirs, strict=True):
+        assert one.shape == two.shape
         assert (one - two).norm() <= 1e-5 * two.norm()
-        assert not one[sum(lengths) :].any()
+    assert not ours[1][sum(lengths) :].any()
 
 
-def test_short_documents_stay_the_backends_where_it_has_windows_too() -> None:
-    """Without the kernel, in layers with a window, and in the layer that computes some queries."""
+@pytest.mark.parametrize("window", [None, 7])
+def test_short_documents_stay_the_backends_without_the_kernel(window: int | None) -> None:
     lengths = [140, 20, 3]
-    for window, choice in ((None, IN_PYTORCH), (7, IN_PYTORCH)):
-        ours = run_attend(lengths, 0, 140, window, choice, long=1)
-        for one, two in zip(ours, run_attend(lengths, 0, 140, window, choice), strict=True):
-            assert torch.equal(one, two)
-
-
-def test_a_bound_beyond_short_documents_is_the_backends_affair(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """However short they are: the bound alone is known on the host."""
-    asked: list[int] = []
-
-    def counted(*values: Tensor) -> Tensor:
-        asked.append(int(values[4]))
-        return reference_attention(*values)
-
-    monkeypatch.setitem(BACKENDS, IN_KERNEL.backend, counted)
-    ours = run_attend([5, 9], 0, SHORT_DOCUMENTS + 1, None, IN_KERNEL)
-    assert asked == [SHORT_DOCUMENTS + 1]
-    for one, two in zip(ours, run_attend([5, 9], 0, 9, None, IN_PYTORCH), strict=True):
+    ours = run_attend(lengths, 0, 140, window, IN_PYTORCH, long=1)
+    for one, two in zip(ours, run_attend(lengths, 0, 140, window, IN_PYTORCH), strict=True):
         assert torch.equal(one, two)
 
 
-def test_one_kernel_serves_all_bounds_on_short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bound_beyond_short_documents_is_the_backends_affair(asked: list[list[int]]) -> None:
+    """However short they are: where nothing else is said, the bound alone is known on the host."""
+    ours = run_attend([5, 9], 0, SHORT_DOCUMENTS + 1, None, IN_KERNEL)
+    assert asked == [[0, 5, 14]]
+    for one, two in zip(ours, run_attend([5, 9], 0, 9, None, IN_PYTORCH), strict=True):
+        assert (one - two).norm() <= 1e-6 * two.norm()
+
+
+@pytest.mark.usefixtures("asked")
+def test_one_kernel_serves_all_short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its window is a constant of what is compiled, and a bound may be any number."""
     windows: list[int] = []
 
-    def seen(qkv: Tensor, *others: Tensor) -> Tensor:
-        windows.append(int(others[-1]))
-        return qkv[:, 0]
+    def seen(*values: Any) -> None:
+        windows.append(values[-1])
 
-    monkeypatch.setattr(attention, "local_attention", seen)
+    monkeypatch.setattr(attention_backends, "forward_by_tiles", seen)
+    monkeypatch.setattr(attention_backends, "backward_by_tiles", seen)
     for bound in (0, 9, 77, SHORT_DOCUMENTS):
         run_attend([5, 0], 0, bound, None, IN_KERNEL)
-    run_attend([5, 0], 0, 9, 3, IN_KERNEL)
-    assert windows == [*[SHORT_DOCUMENTS - 1] * 4, 3]
+    run_attend([200, 0, 9], 0, 512, None, IN_KERNEL, long=1)
+    assert windows == [SHORT_DOCUMENTS - 1] * 10
 
 
 def test_the_smallest_bucket_of_training_is_short() -> None:
@@ -395,7 +402,19 @@ def test_gpu_attention_agrees_with_the_reference(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gpu_some_queries_agree_with_the_reference(name: str, layout: str, cuda: str) -> None:
     """Documents without a query among them, filler, and tokens behind all documents."""
-    check_some_queries(name, LAYOUTS[layout], every_third(LAYOUTS[layout], 7), cuda)
+    check_gpu(Choice(name, "backend"), LAYOUTS[layout], every_third(LAYOUTS[layout], 7), cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fa4", "fa2", "varlen"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("some", [False, True], ids=["", "some queries"])
+def test_gpu_short_documents_apart_agree_with_the_reference(
+    name: str, layout: str, some: bool, cuda: str
+) -> None:
+    lengths = sorted(LAYOUTS[layout], reverse=True)
+    queries = every_third(lengths, 7) if some else None
+    check_gpu(Choice(name, "kernel"), lengths, queries, cuda)
 
 
 @pytest.mark.gpu
@@ -404,39 +423,56 @@ def test_gpu_filler_alone(name: str, cuda: str) -> None:
     """As of a batch of validation in which nothing is masked."""
     lengths = [300, 0, 17]
     nowhere = Queries(torch.zeros(64, dtype=torch.int64), torch.zeros(4, dtype=torch.int32))
-    check_some_queries(name, lengths, nowhere, cuda)
+    for local in ("backend", "kernel"):
+        check_gpu(Choice(name, local), lengths, nowhere, cuda)
 
 
-def check_some_queries(name: str, lengths: list[int], queries: Queries, cuda: str) -> None:
+def spoil_memory() -> None:
+    """Leave NaN in the memory that comes next, in large pieces and small ones."""
+    sizes = [2**26] * 4 + [2**18] * 200
+    pieces = [torch.full((size,), float("nan"), device="cuda") for size in sizes]
+    del pieces
+    for size in (2**10, 2**22):
+        assert torch.empty(size, device="cuda").isnan().any()
+
+
+def check_gpu(choice: Choice, lengths: list[int], queries: Queries | None, cuda: str) -> None:
+    """Where the kernel runs, short documents apart, which come last."""
     width = 64
-    if reason := why_not(name, "cuda", None, torch.bfloat16, width):
+    if reason := why_not(choice.backend, "cuda", None, torch.bfloat16, width):
         pytest.skip(reason)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(cuda)
-    assert queries.cu_seqlens is not None
-    real = int(queries.cu_seqlens[-1])
-    queries = Queries(queries.places_M.to(cuda), queries.cu_seqlens.to(cuda))
+    rows = real = sum(lengths)
+    if queries is not None:
+        assert queries.cu_seqlens is not None
+        rows, real = len(queries.places_M), int(queries.cu_seqlens[-1])
+        queries = Queries(queries.places_M.to(cuda), queries.cu_seqlens.to(cuda))
+    long = [length for length in lengths if length > SHORT_DOCUMENTS]
+    of_long = LongDocuments(len(long), sum(long)) if choice.local == "kernel" else None
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths) + 50, 3, HEADS, width, generator=generator)
-    weight = torch.randn(len(queries.places_M), HEADS, width, generator=generator)
+    weight = torch.randn(rows + (50 if queries is None else 0), HEADS, width, generator=generator)
     tables = RotaryTables(1024, width, 10_000.0).to(cuda)
     places = positions_from(cu_seqlens, len(qkv))
 
     def run(dtype: torch.dtype, which: Choice) -> tuple[Tensor, Tensor]:
         leaf = qkv.bfloat16().to(cuda, dtype).requires_grad_()
-        documents = describe_documents(
-            places, cu_seqlens, max(SHORT_DOCUMENTS + 1, *lengths), which
-        )
+        bound = max(SHORT_DOCUMENTS + 1, *lengths)
+        documents = describe_documents(places, cu_seqlens, bound, which, of_long)
+        spoil_memory()
         out = attend(leaf, tables, documents, None, which, queries)
         grad = weight.bfloat16().to(cuda, dtype)
+        spoil_memory()
         return out.detach().double(), torch.autograd.grad(out, leaf, grad)[0].double()
 
-    slow, fast = Choice("reference", "backend"), Choice(name, "backend")
+    slow = Choice("reference", "backend")
     exact, plain = run(torch.float64, slow), run(torch.bfloat16, slow)
-    ours = run(torch.bfloat16, fast)
+    ours = run(torch.bfloat16, choice)
     assert not bool(ours[0][real:].any())
     assert not bool(ours[1][sum(lengths) :].any())
     if real:
-        check_norms(f"{name} {lengths[:4]} …, some queries", ours, plain, exact)
+        asked = "all" if queries is None else "some"
+        check_norms(f"{choice} {lengths[:4]} …, {asked} queries", ours, plain, exact)
     else:
         assert not bool(ours[1].any())
 

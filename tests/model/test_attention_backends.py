@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from kernels.documents import document_bounds_reference
-from model.attention_backends import fa2_attention, fa4_attention, register
+from model.attention_backends import ShortDocuments, fa2_attention, fa4_attention, register
 from model.attention_choice import _INSTALL, why_not
 
 LENGTHS, BEHIND = [20, 0, 7, 1], 6
@@ -156,6 +157,30 @@ def test_some_queries() -> None:
     check_some(stand_in)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
+@pytest.mark.parametrize("first", range(5))
+@pytest.mark.parametrize("some", [False, True])
+def test_short_documents_are_written_beside_the_others(first: int, some: bool) -> None:
+    """From document `first` on; a backend leaves NaN there. Filler at places of both kinds."""
+    lengths = [20, 9, 0, 7]
+    ends = [0, *itertools.accumulate(lengths)]
+    qkv, cu_seqlens, grad = make_row(lengths, BEHIND)
+    places = torch.tensor([0, 3, 19, 21, 30, 35, 0, 35, 41]) if some else None
+    cu_seqlens_q = torch.tensor([0, 3, 4, 4, 6]).int() if some else cu_seqlens
+    taken = places[:6] if some else torch.arange(ends[-1])
+    grad = grad[: 9 if some else len(grad)].float()
+    leaf = qkv.detach().float().requires_grad_()
+    short = ShortDocuments(document_bounds_reference(cu_seqlens, len(leaf)), first, ends[first])
+    out = stand_in(leaf, places, cu_seqlens_q, cu_seqlens, 20, None, short)
+    (gradient,) = torch.autograd.grad(out, leaf, grad)
+    alone = qkv.detach()[: ends[-1]].requires_grad_()
+    expected = dense(*alone.unbind(1), cu_seqlens, cu_seqlens, -1)[taken]
+    (expected_gradient,) = torch.autograd.grad(expected, alone, grad[: len(taken)].double())
+    for ours, theirs in ((out, expected), (gradient, expected_gradient)):
+        torch.testing.assert_close(ours[: len(theirs)].double(), theirs, rtol=1e-4, atol=1e-5)
+        assert not bool(ours[len(theirs) :].any())
+
+
 def test_no_token() -> None:
     qkv, cu_seqlens, grad = make_row([0], 0)
     out = stand_in(qkv, None, cu_seqlens, cu_seqlens, 1, None)
@@ -200,15 +225,18 @@ def test_registration() -> None:
     names = ["test_schema", "test_autograd_registration", "test_faketensor"]
     operations = torch.ops.clinical_modernbert
     bounds = document_bounds_reference(cu_seqlens, qkv.shape[0])
-    for places, short in ((None, None), (torch.zeros(4, dtype=torch.int64), None), (None, bounds)):
-        where = (cu_seqlens if places is None else 0 * cu_seqlens, cu_seqlens)
-        sizes = (20, 3 if short is None else -1)
-        given = (qkv, places, *where, *sizes, short)
+    nobody = torch.zeros(4, dtype=torch.int64)
+    for places, numbers in itertools.product((None, nobody), ((4, len(qkv)), (1, 20), (0, 0))):
+        leaf = qkv.detach().float().requires_grad_()
+        short = None if numbers[0] == 4 else bounds
+        where = (cu_seqlens if places is None else 0 * cu_seqlens, cu_seqlens, short)
+        sizes = (20, -1, *numbers)
+        given = (leaf, places, *where, *sizes)
         torch.library.opcheck(operations.stand_in.default, given, test_utils=names)
         out, *sums = (x.detach() for x in operations.stand_in(*given))
-        saved = (torch.zeros_like(out), qkv.detach(), places, out, *sums)
+        saved = (torch.zeros_like(out), leaf.detach(), places, out, *sums)
         torch.library.opcheck(
-            operations.stand_in_backward.default, (*saved, *where, short, *sizes), test_utils=names
+            operations.stand_in_backward.default, (*saved, *where, *sizes), test_utils=names
         )
 
 
@@ -387,7 +415,7 @@ def test_what_to_install_is_what_was_checked() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["varlen", "fa4", "fa2"])
-@pytest.mark.parametrize(("window", "short_apart"), [(-1, False), (64, False), (-1, True)])
+@pytest.mark.parametrize(("window", "short_apart"), [(-1, False), (64, False), (-1, True)], ids=str)
 def test_gpu_registration(name: str, window: int, short_apart: bool, cuda: str) -> None:
     """Of both operations: the schema, autograd, and what the compiler is told of their results.
 
@@ -404,14 +432,14 @@ def test_gpu_registration(name: str, window: int, short_apart: bool, cuda: str) 
     values = torch.randn(sum(lengths) + 6, 4, 3, 64, generator=draw, device=cuda).bfloat16()
     qkv, grad = values[:, :3].contiguous(), values[:, 3].contiguous()
     bounds = document_bounds_reference(cu_seqlens, qkv.shape[0]) if short_apart else None
-    ends = cu_seqlens[:2] if short_apart else cu_seqlens
+    numbers = (1, 300) if short_apart else (len(lengths), len(qkv))
     operations = [
         getattr(torch.ops.clinical_modernbert, f"{name}_attention{end}").default
         for end in ("", "_backward")
     ]
-    forward_inputs = (qkv, None, ends, ends, 300, window, bounds)
-    saved = operations[0](*forward_inputs)
-    backward_inputs = (grad, qkv, None, *saved, ends, ends, bounds, 300, window)
+    others = (cu_seqlens, cu_seqlens, bounds, 300, window, *numbers)
+    forward_inputs = (qkv, None, *others)
+    backward_inputs = (grad, qkv, None, *operations[0](*forward_inputs), *others)
     for operation, inputs in zip(operations, (forward_inputs, backward_inputs), strict=True):
         results = torch.library.opcheck(operation, inputs, test_utils=checks)
         assert set(results.values()) == {"SUCCESS"}

@@ -7,8 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
-from model import attention, attention_choice
-from model.attention import BACKENDS, SHORT_DOCUMENTS, Choice, reference_attention
+from model import attention_backends, attention_choice
+from model.attention import BACKENDS, Choice, reference_attention
 from model.attention_choice import (
     AttentionError,
     check_attention,
@@ -141,14 +141,29 @@ def test_a_choice_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
-def test_the_kernel_is_tried_out_on_short_documents_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = attention.local_attention
+@pytest.mark.parametrize(
+    ("spoilt", "case"),
+    [
+        (0, "kernel, window None, queries at all tokens,"),
+        (300, "reference and kernel, window None, queries at all tokens, short documents apart,"),
+        (None, "reference and kernel, window None, queries at some tokens, short documents apart,"),
+    ],
+)
+def test_the_kernel_is_tried_out_on_short_documents_too(
+    spoilt: int | None, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those from a token on, or the gradients of some rows."""
+    forward, at_places = attention_backends._forward_short, attention_backends._at_places
 
-    def wrong(*values: Tensor) -> Tensor:
-        return kernel(*values) * (1.01 if values[-1] == SHORT_DOCUMENTS - 1 else 1)
+    def wrong(qkv: Tensor, bounds: Tensor, first_token: int, out: Tensor, sums: Tensor) -> None:
+        forward(qkv, bounds, first_token, out, sums)
+        if first_token == spoilt:
+            out *= 1.01
 
-    monkeypatch.setattr(attention, "local_attention", wrong)
-    with pytest.raises(
-        AttentionError, match="attention kernel, window None, queries at all tokens, is off by 1"
-    ):
+    def wrong_places(*values: Tensor) -> Tensor:
+        return at_places(*values) * (1.01 if spoilt is None else 1)
+
+    monkeypatch.setattr(attention_backends, "_forward_short", wrong)
+    monkeypatch.setattr(attention_backends, "_at_places", wrong_places)
+    with pytest.raises(AttentionError, match=f"attention {case} is off by"):
         check_attention(Choice("reference", "kernel"), CPU, torch.float32, 1, 16, 8)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.benchmark_layouts import layouts
 from kernels.documents import positions_from
-from model.attention import SHORT_DOCUMENTS, Choice, attend, describe_documents
+from model.attention import SHORT_DOCUMENTS, Choice, LongDocuments, attend, describe_documents
 from model.attention_choice import why_not
 from model.rotary import RotaryTables
 
@@ -33,7 +33,10 @@ def run(
     tables = RotaryTables(8192, qkv.shape[-1], 10_000.0).to(qkv.device)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(qkv.device)
     places = positions_from(cu_seqlens, len(qkv))
-    documents = describe_documents(places, cu_seqlens, max(lengths), choice)
+    long = [length for length in lengths if length > SHORT_DOCUMENTS]
+    are_apart = lengths[: len(long)] == long
+    of_long = LongDocuments(len(long), sum(long)) if are_apart else None
+    documents = describe_documents(places, cu_seqlens, max(lengths), choice, of_long)
     out = attend(leaf, tables, documents, window, choice)
     return out.detach(), torch.autograd.grad(out, leaf, grad.to(out.dtype))[0]
 
@@ -91,27 +94,30 @@ def make_row(
 
 
 def choice_of(name: str) -> Choice:
-    """A backend by its name, or the kernel; skips what is not here."""
+    """A backend by its name, the kernel, or both; skips what is not here."""
     if name == "kernel":
         return Choice("reference", "kernel")
-    if reason := why_not(name, "cuda", None, torch.bfloat16, WIDTH):
+    backend, _, kernel = name.partition(" and ")
+    if reason := why_not(backend, "cuda", None, torch.bfloat16, WIDTH):
         pytest.skip(reason)
-    return Choice(name, "backend")
+    return Choice(backend, "kernel" if kernel else "backend")
+
+
+BACKENDS = ["varlen", "fa4", "fa2"]
+WITH_KERNEL = [f"{name} and kernel" for name in BACKENDS]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "window"),
-    [("kernel", 64), ("kernel", None), ("varlen", None), ("fa4", None), ("fa2", None)],
-    ids=["kernel", "kernel without a window", "varlen", "fa4", "fa2"],
+    [("kernel", 64), *((name, None) for name in [*BACKENDS, *WITH_KERNEL])],
+    ids=["kernel", *BACKENDS, *WITH_KERNEL],
 )
 @pytest.mark.parametrize("layout", ["skewed", "code titles"])
 def test_gpu_long_rows_document_by_document(
     name: str, window: int | None, layout: str, cuda: str, assert_close: Callable[..., None]
 ) -> None:
     lengths, choice = layouts(TOKENS)[layout], choice_of(name)
-    if name == "kernel" and window is None and max(lengths) > SHORT_DOCUMENTS:
-        pytest.skip("the kernel is for layers with a window and for short documents")
     qkv, grad = make_row(sum(lengths), HEADS, WIDTH, torch.bfloat16, cuda)
     ours = run(qkv, grad, lengths, window, choice)
     compare(f"{name} {layout}", ours, lengths, qkv, grad, window, assert_close)
@@ -140,8 +146,13 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["varlen", "fa4", "fa2"])
-@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [
+        *((name, window) for name in BACKENDS for window in (None, 64)),
+        *((name, None) for name in WITH_KERNEL),
+    ],
+)
 def test_gpu_deterministic_mode_gives_the_same_bits(
     name: str, window: int | None, cuda: str, deterministic: None
 ) -> None:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -15,11 +14,15 @@ from kernels.rope import rope_reference
 from model import attention
 from model.attention import (
     BACKENDS,
+    SHORT_DOCUMENTS,
     Choice,
     Documents,
+    LongDocuments,
+    Queries,
     attend,
     describe_documents,
 )
+from model.attention_backends import ShortDocuments
 from model.attention_choice import choose_attention, why_not
 from model.config import Backend, ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
@@ -39,7 +42,7 @@ def dense_attention(
     cu_seqlens_k: Tensor,
     max_seqlen: int,
     window: int | None,
-    bounds: Tensor | None = None,
+    short: ShortDocuments | None = None,
 ) -> Tensor:
     """Stands in on a CPU for the reference, which is one opaque operation to a compiler."""
     q, k, v = qkv.unbind(1)
@@ -122,66 +125,75 @@ def with_kernel(
 def test_one_graph_beside_the_kernel(
     with_kernel: ModernBertForMaskedLM, packed_row: Callable
 ) -> None:
-    """For short documents too, of which the kernel would take all layers."""
     check(with_kernel, "aot_eager", "cpu", packed_row, 1e-5)
 
 
-@pytest.mark.parametrize(("bound", "asked"), [(128, []), (512, [None])])
-def test_a_graph_for_short_documents_asks_no_backend(
-    bound: int,
-    asked: list[None],
-    with_kernel: ModernBertForMaskedLM,
-    packed_row: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As training compiles it, the bound on their length a constant."""
-    windows: list[int | None] = []
+# Twenty of 512 tokens: long documents alone, beside short ones, and these alone.
+KINDS = [
+    *([long, 512 - long] for long in range(256, 384, 32)),
+    *([[128] * 4, [16] * 32, [64] * 8, [100] * 5 + [12]]),
+    *([140] * long + [4] * (128 - 35 * long) for long in (1, 2, 3)),
+    *([140] * long + [1] * (512 - 140 * long) for long in (1, 2, 3)),
+    *([512 - 4 * short, *[4] * short] for short in range(2, 62, 10)),
+]  # fmt: skip
 
-    def watched(*values: Any) -> Tensor:
-        windows.append(values[5])
-        return dense_attention(*values)
 
-    monkeypatch.setitem(BACKENDS, "reference", watched)
-    row = packed_row([64] * 8)
-    expected = with_kernel.encode(row.input_ids_T, row.position_ids_T, row.cu_seqlens, 512)
-    windows.clear()
-    torch._dynamo.reset()
-    compiled = torch.compile(with_kernel.encode, fullgraph=True, dynamic=False, backend="eager")
-    out = compiled(row.input_ids_T, row.position_ids_T, row.cu_seqlens, bound)
-    assert windows == asked
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+def check_layer(choice: Choice, compiler: str, device: str, dtype: torch.dtype) -> int:
+    """A layer without a window, as training compiles it, and the last one, on twenty layouts: the
+    same as eager. The number of graphs of either."""
+    tables = RotaryTables(512, 64, 10_000.0).to(device)
+
+    def layer(qkv: Tensor, documents: Documents, queries: Queries | None) -> Tensor:
+        return attend(qkv, tables, documents, None, choice, queries)
+
+    assert len(KINDS) == 20
+    generator, most = torch.Generator().manual_seed(0), 0
+    places = torch.arange(0, 512, 4)
+    for some in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(compiler)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=counter)
+        for lengths in KINDS:
+            ends = torch.tensor([0, *lengths, 512 - sum(lengths)]).cumsum(0, dtype=torch.int32)
+            long = [length for length in lengths if length > SHORT_DOCUMENTS]
+            of_long = LongDocuments(len(long), sum(long))
+            if len(lengths) - len(long) < 3:
+                of_long = LongDocuments(len(lengths) + 1, 512)
+            of_each = torch.searchsorted(places, ends.long()).int().to(device)
+            ends = ends.to(device)
+            for bounds in (ends, of_each):
+                torch._dynamo.maybe_mark_dynamic(bounds, 0)
+            bound = 128 if max(lengths) <= 128 else 512
+            positions = positions_from(ends, 512)
+            documents = describe_documents(positions, ends, bound, choice, of_long)
+            qkv = torch.randn(512, 3, 1, 64, generator=generator).to(device, dtype).requires_grad_()
+            queries = Queries(places.to(device), of_each) if some else None
+            grad = torch.randn(128 if some else 512, 1, 64, generator=generator).to(device, dtype)
+            results = []
+            for function in (compiled, layer):
+                out = function(qkv, documents, queries)
+                results.append((out.detach(), *torch.autograd.grad(out, qkv, grad)))
+            for ours, theirs in zip(*results, strict=True):
+                difference = (ours.float() - theirs.float()).norm()
+                assert difference <= 2 * torch.finfo(dtype).eps * theirs.float().norm(), lengths
+        most = max(most, counter.frame_count)
+    return most
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
-def test_a_graph_for_short_documents_beside_long_ones_takes_any_number(
-    packed_row: Callable,
-) -> None:
-    """However many are long, as training compiles a layer: what it knows of documents is given."""
-    tables, choice = RotaryTables(512, 16, 10_000.0), Choice("reference", "kernel")
+def test_one_graph_for_long_documents_and_short_ones() -> None:
+    choice = Choice("reference", "kernel")
+    assert check_layer(choice, "aot_eager", "cpu", torch.float32) == 1
 
-    def layer(qkv: Tensor, documents: Documents) -> Tensor:
-        return attend(qkv, tables, documents, None, choice)
 
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=counter)
-    generator = torch.Generator().manual_seed(0)
-    for long in (1, 2, 3):
-        lengths = [140] * long + [2] * (256 - 70 * long)
-        row = packed_row(lengths)
-        ends = row.cu_seqlens[: long + 1]
-        for bounds in (row.cu_seqlens, ends):
-            torch._dynamo.maybe_mark_dynamic(bounds, 0)
-        documents = describe_documents(row.position_ids_T, row.cu_seqlens, 140, choice, ends)
-        qkv = torch.randn(512, 3, 1, 16, generator=generator, requires_grad=True)
-        grad = torch.randn(512, 1, 16, generator=generator)
-        results = []
-        for function in (compiled, layer):
-            out = function(qkv, documents)
-            results.append((out.detach(), *torch.autograd.grad(out, qkv, grad)))
-        for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert counter.frame_count <= 2
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["fa4", "fa2", "varlen"])
+def test_gpu_one_graph_for_long_documents_and_short_ones(backend: Backend, cuda: str) -> None:
+    device = torch.device(cuda)
+    if reason := why_not(backend, device.type, device.index, torch.bfloat16, 64):
+        pytest.skip(reason)
+    choice = choose_attention(device, torch.bfloat16, 64, backend)
+    assert check_layer(choice, "inductor", cuda, torch.bfloat16) == 1
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import ModernBertConfig as TheirConfig
 from transformers import ModernBertForMaskedLM as TheirModel
 
-from model.attention import BACKENDS, Queries, reference_attention
+from model.attention import BACKENDS, Choice, LongDocuments, Queries, reference_attention
 from model.config import BASE, LARGE, ModernBertConfig, to_hugging_face
 from model.modernbert import ModernBertForMaskedLM
 
@@ -128,9 +128,11 @@ def test_nothing_to_predict_gives_zero_loss_and_gradients(
 
 @pytest.mark.parametrize("layers", [1, 2, 4], ids=lambda n: f"{n} layers")
 @pytest.mark.parametrize("said", [False, True], ids=["", "in which documents"])
+@pytest.mark.parametrize("apart", [False, True], ids=["", "short ones apart"])
 def test_loss_and_gradients_are_those_of_transformers(
     layers: int,
     said: bool,
+    apart: bool,
     small: ModernBertConfig,
     lively_model: Callable,
     packed_row: Callable,
@@ -140,8 +142,10 @@ def test_loss_and_gradients_are_those_of_transformers(
     asked: list[int] = []
 
     def counted(*values: Any) -> Tensor:
-        qkv, places, *_ = values
+        qkv, places, *_, short = values
         asked.append(len(qkv if places is None else places))
+        if apart:
+            assert short[1:] == (1, 200)
         return reference_attention(*values)
 
     monkeypatch.setitem(BACKENDS, "reference", counted)
@@ -158,10 +162,20 @@ def test_loss_and_gradients_are_those_of_transformers(
     else:
         # 200 is the first token of the second document; none of the third's.
         places[4], of_each[2], of_each[3] = 228, 5, 5
-    loss = ours(*row.arguments(), places, labels, masked_cu_seqlens=of_each)
+    long = None
+    if apart:
+        if torch.cuda.is_available():
+            pytest.skip("with a GPU the kernels are compiled")
+        ours.attention, long = Choice("reference", "kernel"), LongDocuments(1, 200)
+    loss = ours(*row.arguments(), places, labels, masked_cu_seqlens=of_each, long=long)
     loss.backward()
+    # Those that the backend is asked for: with the kernel, none with a window.
     narrow = said and config.window(layers - 1) is None
-    assert asked == [302] * (layers - 1) + [7 if narrow else 302]
+    expected_rows = [302] * (layers - 1) + [7 if narrow else 302]
+    windows = [config.window(i) for i in range(layers)]
+    assert asked == [
+        n for n, w in zip(expected_rows, windows, strict=True) if not apart or w is None
+    ]
 
     input_ids_BS, mask_BS = pad_row(row.input_ids_T, lengths)
     target_T = torch.full_like(row.input_ids_T, -100).index_put((places[:6],), labels[:6])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_prep.shards import DataSet, Row
-from train.batch import BatchShape, pack, seqlen_bucket
+from train.batch import FEWEST_SHORT, BatchShape, pack, seqlen_bucket
 from train.masking import IGNORED, MaskedRow
 
 NOTHING = MaskedRow(*(np.empty(0, np.int64),) * 3)
@@ -141,23 +141,26 @@ def test_few_documents_are_empty(documents: int, slots: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("long", "short", "apart"),
-    [(2, 128, True), (1, 140, True), (2, 127, False), (0, 150, False), (3, 0, False)],
+    ("long", "short", "expected"),
+    [
+        (2, FEWEST_SHORT, (2, 258)),
+        (1, FEWEST_SHORT + 12, (1, 129)),
+        (2, FEWEST_SHORT - 1, None),
+        (3, 0, None),
+        (0, 5, (0, 0)),
+    ],
 )
-def test_many_short_documents_stand_apart(long: int, short: int, apart: bool) -> None:
-    """Behind the long ones, whose bounds are given as well, filled up to few different numbers."""
+def test_many_short_documents_stand_apart(
+    long: int, short: int, expected: tuple[int, int] | None
+) -> None:
+    """Behind the long ones; few are left with them, and all are short where none is long."""
     lengths = [5] * short + [129] * long
     ends = [0, *itertools.accumulate(lengths)]
     row = make_row([0] * ends[-1], ends, len(lengths))
     shape = BatchShape(1, ends[-1], max_length=200, highest_rate=0.3, sources=("notes",))
     batch = pack([row], [NOTHING], shape)
-    if not apart:
-        assert batch.long_cu_seqlens is None
-    else:
-        expected = [129 * min(number, long) for number in range(65)]
-        assert batch.long_cu_seqlens is not None
-        assert batch.long_cu_seqlens.tolist() == expected
-        assert batch.long_cu_seqlens.dtype == torch.int32
+    assert batch.long == (expected or (len(lengths), ends[-1]))
+    assert batch.cu_seqlens[batch.long.number] == batch.long.tokens
 
 
 def test_shapes_take_few_values(data_folder: Path) -> None:

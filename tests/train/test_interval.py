@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.attention import LongDocuments
 from train import interval as module
 from train.batch import PackedBatch
 from train.flops import training_flops
@@ -59,10 +60,10 @@ class Engine:
         *batch: Any,
         each: bool,
         masked_cu_seqlens: Tensor,
-        long_cu_seqlens: Tensor | None,
+        long: LongDocuments,
     ) -> tuple[Tensor, Tensor]:
         assert masked_cu_seqlens.shape == batch[2].shape
-        assert long_cu_seqlens is None or len(long_cu_seqlens) <= len(batch[2])
+        assert long == LongDocuments(0, 0)  # no document of this data is
         # On a GPU a number would be waited for.
         assert masked_cu_seqlens.is_cuda or masked_cu_seqlens.numpy()[-1] == batch[6]
         losses_M = losses_of(batch[5])

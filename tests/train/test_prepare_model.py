@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from common.config import ConfigError
 from kernels.geglu import geglu_reference
+from model.attention import SHORT_DOCUMENTS, LongDocuments
 from model.config import ModernBertConfig
 from model.modernbert import ModernBertForMaskedLM
 from train import loop
@@ -74,6 +75,7 @@ def make_batch(lengths: list[int], max_seqlen: int, documents: int) -> PackedBat
     labels = torch.randint(3, 64, masked.shape, generator=draw)
     labels[-len(lengths) :] = -100
     cu_seqlens = torch.cat([bounds, bounds[-1:].expand(documents - len(lengths))])
+    long = max((n for n, length in enumerate(lengths, 1) if length > SHORT_DOCUMENTS), default=0)
     return PackedBatch(
         input_ids=torch.randint(3, 64, (tokens,), generator=draw),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -85,6 +87,7 @@ def make_batch(lengths: list[int], max_seqlen: int, documents: int) -> PackedBat
         masked_sources=torch.zeros_like(masked),
         masked_tokens=len(masked) - len(lengths),
         lengths=np.array(lengths),
+        long=LongDocuments(long, sum(lengths[:long])),
     ).to(CPU)
 
 
@@ -100,6 +103,7 @@ def loss_and_gradients(
         batch.labels,
         batch.masked_tokens,
         masked_cu_seqlens=batch.masked_cu_seqlens,
+        long=batch.long,
     )
     return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from model.attention import LongDocuments
 from model.modernbert import ModernBertForMaskedLM
 from train import validation
 from train.ranks import Ranks
@@ -105,3 +106,19 @@ def test_ranks_share_the_rows_and_no_row_counts_twice(
     assert masked == alone["masked_tokens"]
     assert correct / masked == pytest.approx(alone["accuracy"])
     assert loss / masked == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_the_model_is_told_which_documents_are_long(
+    resolved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, told = resolved(), []
+    encode = ModernBertForMaskedLM.encode
+
+    def watched(*values: Any) -> Any:
+        told.append(values[-1])
+        return encode(*values)
+
+    monkeypatch.setattr(ModernBertForMaskedLM, "encode", watched)
+    Validation(run.phases["main"], 0.15, Ranks(), torch.device("cpu"))(make_engine(run))
+    # No document of this data is long.
+    assert set(told) == {LongDocuments(0, 0)}
