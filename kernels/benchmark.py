@@ -14,8 +14,10 @@ it waits for the GPU, is timed by events and marked "launched". --tune times the
 `kernels.local_attention` can be cut up (its `Tuning`) instead of everybody's kernels: block, step,
 warps, stages and registers of the forward, of the queries' and of the keys' half of the backward.
 
-A CSV file that is there keeps the operations that were not measured now, each under the line that
-says where it was: a run may be cut into pieces by --op. --plot draws what the file then holds.
+A CSV file that is there keeps the operations that were not measured now, and other numbers of
+tokens of those that were, each under the line that says where and of which commit: a run may be cut
+into pieces. Layouts say their number of tokens where it is not that of a micro-batch, 65,536.
+--plot draws what the file then holds.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import triton
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from common.commit import project_commit
 from kernels import benchmark_cases as cases
 from kernels import local_attention
 from kernels.benchmark_attention import make_local, name_of, walks_here
@@ -50,6 +53,7 @@ COLUMNS = (
     "gib",
 )
 _LINE = "{:22}{:22}{:9}{:44}{:>10}{:>7}{:>6}{:>6}{:>7}"
+_TOKENS = 65_536
 _PEERS = ("flash-attn-4", "flash-attn", "liger-kernel")
 _REPLAYS = 15
 _CALLS_A_GRAPH = 8
@@ -241,10 +245,16 @@ def read_csv(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
         for op in operations.split(", ")
     }
     rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    unknown = {row["op"] for row in rows} - headers.keys()
+    unknown = {_measured(row) for row in rows} - headers.keys()
     if unknown:
         raise ValueError(f"{path} does not say where {sorted(unknown)} were measured: move it away")
     return rows, headers
+
+
+def _measured(row: dict[str, str]) -> str:
+    """What a run measures whole: an operation, at the usual number of tokens or another."""
+    layout, _, count = row["layout"].rpartition(", ")
+    return f"{row['op']} at {count}" if layout and count.endswith(" tokens") else row["op"]
 
 
 def write_csv(path: Path, rows: list[dict[str, str]], headers: dict[str, str]) -> None:
@@ -256,16 +266,16 @@ def write_csv(path: Path, rows: list[dict[str, str]], headers: dict[str, str]) -
             file.write(f"# {operations}: {header}\n")
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for op in headers:
-            writer.writerows(row for row in rows if row["op"] == op)
+        for name in headers:
+            writer.writerows(row for row in rows if _measured(row) == name)
 
 
 def merge(
     old: tuple[list[dict[str, str]], dict[str, str]], rows: list[dict[str, str]], header: str
 ) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Old rows and headers with all of each operation that was measured anew replaced."""
-    fresh = dict.fromkeys(row["op"] for row in rows)
-    kept = [row for row in old[0] if row["op"] not in fresh]
+    """Old rows and headers with all of what was measured anew replaced."""
+    fresh = dict.fromkeys(_measured(row) for row in rows)
+    kept = [row for row in old[0] if _measured(row) not in fresh]
     return [*kept, *rows], {**old[1], **dict.fromkeys(fresh, header)}
 
 
@@ -310,7 +320,7 @@ def plot(folder: Path, rows: list[dict[str, str]], headers: dict[str, str]) -> N
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m kernels.benchmark")
     parser.add_argument("--op", choices=cases.OPERATIONS, nargs="+", help="these alone")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[65_536], help="of a micro-batch")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[_TOKENS], help="of a micro-batch")
     parser.add_argument("--tune", action="store_true", help="ways to cut up local_attention")
     parser.add_argument("--csv", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="write one picture an operation into this folder")
@@ -339,8 +349,9 @@ def describe_run(roofline: Roofline, peers: dict[str, str | None]) -> str:
     versions = "".join(f"{name} {number}, " for name, number in peers.items() if number)
     walks = "local_attention by walks, and " if walks_here() else ""
     return (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"{versions}copy {roofline.copy / 1e12:.2f} TB/s, "
+        f"{torch.cuda.get_device_name()}, commit {project_commit()}, "
+        f"torch {torch.__version__}, triton {triton.__version__}, {versions}"
+        f"copy {roofline.copy / 1e12:.2f} TB/s, "
         f"bf16 product {roofline.product / 1e12:.0f} TFLOP/s; "
         f"{walks}local_attention in tiles {name_of(local_attention.NARROW)}"
     )
@@ -364,11 +375,11 @@ def measure(
             before = len(table.rows)
             try:
                 for case in make_local(count, tune=True) if tune else cases.make(name, count):
-                    if len(tokens) > 1:
+                    if count != _TOKENS:
                         case.layout = f"{case.layout}, {count} tokens"
                     run_case(case, table)
-            except torch.OutOfMemoryError as error:  # of a case's inputs, on a small GPU
-                print(f"{name}, {count} tokens: not measured, its inputs do not fit: {error}")
+            except Exception as error:  # inputs that do not fit, a peer that cannot be imported
+                print(f"{name}, {count} tokens: not measured: {type(error).__name__}: {error}")
                 del table.rows[before:]  # a part would take the place of an earlier whole
             yield table.rows, header
 

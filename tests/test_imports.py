@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "common": (),
     "data_prep": ("common",),
-    "kernels": (),
+    "kernels": ("common",),
     "model": ("common", "kernels"),
     "train": ("common", "model", "kernels", "data_prep.shards", "data_prep.packing"),
     "evaluation": ("common", "model", "data_prep.shards", "train.masking"),

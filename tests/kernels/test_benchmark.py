@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.commit import project_commit
 from kernels import benchmark, benchmark_attention, benchmark_cases, local_attention
 from kernels.benchmark_attention import candidates, name_of, seen_pairs
 from kernels.benchmark_cases import _adamw, _both_passes, base_parameters
@@ -88,6 +89,11 @@ def test_a_run_in_pieces_keeps_what_it_did_not_measure(tmp_path: Path) -> None:
     assert headers == {
         "rope": "one GPU: A", "unpad": "another", "pad": "another", "geglu": "another"
     }  # fmt: skip
+    other = measured("rope", "8") | {"layout": "even, 64 tokens"}
+    benchmark.write_csv(path, *benchmark.merge((rows, headers), [other], "a third"))
+    rows, headers = benchmark.read_csv(path)
+    assert {row["us"] for row in rows if row["op"] == "rope"} == {"1", "8"}
+    assert (headers["rope"], headers["rope at 64 tokens"]) == ("one GPU: A", "a third")
     path.write_text(path.read_text().replace("# rope: one", "# one"))
     with pytest.raises(ValueError, match=r"does not say where \['rope'\] were measured"):
         benchmark.read_csv(path)
@@ -96,7 +102,7 @@ def test_a_run_in_pieces_keeps_what_it_did_not_measure(tmp_path: Path) -> None:
 def test_results_that_are_kept_can_be_added_to() -> None:
     path = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "kernels_h200.csv"
     rows, headers = benchmark.read_csv(path)
-    assert {row["op"] for row in rows} == headers.keys()
+    assert {benchmark._measured(row) for row in rows} == headers.keys()
     assert set(rows[0]) == set(benchmark.COLUMNS)
 
 
@@ -173,7 +179,7 @@ def test_a_record_says_what_it_timed(walks: bool, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(local_attention, "pipelined", lambda *_: walks)
     roofline = benchmark.Roofline(copy=4e12, product=800e12)
     line = benchmark.describe_run(roofline, {"flash-attn": None, "liger-kernel": "0.8"})
-    assert line.startswith("a GPU, torch ")
+    assert line.startswith(f"a GPU, commit {project_commit()}, torch ")
     assert line.endswith(
         "liger-kernel 0.8, copy 4.00 TB/s, bf16 product 800 TFLOP/s; "
         f"{'local_attention by walks, and ' * walks}local_attention in tiles {name_of(NARROW)}"
