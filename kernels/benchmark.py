@@ -10,9 +10,9 @@ time these bytes and the floating-point operations need at least, by the copy an
 measured in the same run, over the time taken.
 
 `gib` is the peak of memory allocated beside the inputs. What cannot be captured in a graph, because
-it waits for the GPU, is timed by events and marked "launched". --tune times the ways in which
-`kernels.local_attention` can be cut up (its `Tuning`) instead of everybody's kernels: block, step,
-warps, stages and registers of the forward, of the queries' and of the keys' half of the backward.
+it waits for the GPU, is timed by events and marked "launched". --tune times the ways in which the
+kernels of `kernels.local_attention_tiles` can be cut up (its `Tuning`) instead of everybody's:
+block, step, warps, stages and registers of the forward, of ∂q and of ∂k and ∂v.
 
 A CSV file that is there keeps the operations that were not measured now, and other numbers of
 tokens of those that were, each under the line that says where and of which commit: a run may be cut
@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.commit import project_commit
 from kernels import benchmark_cases as cases
-from kernels import local_attention
+from kernels import local_attention_tiles
 from kernels.benchmark_attention import make_local, name_of, walks_here
 from kernels.benchmark_layouts import Case, Outputs, version_of
 
@@ -353,7 +353,7 @@ def describe_run(roofline: Roofline, peers: dict[str, str | None]) -> str:
         f"torch {torch.__version__}, triton {triton.__version__}, {versions}"
         f"copy {roofline.copy / 1e12:.2f} TB/s, "
         f"bf16 product {roofline.product / 1e12:.0f} TFLOP/s; "
-        f"{walks}local_attention in tiles {name_of(local_attention.NARROW)}"
+        f"{walks}local_attention in tiles {name_of(local_attention_tiles.NARROW)}"
     )
 
 

@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.attention.varlen import varlen_attn
 
 from kernels import local_attention as ours
+from kernels import local_attention_tiles as tiles
 from kernels.benchmark_layouts import (
     BF16,
     HEAD_DIM,
@@ -35,7 +36,8 @@ from kernels.benchmark_layouts import (
 )
 from kernels.determinism import use_deterministic_algorithms
 from kernels.documents import document_bounds, positions_from
-from kernels.local_attention import Tiles, Tuning, local_attention
+from kernels.local_attention import local_attention
+from kernels.local_attention_tiles import Tiles, Tuning
 from kernels.rope import rope, rope_tables
 
 WINDOW = 64
@@ -66,7 +68,7 @@ Backward = Callable[..., None]
 def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
     """A layer with a window, rotary included: (T, 3, H, D) to (T, H, D)."""
     packed, moved = _packed(tokens)
-    usual = ours.NARROW
+    usual = tiles.NARROW
     for layout, lengths in layouts(tokens).items():
         if tune and layout not in _TUNED_LAYOUTS:
             continue
@@ -91,7 +93,7 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
             moved,
             _flops(pairs),
         )
-        ours.NARROW, ours.WALKS = usual, True  # what the last contestant left
+        tiles.NARROW, ours.WALKS = usual, True  # what the last contestant left
 
 
 def _packed(tokens: int) -> tuple[list[Tensor], dict[str, int]]:
@@ -179,7 +181,7 @@ def candidates(usual: Tuning) -> Iterator[Tuning]:
     """What --tune compares: the tuning in use, and others that differ from it in one kernel."""
     yield usual
     for field, others in (("forward", _FORWARD), ("queries", _QUERIES), ("keys", _KEYS)):
-        yield from (replace(usual, **{field: tiles}) for tiles in others)
+        yield from (replace(usual, **{field: other}) for other in others)
 
 
 def name_of(tuning: Tuning) -> str:
@@ -191,7 +193,7 @@ def name_of(tuning: Tuning) -> str:
 
 
 def _tuned(tuning: Tuning, *inputs: Tensor) -> Outputs:
-    ours.NARROW = tuning
+    tiles.NARROW = tuning
     return _local_by(False, *inputs)
 
 
@@ -289,7 +291,7 @@ def _windows(
             saved = before[0](qkv)
         sums = qkv.new_empty((HEADS, tokens - first), dtype=torch.float32)
         of_short = (bounds[:, behind] - first, saved[0][behind], sums)
-        ours.forward_by_tiles(qkv[behind], *of_short, SHORT - 1)
+        tiles.forward(qkv[behind], *of_short, SHORT - 1)
         return *saved, sums
 
     def backward(grad: Tensor, qkv: Tensor, grad_qkv: Tensor, *saved: Tensor) -> None:
@@ -299,7 +301,7 @@ def _windows(
         cos, sin = (sums.new_full((1, HEAD_DIM // 2), by) for by in (1, 0))
         turn = (cos, sin, ends.new_zeros(tokens - first))
         of_short = (bounds[:, behind] - first, of_long[0][behind], sums, grad_qkv[behind])
-        ours.backward_by_tiles(grad[behind], qkv[behind], *turn, *of_short, SHORT - 1)
+        tiles.backward(grad[behind], qkv[behind], *turn, *of_short, SHORT - 1)
 
     return _with_autograd(forward, backward)
 

@@ -48,8 +48,11 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 from triton.language import PropagateNan
 
+from kernels.local_attention_tiles import LOG2_E
+
 BLOCK = 64
 """tokens of a block; the widest window, and the only width of a head"""
+_SCALE = BLOCK**-0.5
 # Programs that a multiprocessor holds at once, by shared memory, of which they take 98 and 64 KiB,
 # and by registers, of which a thread of the forward gets no more than lets three programs in.
 _BACKWARD_PROGRAMS = 2
@@ -100,9 +103,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward(
-    turned: Tensor, bounds: Tensor, out: Tensor, logsumexp: Tensor, window: int, scale_log2: float
-) -> None:
+def forward(turned: Tensor, bounds: Tensor, out: Tensor, logsumexp: Tensor, window: int) -> None:
     """Write out, (T, H, 64), and log2 of the sums, (H, T), of turned (T, 3, H, 64), T > 0."""
     tokens, _, heads, _ = turned.shape
     span = stretch(tokens, heads, _FORWARD_PROGRAMS * multiprocessors(turned.device))
@@ -113,7 +114,7 @@ def forward(
         logsumexp,
         tokens,
         span,
-        scale_log2,
+        LOG2_E * _SCALE,
         WINDOW=window,
         HEADS=heads,
         num_warps=4,
@@ -132,8 +133,6 @@ def backward(
     logsumexp: Tensor,
     grad_qkv: Tensor,
     window: int,
-    scale: float,
-    scale_log2: float,
 ) -> None:
     """Write grad_qkv, (T, 3, H, 64), for T > 0; queries' and keys' part of it turned back."""
     tokens, _, heads, _ = turned.shape
@@ -150,8 +149,8 @@ def backward(
         grad_qkv,
         tokens,
         span,
-        scale,
-        scale_log2,
+        _SCALE,
+        LOG2_E * _SCALE,
         WINDOW=window,
         HEADS=heads,
         num_warps=4,
@@ -208,7 +207,7 @@ def _ends(bounds, first, tokens):  # type: ignore[no-untyped-def]
 def _reach(low, high, first, origin, WINDOW: gl.constexpr):  # type: ignore[no-untyped-def]
     """Middle and reach of what a block's rows see, counted from `origin`.
 
-    `kernels.local_attention._masked` has how and why.
+    `kernels.local_attention_tiles._masked` has how and why.
     """
     row = first + gl.arange(0, 64, _ROW)
     low = gl.maximum(low, row - WINDOW)

@@ -12,10 +12,10 @@ document. They leave the results behind the last entry of each unwritten: here t
 in the output and in all gradients. A document without queries gives its keys and values gradients
 of zero.
 
-Given `ShortDocuments`, those are left out of what others' kernels are asked, and
-`kernels.local_attention` writes them into the same tensors, as windows: its grid goes over tokens,
-where others' goes over documents. What is whose is decided in the operation, by numbers of the
-host, so that a compiler has one graph for all.
+Given `ShortDocuments`, those are left out of what others' kernels are asked, and the kernels of
+`kernels.local_attention_tiles` write them into the same tensors, as windows: their grid goes over
+tokens, where others' goes over documents. What is whose is decided in the operation, by numbers of
+the host, so that a compiler has one graph for all.
 
 Where `torch.use_deterministic_algorithms` is set, their backward sums in a fixed order.
 """
@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import local_attention_tiles
 from kernels.documents import clear_behind_documents
-from kernels.local_attention import backward_by_tiles, forward_by_tiles
 
 SHORT_DOCUMENTS = 128
 """tokens; the smallest bucket of `max_seqlen` in `train.batch`"""
@@ -231,7 +231,7 @@ def _forward_short(
     if bounds is None or first_token == tokens:
         return
     behind = tokens - first_token
-    forward_by_tiles(
+    local_attention_tiles.forward(
         qkv[first_token:],
         bounds[:, first_token:] - first_token,
         out[first_token:],
@@ -257,7 +257,7 @@ def _backward_short(
     # The kernels turn ∂q and ∂k back, which for these rows, as for the others, `rope`'s backward
     # does: tables of one entry, which all positions have, and which turns by nothing.
     cos, sin = (qkv.new_full((1, head_dim // 2), by, dtype=torch.float32) for by in (1, 0))
-    backward_by_tiles(
+    local_attention_tiles.backward(
         grad[first_token:],
         qkv[first_token:],
         cos,

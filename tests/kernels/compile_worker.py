@@ -39,6 +39,7 @@ from kernels import (
     linear_cross_entropy,
     local_attention,
     local_attention_hopper,
+    local_attention_tiles,
     mixed_precision,
     rope,
     stable_adamw,
@@ -160,9 +161,9 @@ def call_walks(tokens: int, heads: int, index: torch.dtype, window: int = 64) ->
     bounds = empty(2, tokens, dtype=torch.int32)
     out = empty(tokens, heads, 64, dtype=torch.bfloat16)
     logsumexp = empty(heads, tokens, dtype=torch.float32)
-    local_attention_hopper.forward(qkv, bounds, out, logsumexp, window, 0.18)
+    local_attention_hopper.forward(qkv, bounds, out, logsumexp, window)
     saved = (qkv, *turn, bounds, out, logsumexp)
-    local_attention_hopper.backward(out, *saved, qkv, window, 0.125, 0.18)
+    local_attention_hopper.backward(out, *saved, qkv, window)
 
 
 def call_documents(tokens: int, count: int, dtype: torch.dtype) -> None:
@@ -300,11 +301,11 @@ def tune() -> Iterator[tuple[str, Any]]:
 
     heads, width, _ = BASE
 
-    def call(tuning: local_attention.Tuning) -> None:
-        local_attention.NARROW = tuning
+    def call(tuning: local_attention_tiles.Tuning) -> None:
+        local_attention_tiles.NARROW = tuning
         call_local_attention(TOKENS, heads, width, torch.bfloat16, torch.int64)
 
-    for tuning in benchmark_attention.candidates(local_attention.NARROW):
+    for tuning in benchmark_attention.candidates(local_attention_tiles.NARROW):
         yield benchmark_attention.name_of(tuning), partial(call, tuning)
 
 

@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 
 from common.commit import project_commit
-from kernels import benchmark, benchmark_attention, benchmark_cases, local_attention
+from kernels import (
+    benchmark,
+    benchmark_attention,
+    benchmark_cases,
+    local_attention,
+    local_attention_tiles,
+)
 from kernels.benchmark_attention import candidates, name_of, seen_pairs
 from kernels.benchmark_cases import _adamw, _both_passes, base_parameters
 from kernels.benchmark_layouts import Case, bucketed, layouts, token_ids
-from kernels.local_attention import NARROW
+from kernels.local_attention_tiles import NARROW
 from kernels.stable_adamw import apply_update_reference, update_moments_reference
 from model import attention
 
@@ -262,8 +268,8 @@ def test_tuning_varies_the_same_in_every_layout(
     without_inputs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the layout before was measured with last."""
-    usual = local_attention.NARROW
-    monkeypatch.setattr(local_attention, "NARROW", usual)
+    usual = local_attention_tiles.NARROW
+    monkeypatch.setattr(local_attention_tiles, "NARROW", usual)
     monkeypatch.setattr(benchmark_attention, "_local", lambda *_: ())
     monkeypatch.setattr(local_attention, "WALKS", True)
     found = []

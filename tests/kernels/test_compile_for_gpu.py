@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
 SHARED, REGISTERS = 227 * 1024, 65_536
 # Bytes of registers spilled that are let pass: the backward is held to a number of registers.
 SPILLED = {
-    "local_attention._local_attention_queries_kernel": 64,
-    "local_attention._local_attention_keys_kernel": 64,
+    "local_attention_tiles._local_attention_queries_kernel": 64,
+    "local_attention_tiles._local_attention_keys_kernel": 64,
     # 56 with triton 3.6, which runs it, and 88 with 3.9.
     "local_attention_hopper._local_attention_walk_backward_kernel": 96,
     # None with 3.6, and 16 with 3.9.

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 
 from kernels import local_attention as module
+from kernels import local_attention_tiles
 from kernels.documents import document_bounds, document_bounds_reference, positions_from
 from kernels.local_attention import (
-    Tiles,
     _local_attention,
     _local_attention_backward,
-    backward_by_tiles,
-    forward_by_tiles,
     local_attention,
     local_attention_reference,
     pipelined,
 )
+from kernels.local_attention_tiles import Tiles, Tuning
 from kernels.rope import rope, rope_reference, rope_tables
 
 # Lengths of documents, and tokens behind them.
@@ -219,7 +218,7 @@ def test_how_it_is_cut_up_changes_little(
 ) -> None:
     case = make_case(([60, 9], 0), 1, 8, torch.float16, device)
     tiles = Tiles(16, 32, 4, 2), Tiles(32, 64, 4, 1), Tiles(64, 16, 4, 1)
-    monkeypatch.setattr(module, "NARROW", module.Tuning(*tiles))
+    monkeypatch.setattr(local_attention_tiles, "NARROW", Tuning(*tiles))
     compare("other tiles", case, 20, assert_close)
 
 
@@ -290,7 +289,7 @@ def test_what_is_not_finite_stays_near(
 ) -> None:
     """It may get into other documents, for 0 · ∞ is no number, but no farther than is said."""
     tiles = Tiles(32, 32, 4, 1)
-    monkeypatch.setattr(module, "NARROW", module.Tuning(tiles, tiles, tiles))
+    monkeypatch.setattr(local_attention_tiles, "NARROW", Tuning(tiles, tiles, tiles))
     window, tokens = 9, 304
     place, reach = tokens // 2, tiles.block + tiles.step + window
     qkv, turn, cu_seqlens, grad = make_case(([8] * 38, 0), 1, 16, torch.float16, device)
@@ -416,9 +415,9 @@ def test_of_the_last_rows_alone_it_is_the_same_and_others_are_not_written(
     out, grad_turned = torch.full_like(whole, 7.0), torch.full_like(turned, 7.0)
     logsumexp = torch.empty(2, len(qkv) - first, device=device)
     rows, ends = turned.detach()[first:], bounds[:, first:] - first
-    forward_by_tiles(rows, ends, out[first:], logsumexp, 12)
+    local_attention_tiles.forward(rows, ends, out[first:], logsumexp, 12)
     others = (*still[:2], still[2][first:], ends, out[first:], logsumexp, grad_turned[first:])
-    backward_by_tiles(grad[first:], rows, *others, 12)
+    local_attention_tiles.backward(grad[first:], rows, *others, 12)
     for ours, theirs in ((out, whole.detach()), (grad_turned, by_turned)):
         assert bool((ours[:first] == 7.0).all())
         torch.testing.assert_close(ours[first:], theirs[first:], rtol=1e-5, atol=1e-6)

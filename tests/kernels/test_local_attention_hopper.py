@@ -29,7 +29,6 @@ from gluon_emulator import Hazard
 
 FILE = Path(local_attention.__file__).with_name("local_attention_hopper.py")
 SOURCE = FILE.read_text()
-LOG2_E = local_attention._LOG2_E
 
 
 @cache
@@ -60,9 +59,9 @@ def run(
     logsumexp = torch.full((heads, tokens), float("nan"))
     walks.multiprocessors = lambda device: 132
     walks.stretch = lambda tokens, heads, programs: span
-    walks.forward(turned, bounds, out, logsumexp, window, LOG2_E / 8)
+    walks.forward(turned, bounds, out, logsumexp, window)
     saved = (turned, *turn, bounds, out, logsumexp)
-    walks.backward(grad, *saved, grad_qkv, window, 1 / 8, LOG2_E / 8)
+    walks.backward(grad, *saved, grad_qkv, window)
     return out, logsumexp, grad_qkv
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import local_attention_tiles
 from kernels.documents import positions_from
-from model import attention, attention_backends
+from model import attention
 from model.attention import (
     BACKENDS,
     SHORT_DOCUMENTS,
@@ -280,8 +281,8 @@ def test_one_kernel_serves_all_short_documents(monkeypatch: pytest.MonkeyPatch) 
     def seen(*values: Any) -> None:
         windows.append(values[-1])
 
-    monkeypatch.setattr(attention_backends, "forward_by_tiles", seen)
-    monkeypatch.setattr(attention_backends, "backward_by_tiles", seen)
+    monkeypatch.setattr(local_attention_tiles, "forward", seen)
+    monkeypatch.setattr(local_attention_tiles, "backward", seen)
     for bound in (0, 9, 77, SHORT_DOCUMENTS):
         run_attend([5, 0], 0, bound, None, IN_KERNEL)
     run_attend([200, 0, 9], 0, 512, None, IN_KERNEL, long=1)
@@ -428,12 +429,18 @@ def test_gpu_filler_alone(name: str, cuda: str) -> None:
 
 
 def spoil_memory() -> None:
-    """Leave NaN in the memory that comes next, in large pieces and small ones."""
-    sizes = [2**26] * 4 + [2**18] * 200
+    """Leave NaN in the memory that comes next, in pieces of all sizes."""
+    torch.cuda.empty_cache()
+    sizes = [2**24] * 8 + [2**19] * 300 + [2**17] * 100 + [2**10] * 2000
     pieces = [torch.full((size,), float("nan"), device="cuda") for size in sizes]
     del pieces
-    for size in (2**10, 2**22):
-        assert torch.empty(size, device="cuda").isnan().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2**10, 2**20])
+def test_gpu_memory_is_spoilt(size: int, cuda: str) -> None:
+    spoil_memory()
+    assert torch.empty(size, device=cuda).isnan().any()
 
 
 def check_gpu(choice: Choice, lengths: list[int], queries: Queries | None, cuda: str) -> None:
