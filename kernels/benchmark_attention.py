@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
@@ -36,11 +37,13 @@ from kernels.benchmark_layouts import (
 )
 from kernels.determinism import use_deterministic_algorithms
 from kernels.documents import document_bounds, positions_from
-from kernels.local_attention import local_attention
+from kernels.local_attention import local_attention, local_attention_reference
 from kernels.local_attention_tiles import Tiles, Tuning
 from kernels.rope import rope, rope_tables
 
 WINDOW = 64
+# A matrix of all scores, as references make several, is 1.5 GiB in bf16 at so many tokens.
+_MOST_FOR_ALL_PAIRS = 8192
 # As `model.attention` has it: up to so many tokens a document is a window.
 SHORT = 128
 _TUNED_LAYOUTS = ("full1024", "abstracts", "skewed")
@@ -80,6 +83,8 @@ def make_local(tokens: int, tune: bool = False) -> Iterator[Case]:
             who["ours"] = partial(_local_by, True)
             if walks_here():
                 who["ours, by tiles"] = partial(_local_by, False)
+            if tokens <= _MOST_FOR_ALL_PAIRS:
+                who["reference"] = partial(_local_reference, ends)
             others = _others(ends, max(lengths), WINDOW)
             others["torch.compile, FlexAttention"] = flex(ends, tokens, WINDOW)
             for name, attend in others.items():
@@ -130,6 +135,8 @@ def make_global(tokens: int) -> Iterator[Case]:
     for layout, (lengths, longest) in cases.items():
         ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
         who: dict[str, Callable[..., Outputs]] = dict(_others(ends, longest, None))
+        if tokens <= _MOST_FOR_ALL_PAIRS:
+            who["reference"] = _masked(ends, tokens)
         long = sum(length > SHORT for length in lengths)
         if long < len(lengths) and all(length <= SHORT for length in lengths[long:]):
             if long == 0:
@@ -158,6 +165,12 @@ def _local(
     qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, bounds: Tensor, *, window: int = WINDOW
 ) -> Outputs:
     return local_attention(qkv, cos, sin, places, bounds, window)
+
+
+def _local_reference(
+    ends: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, bounds: Tensor
+) -> Outputs:
+    return local_attention_reference(qkv, cos, sin, places, ends, WINDOW)
 
 
 def walks_here() -> bool:
@@ -221,11 +234,29 @@ def _others(ends: Tensor, longest: int, window: int | None) -> dict[str, Attend]
     return who
 
 
-def flex(ends: Tensor, tokens: int, window: int) -> Attend:
-    """What torch.compile makes of the mask; a matrix of all scores, as the reference has it, is
-    out of reach at these sizes. The blocks that are not empty are found once, by the first call."""
+def _masked(ends: Tensor, tokens: int) -> Attend:
+    """PyTorch's attention over all pairs, with a mask, which is made once."""
+    document = _documents(ends, tokens)
+    seen = document[:, None] == document
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = (value.transpose(0, 1)[None] for value in qkv.unbind(1))
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return out[0].transpose(0, 1)
+
+    return attend
+
+
+def _documents(ends: Tensor, tokens: int) -> Tensor:
+    """The number of each token's document."""
     places = torch.arange(tokens, device=ends.device)
-    document = torch.bucketize(places, ends[1:].long(), right=True)
+    return torch.bucketize(places, ends[1:].long(), right=True)
+
+
+def flex(ends: Tensor, tokens: int, window: int) -> Attend:
+    """What torch.compile makes of the mask. The blocks that are not empty are found once, by the
+    first call."""
+    document = _documents(ends, tokens)
 
     def is_seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (document[query] == document[key]) & ((query - key).abs() <= window)

@@ -148,32 +148,33 @@ def _unpad(tokens: int) -> Iterator[Case]:
         each = HIDDEN * BF16 + 8
         sets = sets_of(rows * columns * each)
         ids = torch.randint(0, VOCABULARY, mask.shape, device="cuda")
-        padded = [[mask, ids, random_tensor(rows, columns, HIDDEN, grad=False)] for _ in sets]
+        padded = [[mask, ids, random_tensor(rows, columns, HIDDEN)] for _ in sets]
         packing, _ = unpad(mask, [], real)
         back: dict[str, Callable[..., Outputs]] = {
             "ours": partial(_pad_all, pad, packing),
             "reference": partial(_pad_all, pad_reference, packing),
+            "torch.compile": _compiled(partial(_pad_all, pad_reference, packing)),
         }
-        packed = [[ids.new_zeros(real), random_tensor(real, HIDDEN, grad=False)] for _ in sets]
+        packed = [[ids.new_zeros(real), random_tensor(real, HIDDEN)] for _ in sets]
+        places, row = mask.numel(), HIDDEN * BF16
         # Of the maps the mask is read once, though it takes two passes; one number is written a
-        # place of the batch, one a token.
-        maps = mask.numel() * (8 + 4) + real * 4
-        layout = f"{rows}x{columns} {real / mask.numel():.0%}"
+        # place of the batch, one a token. Each backward reads one of them.
+        moved = {"forward": 2 * real * each + places * (8 + 4) + real * 4}
+        moved["backward"] = (real + places) * row + places * 4
+        moved_back = {"forward": (real + places) * each + places * 4}
+        moved_back["backward"] = 2 * real * row + real * 4
+        for least in (moved, moved_back):
+            least["both"] = least["forward"] + least["backward"]
+        layout = f"{rows}x{columns} {real / places:.0%}"
         yield Case(
             "unpad",
             layout,
             padded,
             _unpad_contestants(real),
-            {"forward": 2 * real * each + maps},
-            waits=frozenset({"reference", "flash-attn"}),
+            moved,
+            waits=frozenset({"flash-attn"}),
         )
-        yield Case(
-            "pad",
-            layout,
-            packed,
-            back,
-            {"forward": (real + mask.numel()) * each + mask.numel() * 4},
-        )
+        yield Case("pad", layout, packed, back, moved_back)
 
 
 def _pad_all(function: Callable[..., Outputs], packing: Packing, *values: Tensor) -> Outputs:
@@ -187,6 +188,7 @@ def _unpad_contestants(capacity: int) -> dict[str, Callable[..., Outputs]]:
     who: dict[str, Callable[..., Outputs]] = {
         "ours": partial(with_maps, unpad),
         "reference": partial(with_maps, unpad_reference),
+        "torch.compile": _compiled(partial(with_maps, unpad_reference)),
     }
     if version_of("flash-attn"):
         from flash_attn.bert_padding import unpad_input

@@ -108,11 +108,12 @@ def unpad_reference(
     steps = torch.arange(1, fillers + 1, dtype=torch.int32, device=ends.device)
     filler_ends = (ends[-1] + steps * mask_BS.shape[1]).clamp(max=capacity)
     cu_seqlens = torch.cat([ends, filler_ends])
-    found = real_BS.flatten().nonzero().flatten().int()
-    index_T = torch.full((capacity,), -1, dtype=torch.int32, device=mask_BS.device)
-    index_T[: found.numel()] = found
     place_BS = real_BS.flatten().cumsum(0).view_as(real_BS) - 1
     slot_BS = torch.where(real_BS, place_BS, -1).int()
+    # Where nothing is real goes behind the end, which is cut off.
+    to = torch.where(real_BS, place_BS, capacity).clamp(max=capacity).flatten()
+    source = torch.arange(to.numel(), dtype=torch.int32, device=to.device)
+    index_T = source.new_full((capacity + 1,), -1).scatter(0, to, source)[:capacity]
     packing = Packing(index_T, slot_BS, cu_seqlens, max_seqlen)
     return packing, [_gather_reference(t.flatten(0, 1), index_T, 0.0) for t in tensors]
 

@@ -143,14 +143,17 @@ def test_of_unpad_the_least_is_every_number_once(on_a_cpu: None) -> None:
     real = int(mask.sum())
     assert mask.shape == ids.shape == hidden.shape[:2] == (4, 1024)
     packed = real * (ids.itemsize + hidden[0, 0].nbytes)
-    assert first.bytes == {"forward": mask.nbytes + 2 * packed + 4 * real + 4 * mask.numel()}
+    forward = mask.nbytes + 2 * packed + 4 * real + 4 * mask.numel()
+    backward = (real + mask.numel()) * hidden[0, 0].nbytes + 4 * mask.numel()
+    least = {"forward": forward, "backward": backward, "both": forward + backward}
+    assert first.bytes == least
     for who, function in first.who.items():
         assert sum(out.nbytes for out in function(*first.inputs[0])) == packed, who
 
 
 def test_fills_of_unpad_are_as_documented(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_cases, "unpad", lambda *_: (None, []))
-    monkeypatch.setattr(benchmark_cases, "random_tensor", lambda *sizes, grad: torch.zeros(()))
+    monkeypatch.setattr(benchmark_cases, "random_tensor", lambda *sizes: torch.zeros(()))
     fills = [case.layout for case in benchmark_cases.make("unpad", 65_536)]
     assert fills == 2 * ["64x1024 51%"] + 2 * ["32x8192 25%"]
 
@@ -239,6 +242,23 @@ def test_short_documents_are_measured_as_the_model_takes_them(
     assert benchmark_attention.SHORT == attention.SHORT_DOCUMENTS
 
 
+def test_a_reference_is_measured_where_all_pairs_fit(
+    without_inputs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_attention, "pipelined", lambda *_: False)
+    for tokens, there in ((8192, True), (16_384, False)):
+        for make in (benchmark_attention.make_local, benchmark_attention.make_global):
+            for case in make(tokens):
+                assert ("reference" in case.who) == there
+
+
+def test_the_reference_with_a_mask_sees_what_others_see() -> None:
+    ends = torch.tensor([0, 20, 25, 25, 40], dtype=torch.int32)
+    qkv = torch.randn(40, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    expected = attention.reference_attention(qkv, None, ends, ends, 20, None)
+    torch.testing.assert_close(benchmark_attention._masked(ends, 40)(qkv), expected)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
 @pytest.mark.parametrize("long", [0, 1])
 def test_windows_see_what_others_see(long: int) -> None:
@@ -278,10 +298,10 @@ def test_tuning_varies_the_same_in_every_layout(
         for measure in case.who.values():
             measure()
             assert not vars(local_attention)["WALKS"]
-        assert vars(local_attention)["NARROW"] != usual
+        assert vars(local_attention_tiles)["NARROW"] != usual
     assert len(found) == 3
     assert found == [[name_of(tuning) for tuning in candidates(usual)]] * 3
-    assert vars(local_attention)["NARROW"] == usual
+    assert vars(local_attention_tiles)["NARROW"] == usual
     assert vars(local_attention)["WALKS"]
 
 
