@@ -264,6 +264,15 @@ def test_leading_dimensions_and_non_contiguous_input(device: torch.device) -> No
     folded = add_layer_norm(x.view(2, 3, 20), residual.view(2, 3, 20), weight, EPS)
     assert folded[0].shape == folded[1].shape == (2, 3, 20)
     assert torch.equal(folded[0].flatten(0, 1), expected[0])
+    leaves = [value.clone().requires_grad_() for value in (x, residual, weight)]
+    grads = [torch.randn_like(value) for value in expected]
+    apart = [grad.repeat_interleave(2, dim=0)[::2] for grad in grads]
+    assert not any(grad.is_contiguous() for grad in apart)
+    results = [
+        torch.autograd.grad(add_layer_norm(*leaves, EPS), leaves, given) for given in (grads, apart)
+    ]
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_twice_the_same_bits(device: torch.device) -> None:

@@ -325,6 +325,9 @@ def test_non_contiguous_input_and_other_positions(device: torch.device) -> None:
     assert torch.equal(out, expected[0])
     moved = local_attention(qkv, cos, sin, positions + 50, bounds, 4)
     assert torch.allclose(moved, expected[0], atol=1e-5)
+    apart = grad.repeat_interleave(2, dim=0)[::2]
+    assert not apart.is_contiguous()
+    assert torch.equal(run(qkv, [cos, sin, positions], cu_seqlens, apart, 4)[1], expected[1])
 
 
 def test_wrong_input_is_refused(device: torch.device) -> None:

@@ -115,6 +115,14 @@ def test_non_contiguous_input_and_int32_positions(device: torch.device) -> None:
     assert not twice.is_contiguous()
     expected = rope(qkv, cos, sin, position_ids)
     assert torch.equal(rope(twice, cos, sin, position_ids.int()), expected)
+    grad = torch.randn_like(expected)
+    leaf, apart = qkv.clone().requires_grad_(), grad.repeat_interleave(2, dim=0)[::2]
+    assert not apart.is_contiguous()
+    one, two = (
+        torch.autograd.grad(rope(leaf, cos, sin, position_ids), leaf, given)[0]
+        for given in (grad, apart)
+    )
+    assert torch.equal(one, two)
     with pytest.raises(ValueError, match="needs a contiguous qkv"):
         rope_in_place(twice, cos, sin, position_ids)
 

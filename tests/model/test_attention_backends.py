@@ -143,6 +143,19 @@ def check_some(attend: Callable[..., Tensor]) -> None:
     assert not bool(gradient[end:].any())
 
 
+def test_what_does_not_lie_in_one_piece() -> None:
+    qkv, cu_seqlens, grad = make_row(LENGTHS, BEHIND)
+    results = []
+    apart = [value.detach().repeat_interleave(2, 0)[::2] for value in (qkv, grad)]
+    assert not any(value.is_contiguous() for value in apart)
+    for values, given in ((qkv.detach(), grad), apart):
+        leaf = values.requires_grad_()
+        out = stand_in(leaf, None, cu_seqlens, cu_seqlens, 20, None)
+        results.append((out, torch.autograd.grad(out, leaf, given)[0]))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_filler_alone() -> None:
     """As of a batch of validation in which nothing is masked."""
     qkv, cu_seqlens, _ = make_row(LENGTHS, BEHIND)
