@@ -280,15 +280,16 @@ def merge(
 
 
 def plot(folder: Path, rows: list[dict[str, str]], headers: dict[str, str]) -> None:
-    """One picture an operation: share of the roofline of each direction and layout, by who."""
+    """One picture of what was measured whole, an operation at a number of tokens: share of the
+    roofline of each direction and layout, by who."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    for op in dict.fromkeys(row["op"] for row in rows):
-        mine = [row for row in rows if row["op"] == op]
+    for op in dict.fromkeys(_measured(row) for row in rows):
+        mine = [row for row in rows if _measured(row) == op]
         groups = list(dict.fromkeys((row["layout"], row["direction"]) for row in mine))
         people = list(dict.fromkeys(row["who"] for row in mine))
         figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.22 * len(mine)))
@@ -378,7 +379,7 @@ def measure(
                     if count != _TOKENS:
                         case.layout = f"{case.layout}, {count} tokens"
                     run_case(case, table)
-            except Exception as error:  # inputs that do not fit, a peer that cannot be imported
+            except (torch.OutOfMemoryError, ImportError) as error:  # of inputs, and of a peer
                 print(f"{name}, {count} tokens: not measured: {type(error).__name__}: {error}")
                 del table.rows[before:]  # a part would take the place of an earlier whole
             yield table.rows, header

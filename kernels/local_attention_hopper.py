@@ -64,7 +64,7 @@ if hasattr(async_copy, "async_load"):
 else:
     _copy, _barrier = async_copy.async_copy_global_to_shared, gl.thread_barrier
 
-# As in `kernels.local_attention`: the bits of 1.5 · 2¹²³, and less than any score.
+# As in `kernels.local_attention_tiles`: the bits of 1.5 · 2¹²³, and less than any score.
 _ORIGIN = gl.constexpr(0x7D400000)
 _LOWEST = gl.constexpr(-(2.0**80))
 _ALL = gl.constexpr(PropagateNan.ALL)
@@ -94,7 +94,7 @@ def stretch(tokens: int, heads: int, programs: int) -> int:
 
     65,536 tokens of 12 heads on 132 multiprocessors: 47 backward, 32 forward, and so as many
     programs as fit, or 97 % of them. Of few tokens each has one block. On an H200 half as long
-    stretches took the backward 3 % longer, those of 8 blocks 11 % (docs/kernels.md).
+    stretches took the backward 3 % longer, those of 8 blocks 11 % (docs/decisions.md).
     """
     return triton.cdiv(triton.cdiv(tokens, BLOCK), max(1, programs // heads))
 

@@ -5,7 +5,7 @@
     scale_narrow:  out = round(scale · values)      6 bytes
 
 PyTorch's own kernels for two dtypes load element by element, which on an H200 took 1.7 times as
-long (docs/kernels.md); its copy to fp32 is one of these, its copy from fp32 is not. A step of
+long (docs/decisions.md); its copy to fp32 is one of these, its copy from fp32 is not. A step of
 several micro-batches has all three: the gradient of every parameter is the first of its fp32 sum or
 is added to it, and the loss's fp32 gradients are scaled and rounded.
 """

@@ -111,7 +111,7 @@ def unpad_reference(
     place_BS = real_BS.flatten().cumsum(0).view_as(real_BS) - 1
     slot_BS = torch.where(real_BS, place_BS, -1).int()
     # Where nothing is real goes behind the end, which is cut off.
-    to = torch.where(real_BS, place_BS, capacity).clamp(max=capacity).flatten()
+    to = torch.where(real_BS, place_BS, capacity).flatten()
     source = torch.arange(to.numel(), dtype=torch.int32, device=to.device)
     index_T = source.new_full((capacity + 1,), -1).scatter(0, to, source)[:capacity]
     packing = Packing(index_T, slot_BS, cu_seqlens, max_seqlen)

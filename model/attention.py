@@ -5,9 +5,8 @@ token, or each of some `Queries`, has seen of its document, the whole of it or a
 computed is a `Choice`, made once at start (`model.attention_choice`): one backend for all layers
 and, where this project's kernels run, `kernels.local_attention` for those with a window, which
 turns queries and keys by itself. In layers without one, documents no longer than SHORT_DOCUMENTS
-are windows too, if there are enough of them: a window as wide as that is the whole of each, and a
-grid over tokens does not pay for the number of documents, as a backend's grid does. Which
-documents these are, `LongDocuments` says.
+can be windows too (`model.short_documents`): a grid over tokens does not pay for the number of
+documents, as a backend's grid does. Which documents stay a backend's, `LongDocuments` says.
 
 A backend is a function `(qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window,
 short) -> out_MHD`:
@@ -22,7 +21,7 @@ short) -> out_MHD`:
 - max_seqlen: no document is longer (a bound, need not be reached), nor has more queries;
 - window: tokens a query sees to either side, both ends included, within its document; None is the
   whole document. With a window all tokens are queries;
-- short: None, or the `ShortDocuments` that `kernels.local_attention` computes in its place.
+- short: None, or the `ShortDocuments` that are computed in its place; then there is no window.
 
 out = softmax(q kᵀ / sqrt(D)) v, softmax in fp32. No token of one document reaches another, as long
 as all numbers are finite. Those that are not never do in the reference; kernels compute whole tiles
@@ -43,8 +42,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels.documents import document_bounds
 from kernels.local_attention import local_attention
 from model.attention_backends import (
-    SHORT_DOCUMENTS,
-    ShortDocuments,
     fa2_attention,
     fa4_attention,
     put_rows,
@@ -52,6 +49,7 @@ from model.attention_backends import (
     varlen_attention,
 )
 from model.rotary import RotaryTables
+from model.short_documents import SHORT_DOCUMENTS, ShortDocuments
 
 # Queries that the reference treats together in a long document's window.
 _TILE = 64
@@ -62,8 +60,9 @@ Attention = Callable[
 
 
 class Choice(NamedTuple):
-    """What computes attention: a name of BACKENDS and, for layers with a window and for rows of
-    short documents, "kernel" for `kernels.local_attention` or "backend" for the same as elsewhere.
+    """What computes attention: a name of BACKENDS and, for layers with a window and for short
+    documents in the others, "kernel" for `kernels.local_attention` and its tiles or "backend" for
+    the same as elsewhere.
     """
 
     backend: str
@@ -72,13 +71,14 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         if self.local == "backend":
             return f"{self.backend}, in layers with a window {self.backend}"
-        short = f"for documents up to {SHORT_DOCUMENTS} tokens"
+        short = f"for many documents up to {SHORT_DOCUMENTS} tokens"
         return f"{self.backend}, in layers with a window and {short} kernels.local_attention"
 
 
 class LongDocuments(NamedTuple):
-    """The documents, from the first on, that are a backend's where `kernels.local_attention` runs:
-    their number, and that of their tokens. None of the others is longer than SHORT_DOCUMENTS."""
+    """The documents, from the first on, that stay a backend's where it has no window: their number,
+    and that of their tokens. None of the others is longer than SHORT_DOCUMENTS; some of these need
+    not be either."""
 
     number: int
     tokens: int
@@ -87,14 +87,14 @@ class LongDocuments(NamedTuple):
 class Documents(NamedTuple):
     """Where the documents of a packed row lie.
 
-    numbers: (max_seqlen + 2, LongDocuments.number + 2, LongDocuments.tokens + 2, 0), nothing but
+    sizes: (max_seqlen + 2, LongDocuments.number + 2, LongDocuments.tokens + 2, 0), nothing but
     numbers of the host, which a compiled layer takes as they come: for each new int it would be
-    compiled anew, and for lengths of 0 and 1. bounds_2T only for `kernels.local_attention`.
+    compiled anew, and for lengths of 0 and 1. bounds_2T: where this project's kernels run.
     """
 
     position_ids_T: Tensor
     cu_seqlens: Tensor
-    numbers: Tensor
+    sizes: Tensor
     bounds_2T: Tensor | None
 
 
@@ -156,10 +156,10 @@ def describe_documents(
         # one graph.
         all_short = statically_known_true(max_seqlen <= SHORT_DOCUMENTS)
         long = LongDocuments(0, 0) if all_short else LongDocuments(cu_seqlens.shape[0] - 1, tokens)
-    numbers = cu_seqlens.new_empty(*(number + 2 for number in (max_seqlen, *long)), 0)
+    sizes = cu_seqlens.new_empty(*(size + 2 for size in (max_seqlen, *long)), 0)
     if not torch.compiler.is_compiling():
-        torch._dynamo.maybe_mark_dynamic(numbers, [0, 1, 2])
-    return Documents(position_ids_T, cu_seqlens, numbers, bounds_2T)
+        torch._dynamo.maybe_mark_dynamic(sizes, [0, 1, 2])
+    return Documents(position_ids_T, cu_seqlens, sizes, bounds_2T)
 
 
 def attend(
@@ -172,20 +172,19 @@ def attend(
 ) -> Tensor:
     """Rotary positions and attention: (T, 3, H, D) to (T, H, D), differentiable in qkv.
 
-    queries: of these tokens alone, (M, H, D). Attention over whole documents then computes no other
-    rows of long ones, if their order allows; with a window there is little to save, and all are
-    computed.
+    queries: of these tokens alone, (M, H, D). Of a backend's documents no other rows are computed
+    then, if their order allows; of windows all are, as there is little to save.
     """
     if queries is not None and (queries.cu_seqlens is None or window is not None):
         every_THD = attend(qkv_T3HD, tables, documents, window, choice)
         return queries.take(every_THD)
-    position_ids_T, cu_seqlens, numbers, bounds_2T = documents
+    position_ids_T, cu_seqlens, sizes, bounds_2T = documents
     if choice.local == "kernel" and window is not None:
         assert bounds_2T is not None
         return local_attention(
             qkv_T3HD, tables.cos_PR, tables.sin_PR, position_ids_T, bounds_2T, window
         )
-    max_seqlen, first_document, first_token = (length - 2 for length in numbers.shape[:3])
+    max_seqlen, first_document, first_token = (length - 2 for length in sizes.shape[:3])
     short = None
     if choice.local == "kernel":
         short = ShortDocuments(bounds_2T, first_document, first_token)

@@ -21,31 +21,12 @@ Where `torch.use_deterministic_algorithms` is set, their backward sums in a fixe
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels import local_attention_tiles
 from kernels.documents import clear_behind_documents
-
-SHORT_DOCUMENTS = 128
-"""tokens; the smallest bucket of `max_seqlen` in `train.batch`"""
-
-
-class ShortDocuments(NamedTuple):
-    """Documents that are windows: those from number `first_document` on, whose tokens begin at
-    place `first_token`, none of them longer than SHORT_DOCUMENTS. bounds_2T: `document_bounds` of
-    all documents; None only where there are no short ones, and first_token is T."""
-
-    bounds_2T: Tensor | None
-    first_document: int
-    first_token: int
-
-
-# One window for all short documents, because a kernel is compiled for it. Wider than a document it
-# costs nothing: a token's walk over keys ends where its document does.
-_WINDOW = SHORT_DOCUMENTS - 1
+from model.short_documents import ShortDocuments, backward_short, forward_short, room_for_sums
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 Backward = Callable[..., None]
@@ -70,13 +51,7 @@ def _shapes(
     rows = (qkv if places is None else places).shape[0]
     out = qkv.new_empty((rows, *qkv.shape[2:]))
     logsumexp = qkv.new_empty((qkv.shape[2], rows), dtype=torch.float32)
-    return out, logsumexp, _room_for_short(qkv, bounds)
-
-
-def _room_for_short(qkv: Tensor, bounds: Tensor | None) -> Tensor:
-    """For what `_forward_short` keeps, were all documents short."""
-    size = 0 if bounds is None else qkv.shape[2] * qkv.shape[0]
-    return qkv.new_empty(size, dtype=torch.float32)
+    return out, logsumexp, room_for_sums(qkv, bounds)
 
 
 def _shapes_backward(
@@ -85,7 +60,7 @@ def _shapes_backward(
     places: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
-    of_short: Tensor,
+    short_sums: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     bounds: Tensor | None,
@@ -102,8 +77,8 @@ def register(
 ) -> Callable[..., Tensor]:
     """`(qkv, places, cu_seqlens_q, cu_seqlens_k, max_seqlen, window, short) -> out` of two.
 
-    forward (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) returns out and the (H, M)
-    fp32 log-sum-exp. backward (grad, q, k, v, out, logsumexp, dq, dk, dv, cu_seqlens_q,
+    forward (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, window) returns out, contiguous, and
+    the (H, M) fp32 log-sum-exp. backward (grad, q, k, v, out, logsumexp, dq, dk, dv, cu_seqlens_q,
     cu_seqlens_k, max_seqlen, window) writes the gradients into dq, dk and dv. Of q, k, v, dq, dk
     and dv the rows, (H, D), are contiguous, but may lie apart. Neither is called without queries,
     nor where all documents are empty or short. They run with the tensors' GPU as the current one.
@@ -127,21 +102,23 @@ def register(
         ends = (cu_seqlens_q[: first_document + 1], cu_seqlens_k[: first_document + 1])
         with torch.cuda.device_of(q):
             if 0 in (q.shape[0], max_seqlen, first_document):
-                out = q.new_zeros(q.shape)
+                # Where no document is long, every row is written below.
+                all_short = first_token == 0 and bounds is not None and places is None
+                out = q.new_empty(q.shape) if all_short else q.new_zeros(q.shape)
                 logsumexp = q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
             else:
                 out, logsumexp = forward(q, k, v, *ends, max_seqlen, window)
                 if leaves_rows_unwritten:
                     clear_behind_documents(out, cu_seqlens_q)
-            of_short = _room_for_short(qkv, bounds)
+            short_sums = room_for_sums(qkv, bounds)
             if places is None:
-                _forward_short(qkv, bounds, first_token, out, of_short)
+                forward_short(qkv, bounds, first_token, out, short_sums)
             elif first_token < qkv.shape[0]:
                 every = qkv.new_empty((qkv.shape[0], *qkv.shape[2:]))
-                _forward_short(qkv, bounds, first_token, every, of_short)
+                forward_short(qkv, bounds, first_token, every, short_sums)
                 is_short_M = _is_real(places, cu_seqlens_q) & (places >= first_token)
                 out = torch.where(is_short_M[:, None, None], every.index_select(0, places), out)
-        return out, logsumexp, of_short
+        return out, logsumexp, short_sums
 
     @torch.library.custom_op(f"clinical_modernbert::{name}_backward", mutates_args=())
     def attend_backward(
@@ -150,7 +127,7 @@ def register(
         places: Tensor | None,
         out: Tensor,
         logsumexp: Tensor,
-        of_short: Tensor,
+        short_sums: Tensor,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         bounds: Tensor | None,
@@ -163,7 +140,8 @@ def register(
         ends = (cu_seqlens_q[: first_document + 1], cu_seqlens_k[: first_document + 1])
         with torch.cuda.device_of(q):
             if 0 in (q.shape[0], max_seqlen, first_document):
-                grad_qkv = torch.zeros_like(qkv)
+                all_short = first_token == 0 and bounds is not None
+                grad_qkv = torch.empty_like(qkv) if all_short else torch.zeros_like(qkv)
             else:
                 grad_qkv = torch.empty_like(qkv)
                 dq = grad_qkv[:, 0] if places is None else torch.empty_like(q)
@@ -176,20 +154,20 @@ def register(
                     put_rows(grad_qkv[:, 0], dq, places, ends[0])
             if places is not None and first_token < qkv.shape[0]:
                 grad, out = (_at_places(x, places, cu_seqlens_q, qkv) for x in (grad, out))
-            _backward_short(grad, qkv, bounds, first_token, out, of_short, grad_qkv)
+            backward_short(grad, qkv, bounds, first_token, out, short_sums, grad_qkv)
         return grad_qkv
 
     attend.register_fake(_shapes)
     attend_backward.register_fake(_shapes_backward)
 
     def save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        qkv, places, cu_seqlens_q, cu_seqlens_k, bounds, *ctx.numbers = inputs
+        qkv, places, cu_seqlens_q, cu_seqlens_k, bounds, *ctx.sizes = inputs
         ctx.save_for_backward(qkv, places, *output, cu_seqlens_q, cu_seqlens_k, bounds)
         ctx.mark_non_differentiable(*output[1:])
 
     def run_backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        grad_qkv = attend_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.numbers)
-        return grad_qkv, *[None] * (4 + len(ctx.numbers))
+        grad_qkv = attend_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+        return grad_qkv, *[None] * (4 + len(ctx.sizes))
 
     attend.register_autograd(run_backward, setup_context=save_for_backward)
 
@@ -220,55 +198,6 @@ def register(
 
     call.__doc__ = f"`model.attention`'s interface to {name}."
     return call
-
-
-def _forward_short(
-    qkv: Tensor, bounds: Tensor | None, first_token: int, out: Tensor, of_short: Tensor
-) -> None:
-    """Write into (T, H, D) `out` what the tokens from first_token on see, if any document, and
-    into `of_short` what the backward needs of it: log2 of the sums of so many tokens."""
-    tokens, _, heads, _ = qkv.shape
-    if bounds is None or first_token == tokens:
-        return
-    behind = tokens - first_token
-    local_attention_tiles.forward(
-        qkv[first_token:],
-        bounds[:, first_token:] - first_token,
-        out[first_token:],
-        of_short[: heads * behind].view(heads, behind),
-        _WINDOW,
-    )
-
-
-def _backward_short(
-    grad: Tensor,
-    qkv: Tensor,
-    bounds: Tensor | None,
-    first_token: int,
-    out: Tensor,
-    of_short: Tensor,
-    grad_qkv: Tensor,
-) -> None:
-    """Write into (T, 3, H, D) `grad_qkv` the gradients of the tokens from first_token on."""
-    tokens, _, heads, head_dim = qkv.shape
-    if bounds is None or first_token == tokens:
-        return
-    behind = tokens - first_token
-    # The kernels turn ∂q and ∂k back, which for these rows, as for the others, `rope`'s backward
-    # does: tables of one entry, which all positions have, and which turns by nothing.
-    cos, sin = (qkv.new_full((1, head_dim // 2), by, dtype=torch.float32) for by in (1, 0))
-    local_attention_tiles.backward(
-        grad[first_token:],
-        qkv[first_token:],
-        cos,
-        sin,
-        bounds.new_zeros(behind),
-        bounds[:, first_token:] - first_token,
-        out[first_token:],
-        of_short[: heads * behind].view(heads, behind),
-        grad_qkv[first_token:],
-        _WINDOW,
-    )
 
 
 def _at_places(values: Tensor, places_M: Tensor, cu_seqlens_q: Tensor, qkv: Tensor) -> Tensor:

@@ -131,6 +131,7 @@ class _Case(NamedTuple):
     window: int | None = None
     some_queries: bool = False
     short_apart: bool = False
+    behind: int = 5
 
     def __str__(self) -> str:
         asked = "some" if self.some_queries else "all"
@@ -154,7 +155,7 @@ def check_attention(
     tables = RotaryTables(512, head_dim, 10_000.0).to(device)
 
     def run(which: Choice, wide: torch.dtype, case: _Case) -> list[torch.Tensor]:
-        lengths, behind = [case.longest, *[16] * 8, 1, 0, 77], 5
+        lengths, behind = [case.longest, *[16] * 8, 1, 0, 77], case.behind
         generator = torch.Generator().manual_seed(0)
         qkv = torch.randn(sum(lengths) + behind, 3, heads, head_dim, generator=generator)
         grad = torch.randn(qkv[:, 0].shape, generator=generator).to(device, dtype)
@@ -182,9 +183,11 @@ def check_attention(
     ]
     if in_kernel:
         cases.append(_Case("kernel", SHORT_DOCUMENTS))
+        # Of 211 tokens and of 208, a multiple of 16, for which Triton compiles a kernel of its own:
+        # not in the middle of a run.
         both = f"{choice.backend} and kernel"
         cases.append(_Case(both, 300, short_apart=True))
-        cases.append(_Case(both, 300, some_queries=True, short_apart=True))
+        cases.append(_Case(both, 300, some_queries=True, short_apart=True, behind=2))
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
     for case in cases:
         try:

@@ -7,8 +7,9 @@ GeGLU with exact erf, a decoder tied to the embedding. There is no dropout anywh
 Parameters bear the names of transformers' `ModernBertForMaskedLM`, so a state dict goes both ways.
 
 The loss reads masked tokens alone, and the last layer computes no others: its keys and values are
-of all tokens, its queries and all that follows of those that are read. Losses and gradients are
-what they would be, and a layer's work on seven tokens in ten is saved where 30 % are masked.
+of all tokens, its queries and all that follows of those that are read (in attention, of windows and
+short documents, of all). Losses and gradients are what they would be, and most of a layer's work on
+seven tokens in ten is saved where 30 % are masked.
 
 Dimensions in the names of tensors: T packed tokens, D hidden size, H heads, M masked positions,
 V vocabulary, B rows, S columns of a padded batch, P positions of a rotary table, R pairs of a head.
@@ -287,7 +288,8 @@ class ModernBertForMaskedLM(nn.Module):
         cross-entropy, and 1 if no token is likelier; 0 and 0 for filler. masked_cu_seqlens:
         (N + 1,) int32, where masked_indices_M goes through the documents one after another, each
         place once: entries masked_cu_seqlens[n] to masked_cu_seqlens[n + 1] lie in document n,
-        filler behind the last. The last layer's attention then skips the other tokens.
+        filler behind the last. The last layer's attention then skips the other tokens of long
+        documents, where it has no window.
         long: see `encode`.
         """
         queries = Queries(masked_indices_M, masked_cu_seqlens)

@@ -116,8 +116,8 @@ class Train:
     attention: Backend = "auto"
     """what computes attention; auto: the best that is installed and fits the GPU"""
     local_attention: Local = "auto"
-    """layers with a window, and all layers for rows of documents up to 128 tokens; auto:
-    kernels.local_attention on a GPU; backend: as in `attention`"""
+    """layers with a window, and documents up to 128 tokens in all layers, where they are many;
+    auto: kernels.local_attention on a GPU; backend: as in `attention`"""
     compile: Literal["auto", "layers", "none"] = "auto"
     """layers: each layer is one compiled graph; auto: so on a GPU, but not with zero_stage 3"""
     deterministic: bool = False

@@ -100,6 +100,9 @@ def test_a_run_in_pieces_keeps_what_it_did_not_measure(tmp_path: Path) -> None:
     rows, headers = benchmark.read_csv(path)
     assert {row["us"] for row in rows if row["op"] == "rope"} == {"1", "8"}
     assert (headers["rope"], headers["rope at 64 tokens"]) == ("one GPU: A", "a third")
+    drawn = [row | {"share_of_roofline": "0.5"} for row in rows if row["op"] == "rope"]
+    benchmark.plot(tmp_path, drawn, headers)
+    assert {file.name for file in tmp_path.glob("*.png")} == {"rope.png", "rope at 64 tokens.png"}
     path.write_text(path.read_text().replace("# rope: one", "# one"))
     with pytest.raises(ValueError, match=r"does not say where \['rope'\] were measured"):
         benchmark.read_csv(path)
@@ -147,8 +150,14 @@ def test_of_unpad_the_least_is_every_number_once(on_a_cpu: None) -> None:
     backward = (real + mask.numel()) * hidden[0, 0].nbytes + 4 * mask.numel()
     least = {"forward": forward, "backward": backward, "both": forward + backward}
     assert first.bytes == least
+    assert list(first.who) == ["ours", "reference", "torch.compile"]
     for who, function in first.who.items():
         assert sum(out.nbytes for out in function(*first.inputs[0])) == packed, who
+    _, back, *_ = benchmark_cases.make("unpad", 4096)
+    assert list(back.who) == ["ours", "reference", "torch.compile"]
+    forward = packed + mask.numel() * (ids.itemsize + hidden[0, 0].nbytes + 4)
+    backward = real * (2 * hidden[0, 0].nbytes + 4)
+    assert back.bytes == {"forward": forward, "backward": backward, "both": forward + backward}
 
 
 def test_fills_of_unpad_are_as_documented(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +238,20 @@ def test_short_documents_are_measured_as_the_model_takes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Behind long ones, or alone; where they lie among them, as in notes, nobody does."""
+    asked: dict[int, int] = {}
+
+    def long_ends(ends: Tensor, longest: int, window: int | None, deterministic: bool) -> Tensor:
+        return ends
+
+    def windows(ends: Tensor, tokens: int, first: int, before: Tensor | None) -> None:
+        assert tokens == int(ends[-1]) == 65_536
+        assert first == (0 if before is None else int(before[-1]))
+        asked[first] = 0 if before is None else len(before) - 1
+
     monkeypatch.setattr(benchmark_attention, "version_of", "flash-attn-4".__eq__)
-    monkeypatch.setattr(benchmark_attention, "_fa4_in_place", lambda *_: (None, None))
+    monkeypatch.setattr(benchmark_attention, "_fa4", lambda *_: None)
+    monkeypatch.setattr(benchmark_attention, "_fa4_in_place", long_ends)
+    monkeypatch.setattr(benchmark_attention, "_windows", windows)
     ours = {
         case.layout: [who for who in case.who if "ours" in who]
         for case in benchmark_attention.make_global(65_536)
@@ -239,6 +260,8 @@ def test_short_documents_are_measured_as_the_model_takes_them(
     assert {layout for layout, who in ours.items() if who == ["ours, as windows"]} == titles
     apart = {layout for layout, who in ours.items() if who == ["FA4 and ours"]}
     assert apart == {"skewed", "notes and code titles"}
+    notes = [length for length in layouts(32_768)["notes"] if length > attention.SHORT_DOCUMENTS]
+    assert asked == {0: 0, 2 * 8192: 2, sum(notes): len(notes)}
     assert benchmark_attention.SHORT == attention.SHORT_DOCUMENTS
 
 
@@ -252,11 +275,14 @@ def test_a_reference_is_measured_where_all_pairs_fit(
                 assert ("reference" in case.who) == there
 
 
-def test_the_reference_with_a_mask_sees_what_others_see() -> None:
-    ends = torch.tensor([0, 20, 25, 25, 40], dtype=torch.int32)
-    qkv = torch.randn(40, 3, 2, 16, generator=torch.Generator().manual_seed(0))
-    expected = attention.reference_attention(qkv, None, ends, ends, 20, None)
-    torch.testing.assert_close(benchmark_attention._masked(ends, 40)(qkv), expected)
+def test_the_references_see_what_others_see() -> None:
+    ends = torch.tensor([0, 200, 205, 205, 256], dtype=torch.int32)
+    qkv = torch.randn(256, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    expected = attention.reference_attention(qkv, None, ends, ends, 200, None)
+    torch.testing.assert_close(benchmark_attention._masked(ends, 256)(qkv), expected)
+    still = (torch.ones(1, 8), torch.zeros(1, 8), torch.zeros(256, dtype=torch.int64))
+    out = benchmark_attention._local_reference(ends, qkv, *still, torch.zeros(()))
+    torch.testing.assert_close(out, attention.reference_attention(qkv, None, ends, ends, 200, 64))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled")
@@ -334,17 +360,29 @@ def test_what_does_not_fit_takes_the_place_of_nothing(
         yield Case(name, "even", [], {}, {})
         if name == "rope":
             raise torch.OutOfMemoryError("no room")
+        if name == "pad":
+            raise ModuleNotFoundError("a peer's")
+        if name == "unpad":
+            raise ValueError("ours")
 
     roofline = benchmark.Roofline(copy=4e12, product=800e12)
     monkeypatch.setattr(benchmark, "measure_roofline", lambda: roofline)
     monkeypatch.setattr(benchmark, "describe_run", lambda *_: "a GPU")
     monkeypatch.setattr(benchmark.cases, "make", make)
     monkeypatch.setattr(
-        benchmark, "run_case", lambda case, table: table.rows.append({"op": case.op})
+        benchmark,
+        "run_case",
+        lambda case, table: table.rows.append({"op": case.op, "layout": case.layout}),
     )
-    *_, (rows, _) = benchmark.measure(["geglu", "rope"], [64], tune=False)
-    assert rows == [{"op": "geglu"}]
-    assert "rope, 64 tokens: not measured" in capsys.readouterr().out
+    *_, (rows, _) = benchmark.measure(["geglu", "rope", "pad"], [64], tune=False)
+    assert rows == [{"op": "geglu", "layout": "even, 64 tokens"}]
+    said = capsys.readouterr().out
+    assert "rope, 64 tokens: not measured" in said
+    assert "pad, 64 tokens: not measured: ModuleNotFoundError: a peer's" in said
+    *_, (rows, _) = benchmark.measure(["geglu"], [64, 65_536], tune=False)
+    assert [row["layout"] for row in rows] == ["even, 64 tokens", "even"]
+    with pytest.raises(ValueError, match="ours"):
+        list(benchmark.measure(["unpad"], [64], tune=False))
 
 
 def test_flex_attention_sees_what_others_see(monkeypatch: pytest.MonkeyPatch) -> None:

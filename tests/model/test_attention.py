@@ -186,7 +186,7 @@ def run_attend(
 
 
 ASKED: list[list[int]] = []
-"""The bounds of documents that the backend was asked for."""
+"""The bounds of documents that the backend was asked for, forward and backward."""
 
 
 def _asked_forward(*values: Any) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,12 @@ def _asked_forward(*values: Any) -> tuple[Tensor, Tensor]:
     return attention._opaque_forward(*values)
 
 
-watched = register("watched", _asked_forward, attention._opaque_backward, False)
+def _asked_backward(*values: Any) -> None:
+    ASKED.append(values[10].tolist())
+    attention._opaque_backward(*values)
+
+
+watched = register("watched", _asked_forward, _asked_backward, False)
 IN_KERNEL, IN_PYTORCH = Choice("watched", "kernel"), Choice("reference", "backend")
 
 
@@ -245,11 +250,11 @@ def test_the_local_kernel_is_the_reference(
 def test_short_documents_are_windows_beside_long_ones(
     lengths: list[int], long: int, behind: int, some: bool, asked: list[list[int]]
 ) -> None:
-    """The backend has the long ones alone, and no row is written twice or by none."""
+    """The backend has the long ones alone, forward and backward, and every row is written."""
     queries = every_third(lengths, 3) if some else None
     ours = run_attend(lengths, behind, max(lengths), None, IN_KERNEL, queries, long)
     ends = [0, *itertools.accumulate(lengths)]
-    assert asked == [ends[: long + 1]]
+    assert asked == [ends[: long + 1]] * 2
     theirs = run_attend(lengths, behind, max(lengths), None, IN_PYTORCH, queries)
     for one, two in zip(ours, theirs, strict=True):
         assert one.shape == two.shape
@@ -268,7 +273,7 @@ def test_short_documents_stay_the_backends_without_the_kernel(window: int | None
 def test_a_bound_beyond_short_documents_is_the_backends_affair(asked: list[list[int]]) -> None:
     """However short they are: where nothing else is said, the bound alone is known on the host."""
     ours = run_attend([5, 9], 0, SHORT_DOCUMENTS + 1, None, IN_KERNEL)
-    assert asked == [[0, 5, 14]]
+    assert asked == [[0, 5, 14]] * 2
     for one, two in zip(ours, run_attend([5, 9], 0, 9, None, IN_PYTORCH), strict=True):
         assert (one - two).norm() <= 1e-6 * two.norm()
 

@@ -49,7 +49,8 @@ def test_choice(machine: Callable[..., None]) -> None:
     machine((7, 5), "flash-attn")
     assert choose_attention(GPU, bf16, 64) == ("reference", "kernel")
     assert str(Choice("fa4", "kernel")) == (
-        "fa4, in layers with a window and for documents up to 128 tokens kernels.local_attention"
+        "fa4, in layers with a window and for many documents up to 128 tokens "
+        "kernels.local_attention"
     )
     assert str(Choice("fa4", "backend")) == "fa4, in layers with a window fa4"
 
@@ -153,7 +154,7 @@ def test_the_kernel_is_tried_out_on_short_documents_too(
     spoilt: int | None, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those from a token on, or the gradients of some rows."""
-    forward, at_places = attention_backends._forward_short, attention_backends._at_places
+    forward, at_places = attention_backends.forward_short, attention_backends._at_places
 
     def wrong(qkv: Tensor, bounds: Tensor, first_token: int, out: Tensor, sums: Tensor) -> None:
         forward(qkv, bounds, first_token, out, sums)
@@ -163,7 +164,7 @@ def test_the_kernel_is_tried_out_on_short_documents_too(
     def wrong_places(*values: Tensor) -> Tensor:
         return at_places(*values) * (1.01 if spoilt is None else 1)
 
-    monkeypatch.setattr(attention_backends, "_forward_short", wrong)
+    monkeypatch.setattr(attention_backends, "forward_short", wrong)
     monkeypatch.setattr(attention_backends, "_at_places", wrong_places)
     with pytest.raises(AttentionError, match=f"attention {case} is off by"):
         check_attention(Choice("reference", "kernel"), CPU, torch.float32, 1, 16, 8)

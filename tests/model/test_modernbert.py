@@ -126,9 +126,12 @@ def test_nothing_to_predict_gives_zero_loss_and_gradients(
         assert not bool(parameter.grad.any()), name
 
 
-@pytest.mark.parametrize("layers", [1, 2, 4], ids=lambda n: f"{n} layers")
+@pytest.mark.parametrize(
+    ("layers", "apart"),
+    [(1, False), (2, False), (4, False), (1, True), (2, True)],
+    ids=["1 layer", "2 layers", "4 layers", "1 layer, short ones apart", "2, short ones apart"],
+)
 @pytest.mark.parametrize("said", [False, True], ids=["", "in which documents"])
-@pytest.mark.parametrize("apart", [False, True], ids=["", "short ones apart"])
 def test_loss_and_gradients_are_those_of_transformers(
     layers: int,
     said: bool,

@@ -154,7 +154,7 @@ def test_many_short_documents_stand_apart(
     long: int, short: int, expected: tuple[int, int] | None
 ) -> None:
     """Behind the long ones; few are left with them, and all are short where none is long."""
-    lengths = [5] * short + [129] * long
+    lengths = [128] * (short > 0) + [5] * (short - 1) + [129] * long
     ends = [0, *itertools.accumulate(lengths)]
     row = make_row([0] * ends[-1], ends, len(lengths))
     shape = BatchShape(1, ends[-1], max_length=200, highest_rate=0.3, sources=("notes",))
