@@ -40,12 +40,16 @@ from kernels.documents import document_bounds, positions_from
 from kernels.local_attention import local_attention, local_attention_reference
 from kernels.local_attention_tiles import Tiles, Tuning
 from kernels.rope import rope, rope_tables
+from kernels.short_documents import (
+    SHORT_DOCUMENTS,
+    backward_short,
+    forward_short,
+    room_for_sums,
+)
 
 WINDOW = 64
 # A matrix of all scores, as references make several, is 1.5 GiB in bf16 at so many tokens.
 _MOST_FOR_ALL_PAIRS = 8192
-# As `model.attention` has it: up to so many tokens a document is a window.
-SHORT = 128
 _TUNED_LAYOUTS = ("full1024", "abstracts", "skewed")
 # Of --tune: other tiles than those in use, for one kernel at a time. Each compiles for sm_90 with
 # at most 64 bytes of registers spilled, and two programs or more fit on a multiprocessor
@@ -122,8 +126,8 @@ def _with_documents(packed: list[Tensor], lengths: list[int]) -> tuple[Tensor, l
 def make_global(tokens: int) -> Iterator[Case]:
     """A layer without a window, on queries and keys that are turned already.
 
-    "… and ours" is as the model does it: documents up to SHORT tokens, where all behind the long
-    ones are no longer, are windows to the kernels by tiles, and the long ones alone the other's.
+    "… and ours" is as the model does it: short documents, where there are none but these behind the
+    long ones, are windows to the kernels by tiles, and the long ones alone the other's.
     """
     packed, moved = _packed(tokens)
     inputs = [[qkv] for qkv in packed]
@@ -137,8 +141,8 @@ def make_global(tokens: int) -> Iterator[Case]:
         who: dict[str, Callable[..., Outputs]] = dict(_others(ends, longest, None))
         if tokens <= _MOST_FOR_ALL_PAIRS:
             who["reference"] = _masked(ends, tokens)
-        long = sum(length > SHORT for length in lengths)
-        if long < len(lengths) and all(length <= SHORT for length in lengths[long:]):
+        long = sum(length > SHORT_DOCUMENTS for length in lengths)
+        if long < len(lengths) and all(length <= SHORT_DOCUMENTS for length in lengths[long:]):
             if long == 0:
                 who["ours, as windows"] = _windows(ends, tokens, 0, None)
             elif version_of("flash-attn-4"):
@@ -314,25 +318,20 @@ def _windows(
 ) -> Attend:
     """Ours by tiles, of the documents from token `first` on; before it somebody else's."""
     bounds = document_bounds(ends, tokens)
-    behind = slice(first, None)
 
     def forward(qkv: Tensor) -> tuple[Tensor, ...]:
         saved: tuple[Tensor, ...] = (qkv.new_empty((tokens, HEADS, HEAD_DIM)),)
         if before is not None:
             saved = before[0](qkv)
-        sums = qkv.new_empty((HEADS, tokens - first), dtype=torch.float32)
-        of_short = (bounds[:, behind] - first, saved[0][behind], sums)
-        tiles.forward(qkv[behind], *of_short, SHORT - 1)
-        return *saved, sums
+        short_sums = room_for_sums(qkv, bounds)
+        forward_short(qkv, bounds, first, saved[0], short_sums)
+        return *saved, short_sums
 
     def backward(grad: Tensor, qkv: Tensor, grad_qkv: Tensor, *saved: Tensor) -> None:
-        *of_long, sums = saved
+        *of_long, short_sums = saved
         if before is not None:
             before[1](grad, qkv, grad_qkv, *of_long)
-        cos, sin = (sums.new_full((1, HEAD_DIM // 2), by) for by in (1, 0))
-        turn = (cos, sin, ends.new_zeros(tokens - first))
-        of_short = (bounds[:, behind] - first, of_long[0][behind], sums, grad_qkv[behind])
-        tiles.backward(grad[behind], qkv[behind], *turn, *of_short, SHORT - 1)
+        backward_short(grad, qkv, bounds, first, of_long[0], short_sums, grad_qkv)
 
     return _with_autograd(forward, backward)
 

@@ -5,7 +5,7 @@ token, or each of some `Queries`, has seen of its document, the whole of it or a
 computed is a `Choice`, made once at start (`model.attention_choice`): one backend for all layers
 and, where this project's kernels run, `kernels.local_attention` for those with a window, which
 turns queries and keys by itself. In layers without one, documents no longer than SHORT_DOCUMENTS
-can be windows too (`model.short_documents`): a grid over tokens does not pay for the number of
+can be windows too (`kernels.short_documents`): a grid over tokens does not pay for the number of
 documents, as a backend's grid does. Which documents stay a backend's, `LongDocuments` says.
 
 A backend is a function `(qkv_T3HD, places_M, cu_seqlens_q, cu_seqlens_k, max_seqlen, window,
@@ -41,6 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.documents import document_bounds
 from kernels.local_attention import local_attention
+from kernels.short_documents import SHORT_DOCUMENTS, ShortDocuments
 from model.attention_backends import (
     fa2_attention,
     fa4_attention,
@@ -49,7 +50,6 @@ from model.attention_backends import (
     varlen_attention,
 )
 from model.rotary import RotaryTables
-from model.short_documents import SHORT_DOCUMENTS, ShortDocuments
 
 # Queries that the reference treats together in a long document's window.
 _TILE = 64

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels.documents import clear_behind_documents
-from model.short_documents import ShortDocuments, backward_short, forward_short, room_for_sums
+from kernels.short_documents import ShortDocuments, backward_short, forward_short, room_for_sums
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 Backward = Callable[..., None]
@@ -103,21 +103,21 @@ def register(
         with torch.cuda.device_of(q):
             if 0 in (q.shape[0], max_seqlen, first_document):
                 # Where no document is long, every row is written below.
-                all_short = first_token == 0 and bounds is not None and places is None
-                out = q.new_empty(q.shape) if all_short else q.new_zeros(q.shape)
+                written = first_token == 0 and places is None
+                out = q.new_empty(q.shape) if written else q.new_zeros(q.shape)
                 logsumexp = q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
             else:
                 out, logsumexp = forward(q, k, v, *ends, max_seqlen, window)
                 if leaves_rows_unwritten:
                     clear_behind_documents(out, cu_seqlens_q)
             short_sums = room_for_sums(qkv, bounds)
-            if places is None:
-                forward_short(qkv, bounds, first_token, out, short_sums)
-            elif first_token < qkv.shape[0]:
-                every = qkv.new_empty((qkv.shape[0], *qkv.shape[2:]))
+            if first_token < qkv.shape[0]:
+                assert bounds is not None
+                every = out if places is None else qkv.new_empty((qkv.shape[0], *qkv.shape[2:]))
                 forward_short(qkv, bounds, first_token, every, short_sums)
-                is_short_M = _is_real(places, cu_seqlens_q) & (places >= first_token)
-                out = torch.where(is_short_M[:, None, None], every.index_select(0, places), out)
+                if places is not None:
+                    is_short_M = _is_real(places, cu_seqlens_q) & (places >= first_token)
+                    out = torch.where(is_short_M[:, None, None], every.index_select(0, places), out)
         return out, logsumexp, short_sums
 
     @torch.library.custom_op(f"clinical_modernbert::{name}_backward", mutates_args=())
@@ -140,8 +140,8 @@ def register(
         ends = (cu_seqlens_q[: first_document + 1], cu_seqlens_k[: first_document + 1])
         with torch.cuda.device_of(q):
             if 0 in (q.shape[0], max_seqlen, first_document):
-                all_short = first_token == 0 and bounds is not None
-                grad_qkv = torch.empty_like(qkv) if all_short else torch.zeros_like(qkv)
+                # As in the forward; with places, too.
+                grad_qkv = torch.zeros_like(qkv) if first_token else torch.empty_like(qkv)
             else:
                 grad_qkv = torch.empty_like(qkv)
                 dq = grad_qkv[:, 0] if places is None else torch.empty_like(q)
@@ -152,9 +152,11 @@ def register(
                     clear_behind_documents(grad_qkv, cu_seqlens_k)
                 if places is not None:
                     put_rows(grad_qkv[:, 0], dq, places, ends[0])
-            if places is not None and first_token < qkv.shape[0]:
-                grad, out = (_at_places(x, places, cu_seqlens_q, qkv) for x in (grad, out))
-            backward_short(grad, qkv, bounds, first_token, out, short_sums, grad_qkv)
+            if first_token < qkv.shape[0]:
+                assert bounds is not None
+                if places is not None:
+                    grad, out = (_at_places(x, places, cu_seqlens_q, qkv) for x in (grad, out))
+                backward_short(grad, qkv, bounds, first_token, out, short_sums, grad_qkv)
         return grad_qkv
 
     attend.register_fake(_shapes)

@@ -160,17 +160,16 @@ def pack(rows: Sequence[Row], masks: Sequence[MaskedRow], shape: BatchShape) -> 
         masked_sources=torch.from_numpy(masked_sources),
         masked_tokens=filled,
         lengths=np.concatenate(documents_of),
-        long=_long_documents(lengths, len(input_ids)),
+        long=_long_documents(lengths),
     )
 
 
-def _long_documents(lengths: NDArray[np.int64], tokens: int) -> LongDocuments:
-    """Of documents that are laid longest first in so many places."""
-    are_long = lengths > SHORT_DOCUMENTS
-    number = int(are_long.sum())
-    if number > len(lengths) - FEWEST_SHORT and number > 0:
-        return LongDocuments(len(lengths), tokens)
-    return LongDocuments(number, int(lengths[are_long].sum()))
+def _long_documents(lengths: NDArray[np.int64]) -> LongDocuments:
+    """Of all documents of a batch, longest first."""
+    number = int((lengths > SHORT_DOCUMENTS).sum())
+    if number > 0 and len(lengths) - number < FEWEST_SHORT:
+        number = len(lengths)
+    return LongDocuments(number, int(lengths[:number].sum()))
 
 
 def seqlen_bucket(longest: int) -> int:

@@ -42,6 +42,7 @@ from kernels import (
     local_attention_tiles,
     mixed_precision,
     rope,
+    short_documents,
     stable_adamw,
     unpad,
 )
@@ -156,15 +157,13 @@ def call_local_attention(
 
 
 def call_short_documents(tokens: int, heads: int, width: int) -> None:
-    """As `model.short_documents` calls the tiles, on the last rows of longer tensors."""
-    qkv, grad_qkv = (empty(tokens, 3, heads, width, dtype=torch.bfloat16) for _ in range(2))
-    cos, sin = (empty(1, width // 2, dtype=torch.float32) for _ in range(2))
-    out, grad = (empty(tokens, heads, width, dtype=torch.bfloat16) for _ in range(2))
-    bounds, positions = empty(2, tokens, dtype=torch.int32), empty(tokens, dtype=torch.int32)
-    sums = empty(heads, tokens, dtype=torch.float32)
-    local_attention_tiles.forward(qkv, bounds, out, sums, 127)
-    saved = (qkv, cos, sin, positions, bounds, out, sums, grad_qkv)
-    local_attention_tiles.backward(grad, *saved, 127)
+    """So many, behind long ones where they are fewer than a micro-batch's."""
+    qkv, grad_qkv = (empty(TOKENS, 3, heads, width, dtype=torch.bfloat16) for _ in range(2))
+    out, grad = (empty(TOKENS, heads, width, dtype=torch.bfloat16) for _ in range(2))
+    bounds, first = empty(2, TOKENS, dtype=torch.int32), TOKENS - tokens
+    sums = short_documents.room_for_sums(qkv, bounds)
+    short_documents.forward_short(qkv, bounds, first, out, sums)
+    short_documents.backward_short(grad, qkv, bounds, first, out, sums, grad_qkv)
 
 
 def call_walks(tokens: int, heads: int, index: torch.dtype, window: int = 64) -> None:

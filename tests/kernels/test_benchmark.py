@@ -262,7 +262,7 @@ def test_short_documents_are_measured_as_the_model_takes_them(
     assert apart == {"skewed", "notes and code titles"}
     notes = [length for length in layouts(32_768)["notes"] if length > attention.SHORT_DOCUMENTS]
     assert asked == {0: 0, 2 * 8192: 2, sum(notes): len(notes)}
-    assert benchmark_attention.SHORT == attention.SHORT_DOCUMENTS
+    assert benchmark_attention.SHORT_DOCUMENTS == attention.SHORT_DOCUMENTS
 
 
 def test_a_reference_is_measured_where_all_pairs_fit(

@@ -2,8 +2,9 @@
 
 A window of SHORT_DOCUMENTS − 1 tokens is the whole of each. The kernels are those of
 `kernels.local_attention_tiles`, whose grid goes over tokens, on views of the last rows of a
-backend's tensors: what they write is all that they are given. `model.attention_backends` calls both
-functions inside its operations, which are opaque to a compiler.
+backend's tensors: what they write is all that they are given. Both functions are for operations
+that are opaque to a compiler (`model.attention_backends`), with the tensors' GPU as the current
+one, and for a first_token below T, where a document begins. bounds: `document_bounds` of all.
 """
 
 from typing import NamedTuple
@@ -39,13 +40,11 @@ def room_for_sums(qkv: Tensor, bounds: Tensor | None) -> Tensor:
 
 
 def forward_short(
-    qkv: Tensor, bounds: Tensor | None, first_token: int, out: Tensor, short_sums: Tensor
+    qkv: Tensor, bounds: Tensor, first_token: int, out: Tensor, short_sums: Tensor
 ) -> None:
     """Write into (T, H, D) `out` what the tokens from first_token on see, if any document, and
     into `short_sums` what the backward needs of it: log2 of the sums of so many tokens."""
     tokens, _, heads, _ = qkv.shape
-    if bounds is None or first_token == tokens:
-        return
     behind = tokens - first_token
     local_attention_tiles.forward(
         qkv[first_token:],
@@ -59,7 +58,7 @@ def forward_short(
 def backward_short(
     grad: Tensor,
     qkv: Tensor,
-    bounds: Tensor | None,
+    bounds: Tensor,
     first_token: int,
     out: Tensor,
     short_sums: Tensor,
@@ -67,8 +66,6 @@ def backward_short(
 ) -> None:
     """Write into (T, 3, H, D) `grad_qkv` the gradients of the tokens from first_token on."""
     tokens, _, heads, head_dim = qkv.shape
-    if bounds is None or first_token == tokens:
-        return
     behind = tokens - first_token
     # The kernels turn ∂q and ∂k back, which for these rows, as for the others, `rope`'s backward
     # does: tables of one entry, which all positions have, and which turns by nothing.
