@@ -46,23 +46,21 @@ from kernels.rope import check_rope, rope, rope_reference
 # Whether `local_attention_hopper` is taken where it can be; off to compare the two.
 WALKS = True
 # Gluon is experimental, and each version changes it: what runs is what was measured, with the
-# triton 3.6 that torch 2.11 for CUDA brings. With 3.9 these kernels compile, and have not run.
-_WALKING_TRITON = "3.6"
+# triton that torch 2.11 for CUDA brings and the one that 2.13 does.
+WALKING_TRITONS = ("3.6", "3.7")
 _WIDEST_HEAD = 256
 _WIDEST_WINDOW = 2**19  # so that places stay exact in the mask
 
 
 def pipelined(dtype: torch.dtype, head_dim: int, window: int, device: torch.device) -> bool:
     """Whether `kernels.local_attention_hopper` computes this, rather than tiles."""
-    wanted = triton_to_walk(dtype, head_dim, window, device)
-    return WALKS and wanted is not None and f"{triton.__version__}.".startswith(f"{wanted}.")
+    walks = WALKS and ".".join(triton.__version__.split(".")[:2]) in WALKING_TRITONS
+    return walks and walkable(dtype, head_dim, window, device)
 
 
-def triton_to_walk(
-    dtype: torch.dtype, head_dim: int, window: int, device: torch.device
-) -> str | None:
-    """The version of triton with which `pipelined` says yes; None where no version would do."""
-    walks = (
+def walkable(dtype: torch.dtype, head_dim: int, window: int, device: torch.device) -> bool:
+    """Whether `pipelined` says yes with one of WALKING_TRITONS."""
+    return (
         dtype == torch.bfloat16
         and head_dim == 64
         and window <= 64
@@ -70,7 +68,6 @@ def triton_to_walk(
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device)[0] == 9
     )
-    return _WALKING_TRITON if walks else None
 
 
 def local_attention_reference(

@@ -58,11 +58,12 @@ _SCALE = BLOCK**-0.5
 _BACKWARD_PROGRAMS = 2
 _FORWARD_PROGRAMS, _FORWARD_REGISTERS = 3, 168
 
-# After triton 3.6 Gluon renamed two of its functions. Later tritons compile these kernels in tests.
+# Gluon renamed two of its functions, the barrier after triton 3.6 and the copy after 3.7.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 if hasattr(async_copy, "async_load"):
-    _copy, _barrier = async_copy.async_load, gl.barrier
+    _copy = async_copy.async_load
 else:
-    _copy, _barrier = async_copy.async_copy_global_to_shared, gl.thread_barrier
+    _copy = async_copy.async_copy_global_to_shared
 
 # As in `kernels.local_attention_tiles`: the bits of 1.5 · 2¹²³, and less than any score.
 _ORIGIN = gl.constexpr(0x7D400000)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from kernels.local_attention import pipelined, triton_to_walk
+from kernels.local_attention import WALKING_TRITONS, pipelined, walkable
 from model.attention import (
     BACKENDS,
     SHORT_DOCUMENTS,
@@ -114,11 +114,12 @@ def what_to_install(
         reason = why_not("varlen", device.type, device.index, dtype, head_dim)
         if reason:
             lines.append(f"attention is plain PyTorch's, which is slow: of any other, {reason}")
-    wanted = triton_to_walk(dtype, head_dim, window, device)
-    if choice.local == "kernel" and wanted and not pipelined(dtype, head_dim, window, device):
+    layer = dtype, head_dim, window, device
+    if choice.local == "kernel" and walkable(*layer) and not pipelined(*layer):
         lines.append(
-            f"layers with a window would be faster with: triton {wanted}, as torch 2.11 for CUDA "
-            f"has it (kernels.local_attention_hopper); this is {triton.__version__}"
+            f"layers with a window would be faster with: triton {' or '.join(WALKING_TRITONS)}, as "
+            "torch 2.11 and 2.13 for CUDA have it (kernels.local_attention_hopper); this is "
+            f"{triton.__version__}"
         )
     return lines
 

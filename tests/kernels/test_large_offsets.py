@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.documents import clear_behind_documents, document_bounds
-from kernels.layer_norm import add_layer_norm
+from kernels.layer_norm import _layer_norm_backward, add_layer_norm
+from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy_each
 from kernels.rope import _rope, rope_in_place, rope_reference, rope_tables
 
 HEADS, HEAD_DIM, END = 12, 64, 1000
@@ -52,11 +53,7 @@ def test_rope_in_place() -> None:
 
 
 def test_add_layer_norm() -> None:
-    """12 GiB, the least for three tensors of 2³¹ numbers: x is its own residual.
-
-    Its backward is the kernel that `test_layer_norm` tests with such offsets, and reads the sum's
-    gradient at those of the other.
-    """
+    """12 GiB, the least for three tensors of 2³¹ numbers: x is its own residual."""
     rows = 2**31 // 1024 + 100
     x = torch.zeros(rows, 1024, dtype=torch.bfloat16, device="cuda")
     x[-100:] = torch.randn(100, 1024, device="cuda")
@@ -68,6 +65,49 @@ def test_add_layer_norm() -> None:
         assert ours.numel() > 2**31
         assert torch.equal(ours[-100:], theirs)
         assert not bool(ours[:-100].any())
+
+
+def test_add_layer_norm_backward() -> None:
+    """8 GiB: the normed rows are both of their gradients too."""
+    rows = 2**31 // 1024 + 100
+    normed = torch.zeros(rows, 1024, dtype=torch.bfloat16, device="cuda")
+    normed[-100:] = torch.randn(100, 1024, device="cuda")
+    weight = torch.ones(1024, dtype=torch.bfloat16, device="cuda")
+    rstd = torch.ones(rows, device="cuda")
+    grad_x, _ = _layer_norm_backward(normed, weight, rstd, normed, normed)
+    end = normed[-100:]
+    expected, _ = _layer_norm_backward(end, weight, rstd[-100:], end, end)
+    assert grad_x.numel() > 2**31
+    assert bool(expected.any())
+    assert torch.equal(grad_x[-100:], expected)
+    assert not bool(grad_x[:-100].any())
+
+
+def test_linear_cross_entropy() -> None:
+    """18 GiB: rows of 2³¹ numbers, their gradients in fp32, and these rounded."""
+    rows, width, vocabulary = 2**31 // 768 + 100, 768, 64
+    hidden = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+    hidden[-100:] = torch.randn(100, width, device="cuda")
+    weight = torch.randn(vocabulary, width, device="cuda").bfloat16() / 16
+    bias = torch.randn(vocabulary, device="cuda").bfloat16()
+    weight.requires_grad_()
+    bias.requires_grad_()
+    labels = torch.full((rows,), IGNORED, device="cuda")
+    labels[-100:] = torch.randint(vocabulary, (100,), device="cuda")
+
+    def run(last: int) -> list[Tensor]:
+        rows = hidden[-last:].detach().requires_grad_()
+        loss, each = linear_cross_entropy_each(rows, weight, bias, labels[-last:])
+        return [loss, each, *torch.autograd.grad(loss, (rows, weight, bias))]
+
+    loss, each, grad_hidden, *others = run(rows)
+    assert grad_hidden.numel() > 2**31
+    # Another number of rows may be another kernel of the library's, which sums in another order.
+    found = [loss, each[:, -100:], grad_hidden[-100:], *others]
+    for ours, theirs in zip(found, run(100), strict=True):
+        assert torch.allclose(ours.float(), theirs.float(), rtol=2**-6, atol=2**-6)
+    assert not bool(each[:, :-100].any())
+    assert not bool(grad_hidden[:-100].any())
 
 
 def test_document_bounds() -> None:
