@@ -32,8 +32,9 @@ _IGNORED, _LOG2_E = tl.constexpr(IGNORED), tl.constexpr(1.4426950408889634)
 _ROWS_MULTIPLE = 16
 # At most so many rows of a chunk × vocabulary: 6,656 rows of 50,368 logits, 640 MiB in bf16. Fewer
 # rows leave the product that makes the gradient of `hidden` with too few tiles for the chip, and
-# add up the weight's gradient more often. Nor can an offset in a pass reach 2³¹, however many
-# labels there are: a chunk ends here, or is one row.
+# add up the weight's gradient more often. Nor can an offset reach 2³¹, however many labels there
+# are: a chunk's logits and its rows of `hidden` end here, or it is one row. In a pass that would
+# wrap around, and the library's product over 2.8 million rows of 768 was wrong.
 _ELEMENTS_A_CHUNK = 6656 * 50368
 # In PyTorch logits are fp32 and have temporaries of their size.
 _ELEMENTS_A_PLAIN_CHUNK = 64 * 2**20
@@ -278,7 +279,7 @@ def _linear_cross_entropy(
     grad_hidden, grad_weight, grad_bias = gradients
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     elements = _ELEMENTS_A_CHUNK if in_triton else _ELEMENTS_A_PLAIN_CHUNK
-    most = min(max(1, elements // vocabulary), _MOST_ROWS)
+    most = min(max(1, elements // max(vocabulary, hidden.shape[1])), _MOST_ROWS)
     rows = min(rows, -(-counted // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
     buffer = hidden.new_empty((min(rows, most), vocabulary))
     grad_hidden[rows:] = 0
