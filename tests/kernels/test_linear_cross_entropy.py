@@ -112,6 +112,21 @@ def test_a_chunk_has_no_more_rows_than_a_grid(
     assert rows == [7, 7, 6]
 
 
+def test_a_chunk_ends_where_its_rows_of_hidden_do(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Wider than the vocabulary is large: a chunk's logits alone would let 13 rows in."""
+    leaves, labels = make_case(20, torch.float32, device, width=2 * VOCABULARY)
+    expected = run(in_triton, leaves, labels)
+    rows = []
+    turn = module._turn
+    monkeypatch.setattr(module, "_ELEMENTS_A_CHUNK", 13 * VOCABULARY)
+    monkeypatch.setattr(module, "_turn", lambda *a: rows.append(len(a[0])) or turn(*a))
+    for one, two in zip(run(in_triton, leaves, labels), expected, strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
+    assert rows == [6, 6, 6, 2]
+
+
 def test_chunks_are_even_and_of_whole_multiples(monkeypatch: pytest.MonkeyPatch) -> None:
     """300 rows in three chunks: 100 each would change what the passes are compiled for."""
     leaves, labels = make_case(300)
