@@ -307,6 +307,8 @@ def test_a_fill_that_would_become_another_number_is_refused(
 def test_a_fill_is_what_pytorch_makes_of_it(
     dtype: torch.dtype, fill: float, device: torch.device
 ) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("triton 3.7's interpreter makes no constants of bf16")
     mask = MASKS["holes"].to(device)
     packing, (packed,) = unpad(mask, [mask.to(dtype)], 4)
     results = [function(packing, [packed], fill)[0] for function in (pad, pad_reference)]
