@@ -32,7 +32,7 @@ _IGNORED, _LOG2_E = tl.constexpr(IGNORED), tl.constexpr(1.4426950408889634)
 _ROWS_MULTIPLE = 16
 # At most so many rows of a chunk × vocabulary: 6,656 rows of 50,368 logits, 640 MiB in bf16. Fewer
 # rows leave the product that makes the gradient of `hidden` with too few tiles for the chip, and
-# add up the weight's gradient more often. Nor can an offset reach 2³¹, however many labels there
+# add up the weight's gradient more often. Nor can an offset reach 2³¹, however many rows there
 # are: a chunk's logits and its rows of `hidden` end here, or it is one row. In a pass that would
 # wrap around, and the library's product over 2.8 million rows of 768 was wrong.
 _ELEMENTS_A_CHUNK = 6656 * 50368

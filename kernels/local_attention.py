@@ -59,7 +59,7 @@ def pipelined(dtype: torch.dtype, head_dim: int, window: int, device: torch.devi
 
 
 def walkable(dtype: torch.dtype, head_dim: int, window: int, device: torch.device) -> bool:
-    """Whether `pipelined` says yes with one of WALKING_TRITONS."""
+    """Whether `pipelined` says yes with one of WALKING_TRITONS, as long as WALKS is on."""
     return (
         dtype == torch.bfloat16
         and head_dim == 64

@@ -84,7 +84,7 @@ def test_add_layer_norm_backward() -> None:
 
 
 def test_linear_cross_entropy() -> None:
-    """18 GiB: rows of 2³¹ numbers, their gradients in fp32, and these rounded."""
+    """16 GiB: rows of 2³¹ numbers, their gradients in fp32, and these rounded."""
     rows, width, vocabulary = 2**31 // 768 + 100, 768, 64
     hidden = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
     hidden[-100:] = torch.randn(100, width, device="cuda")
@@ -105,7 +105,8 @@ def test_linear_cross_entropy() -> None:
     # Another number of rows may be another kernel of the library's, which sums in another order.
     found = [loss, each[:, -100:], grad_hidden[-100:], *others]
     for ours, theirs in zip(found, run(100), strict=True):
-        assert torch.allclose(ours.float(), theirs.float(), rtol=2**-6, atol=2**-6)
+        most = theirs.abs().max().item()
+        assert torch.allclose(ours.float(), theirs.float(), rtol=2**-6, atol=2**-6 * most)
     assert not bool(each[:, :-100].any())
     assert not bool(grad_hidden[:-100].any())
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import local_attention
 from kernels.benchmark_layouts import layouts
 from kernels.documents import document_bounds, document_bounds_reference
-from kernels.local_attention import local_attention_reference, pipelined
+from kernels.local_attention import WALKING_TRITONS, local_attention_reference, pipelined
 from kernels.rope import rope, rope_reference, rope_tables
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -245,8 +245,9 @@ def hopper() -> torch.device:
     """A GPU that walks are for; asked of torch and triton, not of `pipelined`."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if torch.cuda.get_device_capability()[0] != 9 or triton.__version__[:4] not in ("3.6.", "3.7."):
-        pytest.skip("needs Hopper and triton 3.6 or 3.7")
+    major_minor = ".".join(triton.__version__.split(".")[:2])
+    if torch.cuda.get_device_capability()[0] != 9 or major_minor not in WALKING_TRITONS:
+        pytest.skip(f"needs Hopper and triton {' or '.join(WALKING_TRITONS)}")
     return torch.device("cuda")
 
 
